@@ -1,0 +1,147 @@
+"""Make what the embedded policy starts from: its SFT rows, its tokenizer, its random initial weights.
+
+    python recipes/embedded/prepare.py COMMONGEN runs/embedded
+
+Writes `sft_train.jsonl.gz`, `sft_dev.jsonl.gz` (rows of the "concepts" task) and `policy_init/` (Llama architecture).
+Each human sentence appears `VARIANTS` times. Half of them ask for the data's own concepts, the other half for a fresh
+random subset of the sentence's content words, now inflected, now as the lemma: that teaches to copy and to inflect
+rather than to recite.
+"""
+
+import argparse
+import gzip
+import json
+import random
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from rsoups.tasks import TASKS, read_jsonl, tidy_sentence
+
+VARIANTS = 8
+VOCABULARY = 8_000
+STOP_WORDS = set(
+    "a an and are as at be been being but by can could did do does down for from had has have he her hers him his how i "
+    "if in into is it its just like may me my no not of off on one onto or other our out over own she so some someone "
+    "than that the their them then there these they this those through to too two under up upon very was we were what "
+    "when where which while who will with would you your".split()
+)
+
+
+def content_words(sentence: str) -> list[str]:
+    words = [w.strip(".,!?;:'\"()").lower() for w in sentence.split()]
+    return sorted({w for w in words if w.isalpha() and len(w) > 2 and w not in STOP_WORDS})
+
+
+def lemma(word: str, lemmas: set[str]) -> str:
+    """The data's own concept that `word` inflects, by suffix; `word` itself where there is none."""
+    stems = [word]
+    for suffix, replacements in (("ies", "y"), ("es", ""), ("s", ""), ("ing", "e"), ("ed", "e"), ("er", "e")):
+        if word.endswith(suffix):
+            stem = word[: -len(suffix)]
+            stems += [stem + replacements, stem]
+            if len(stem) > 2 and stem[-1] == stem[-2]:
+                stems.append(stem[:-1])  # running -> run
+    return next((s for s in stems[1:] if s in lemmas), word)
+
+
+def sft_rows(rows: list[dict], rng: random.Random) -> list[dict]:
+    lemmas = {concept for row in rows for concept in row["concepts"]}
+    out = []
+    for row in rows:
+        for sentence in map(tidy_sentence, row["sentences"]):
+            words = content_words(sentence)
+            for variant in range(VARIANTS):
+                concepts = list(row["concepts"])
+                if variant % 2 and len(words) >= 2:
+                    concepts = rng.sample(words, k=min(len(words), rng.randint(2, 5)))
+                    concepts = [lemma(w, lemmas) if rng.random() < 0.5 else w for w in concepts]
+                rng.shuffle(concepts)
+                out.append({"concepts": concepts, "sentences": [sentence]})
+    rng.shuffle(out)
+    return out
+
+
+def policy_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE. The three section marks of the prompt format are tokens of their own, spaces included, so that a
+    prompt and its response tokenize the same apart and together."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY - 3,
+            special_tokens=["<pad>", "<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.add_tokens(
+        [AddedToken(mark, normalized=False) for mark in ("### Instruction:", " ### Input:", " ### Response: ")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=128,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def write_jsonl(rows: list[dict], path: Path) -> None:
+    with gzip.open(path, "wt", encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with CommonGen's train.jsonl.gz and dev.jsonl.gz")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    set_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    train = sft_rows(read_jsonl(args.data / "train.jsonl.gz"), random.Random(args.seed))
+    dev = [
+        {"concepts": row["concepts"], "sentences": [tidy_sentence(s) for s in row["sentences"]]}
+        for row in read_jsonl(args.data / "dev.jsonl.gz")
+    ]
+    write_jsonl(train, args.out / "sft_train.jsonl.gz")
+    write_jsonl(dev, args.out / "sft_dev.jsonl.gz")
+
+    task = TASKS["concepts"]
+    sentences = list({row["sentences"][0] for row in train})
+    # Prompts too: a concept is written in lower case after a space, as words inside a sentence are.
+    prompts = [str(task.prompt(row)).removeprefix("### Instruction:") for row in train[: len(train) // VARIANTS]]
+    tokenizer = policy_tokenizer(sentences + prompts)
+    tokenizer.save_pretrained(args.out / "policy_init")
+    model = policy(tokenizer)
+    model.save_pretrained(args.out / "policy_init")
+    print(f"{len(train)} SFT rows, {len(tokenizer)} tokens, {model.num_parameters():,} parameters")
+    print(tokenizer.tokenize(prompts[0]), tokenizer.tokenize(f"{task.prompt(train[0])}{train[0]['sentences'][0]}"))
+
+
+if __name__ == "__main__":
+    main()

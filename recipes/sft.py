@@ -1,0 +1,95 @@
+"""Supervised fine-tuning of a policy on a task's reference responses: the common start of all PPO runs.
+
+    accelerate launch recipes/sft.py --model_name_or_path BASE --task concepts --dataset rows.jsonl --output_dir runs/sft
+    accelerate launch recipes/sft.py --config recipes/configs/embedded-sft.yaml
+
+Unlike the paper, which starts from a published Alpaca adapter, this makes such a start from any base (`--use_peft` for
+an adapter, else full weights). The loss is over the response only. Prompt and response are tokenized apart, as they
+are at generation, so that no token ever spans the two.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+
+from rsoups._resources import load_rows, resolve
+from rsoups.tasks import TASKS
+
+
+@dataclass
+class ScriptArguments:
+    task: str = field(default="concepts", metadata={"help": "Task that writes the prompts.", "choices": sorted(TASKS)})
+    dataset: str | None = field(default=None, metadata={"help": "JSONL file, folder or Hub id; the task's own if unset."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows, in the same forms."})
+
+
+def tokenized(rows: list[dict], tokenizer) -> Dataset:
+    """One example per reference: `input_ids`, and `completion_mask` = 1 on the response and its end token."""
+    pairs = [(row["prompt"], reference) for row in rows for reference in row["references"]]
+    prompts = tokenizer([p for p, _ in pairs])["input_ids"]
+    responses = tokenizer([r for _, r in pairs], add_special_tokens=False)["input_ids"]
+    responses = [ids + [tokenizer.eos_token_id] for ids in responses]
+    return Dataset.from_dict(
+        {
+            "input_ids": [p + r for p, r in zip(prompts, responses, strict=True)],
+            "completion_mask": [[0] * len(p) + [1] * len(r) for p, r in zip(prompts, responses, strict=True)],
+        }
+    )
+
+
+class ResponseSFTTrainer(SFTTrainer):
+    """SFTTrainer whose LM head sees response positions only, on the CPU too.
+
+    TRL's fused head skips the prompt's positions where it runs on Triton; elsewhere it projects them all to the
+    vocabulary and then masks them, about three quarters of a small model's step.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if inputs["input_ids"].device.type != "cpu" or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        causal_lm = self.accelerator.unwrap_model(model)
+        causal_lm = causal_lm.get_base_model() if hasattr(causal_lm, "peft_config") else causal_lm
+        labels = inputs["labels"][:, 1:]
+        scored = labels != -100
+        with self.accelerator.autocast():
+            hidden = causal_lm.base_model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+            ).last_hidden_state[:, :-1]
+            logits = causal_lm.get_output_embeddings()(hidden[scored])
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels[scored], reduction="sum")
+        return loss / (scored.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> None:
+    task = TASKS[script.task]
+    name = resolve(model.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision)
+    training.completion_only_loss = True
+    training.model_init_kwargs = {"revision": model.model_revision, "dtype": model.dtype}
+    held_out = None
+    if script.eval_dataset:
+        held_out = tokenized(load_rows(task, script.eval_dataset, "test"), tokenizer)
+    trainer = ResponseSFTTrainer(
+        model=name,
+        args=training,
+        train_dataset=tokenized(load_rows(task, script.dataset, "train"), tokenizer),
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
+    if held_out is not None:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        trainer.accelerator.print(metrics)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main(*TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config())

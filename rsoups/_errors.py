@@ -1,0 +1,43 @@
+"""Typed errors: every refusal is a `RsoupsError` whose message names the cause and the remedy.
+
+RsoupsError
+├── AdapterError          an adapter folder, its config or its tensors (also a ValueError)
+├── LambdasError          interpolation weights (also a ValueError)
+├── RewardError           a reward card, its model or its scores (also a ValueError)
+├── DatasetError          prompts and datasets (also a ValueError)
+├── FrontError            records and fronts (also a ValueError)
+├── OutputError           an output folder that is in use or cannot be written
+└── HubError              publishing to or reading from the Hub
+"""
+
+
+class RsoupsError(Exception):
+    """Base of all errors that rsoups raises on purpose."""
+
+
+class AdapterError(RsoupsError, ValueError):
+    """An adapter that cannot be read, or cannot be part of an exact soup."""
+
+
+class LambdasError(RsoupsError, ValueError):
+    """Interpolation weights of the wrong number, not finite, not summing to 1, or outside [0, 1]."""
+
+
+class RewardError(RsoupsError, ValueError):
+    """A reward card that is invalid, or a reward that returned something other than one finite number per sample."""
+
+
+class DatasetError(RsoupsError, ValueError):
+    """A dataset that is empty, malformed, or lacks a column."""
+
+
+class FrontError(RsoupsError, ValueError):
+    """Records that no front can be made of."""
+
+
+class OutputError(RsoupsError):
+    """An output folder that is in use by another process or cannot be written."""
+
+
+class HubError(RsoupsError):
+    """The Hub refused, or could not be reached."""

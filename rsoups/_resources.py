@@ -1,0 +1,63 @@
+"""Where names lead: embedded assets, reward cards and recipes, in a checkout and in an installed wheel alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rsoups._errors import DatasetError
+from rsoups.tasks import read_jsonl
+
+if TYPE_CHECKING:
+    from rsoups.tasks import Task
+
+_PACKAGE = Path(__file__).parent
+_PREFIX = "rsoups/"
+
+
+def shipped(folder: str) -> Path:
+    """A folder that a checkout holds at its top level (`rewards`, `recipes`) and the wheel inside the package."""
+    inside = _PACKAGE / folder
+    return inside if inside.is_dir() else _PACKAGE.parent / folder
+
+
+def resolve(name: str) -> str:
+    """The local folder or file behind ``rsoups/<asset>``; any other name (a path, a Hub id) comes back unchanged."""
+    if not name.startswith(_PREFIX):
+        return name
+    asset = name.removeprefix(_PREFIX)
+    known = sorted(p.name for p in (_PACKAGE / "assets").iterdir())
+    if asset not in known:
+        raise DatasetError(f"no embedded asset {name!r}; there are {[_PREFIX + k for k in known]}")
+    return str(_PACKAGE / "assets" / asset)
+
+
+def load_rows(task: Task, dataset: str | None, split: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a task, ``{"prompt", "references"}``, from a JSONL file, a folder of ``{split}.jsonl``, or the Hub.
+
+    Args:
+        task: The task.
+        dataset: A ``.jsonl`` or ``.jsonl.gz`` file (then `split` is ignored), a folder, or a Hub id; the task's own by default.
+        split: ``"train"`` or ``"test"``.
+        limit: Keep the first `limit` rows that the task can use.
+
+    Raises:
+        DatasetError: Missing file or column, or no usable row.
+    """
+    source = resolve(dataset or task.dataset)
+    path = Path(source)
+    if path.is_dir():
+        found = [p for p in (path / f"{split}.jsonl", path / f"{split}.jsonl.gz") if p.is_file()]
+        if not found:
+            raise DatasetError(f"{path} holds no {split}.jsonl or {split}.jsonl.gz")
+        path = found[0]
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        if not path.is_file():
+            raise DatasetError(f"no dataset file {path}")
+        raw: Any = read_jsonl(path)
+    else:
+        from datasets import load_dataset
+
+        raw = load_dataset(source, split=split)
+    rows = task.rows(raw)
+    return rows if limit is None else rows[:limit]
