@@ -23,7 +23,9 @@ from rsoups.tasks import TASKS
 @dataclass
 class ScriptArguments:
     task: str = field(default="concepts", metadata={"help": "Task that writes the prompts.", "choices": sorted(TASKS)})
-    dataset: str | None = field(default=None, metadata={"help": "JSONL file, folder or Hub id; the task's own if unset."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "JSONL file, folder or Hub id; the task's own if unset."}
+    )
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows, in the same forms."})
 
 

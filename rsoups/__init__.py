@@ -1,0 +1,82 @@
+"""Rewarded soups as a Hugging Face toolkit: train one adapter per reward, interpolate, sweep λ, share the result.
+
+The public names are in `__all__`. They are imported when first used, so that ``import rsoups`` stays instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rsoups._errors import (
+        AdapterError,
+        DatasetError,
+        FrontError,
+        HubError,
+        LambdasError,
+        OutputError,
+        RewardError,
+        RsoupsError,
+    )
+    from rsoups.front import Front
+    from rsoups.ppo import PPOConfig, PPOTrainer
+    from rsoups.report import write_report
+    from rsoups.scoring import Reward, RewardCard, load_reward
+    from rsoups.soup import Soup, interpolate
+    from rsoups.sweeps import simplex, sweep
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "_errors": (
+        "AdapterError",
+        "DatasetError",
+        "FrontError",
+        "HubError",
+        "LambdasError",
+        "OutputError",
+        "RewardError",
+        "RsoupsError",
+    ),
+    "front": ("Front",),
+    "ppo": ("PPOConfig", "PPOTrainer"),
+    "report": ("write_report",),
+    "scoring": ("Reward", "RewardCard", "load_reward"),
+    "soup": ("Soup", "interpolate"),
+    "sweeps": ("simplex", "sweep"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AdapterError",
+    "DatasetError",
+    "Front",
+    "FrontError",
+    "HubError",
+    "LambdasError",
+    "OutputError",
+    "PPOConfig",
+    "PPOTrainer",
+    "Reward",
+    "RewardCard",
+    "RewardError",
+    "RsoupsError",
+    "Soup",
+    "interpolate",
+    "load_reward",
+    "simplex",
+    "sweep",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'rsoups' has no attribute {name!r}")
+
+    value = getattr(import_module(f"rsoups.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

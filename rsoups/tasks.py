@@ -49,7 +49,7 @@ def first_sentence(text: str) -> str:
 
 
 def tidy_sentence(text: str) -> str:
-    """One sentence in one style: single spaces, none before punctuation, first letter upper case, one final full stop."""
+    """One sentence in one style: single spaces, none before punctuation, a capital first, one full stop last."""
     text = re.sub(r"\s+([.,!?;:])", r"\1", _one_line(text)).strip(" .\"'")
     return text[:1].upper() + text[1:] + ("" if text.endswith(("!", "?")) else ".")
 
@@ -102,9 +102,8 @@ class Task:
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file, gzip-compressed where the name ends in ``.gz``."""
     path = Path(path)
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
     rows = []
-    with opened as lines:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -22,10 +22,12 @@ from rsoups.tasks import TASKS, read_jsonl, tidy_sentence
 VARIANTS = 8
 VOCABULARY = 8_000
 STOP_WORDS = set(
-    "a an and are as at be been being but by can could did do does down for from had has have he her hers him his how i "
-    "if in into is it its just like may me my no not of off on one onto or other our out over own she so some someone "
-    "than that the their them then there these they this those through to too two under up upon very was we were what "
-    "when where which while who will with would you your".split()
+    """
+    a an and are as at be been being but by can could did do does down for from had has have he her hers him his
+    how i if in into is it its just like may me my no not of off on one onto or other our out over own she so some
+    someone than that the their them then there these they this those through to too two under up upon very was we
+    were what when where which while who will with would you your
+    """.split()
 )
 
 

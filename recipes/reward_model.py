@@ -1,0 +1,73 @@
+"""Train a reward model on preference pairs: a sequence classifier with one logit, by TRL's RewardTrainer.
+
+    accelerate launch recipes/reward_model.py --model_name_or_path BASE --dataset pairs.jsonl --output_dir runs/reward
+    accelerate launch recipes/reward_model.py --config recipes/configs/embedded-coverage.yaml
+
+Rows are `prompt, chosen, rejected`. The model reads tokenizer(question, response), the question taken out of the prompt
+as it is when the reward is used later, so that training and scoring see the same input. The loss is Bradley-Terry's
+(Ouyang et al. 2022, eq. 1). Ends with the pairwise accuracy on `--eval_dataset`.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
+
+from rsoups._resources import resolve
+from rsoups.scoring import encode_pairs
+from rsoups.tasks import question_of, read_jsonl
+
+
+@dataclass
+class ScriptArguments:
+    dataset: str = field(metadata={"help": "JSONL file of rows prompt, chosen, rejected."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out pairs, in the same form."})
+
+
+def tokenized(rows: list[dict], tokenizer, max_length: int) -> Dataset:
+    questions = [question_of(row["prompt"]) for row in rows]
+    columns = {}
+    for side in ("chosen", "rejected"):
+        encoded = encode_pairs(tokenizer, questions, [row[side] for row in rows], max_length)
+        columns[f"{side}_ids"] = [e["input_ids"] for e in encoded]
+    return Dataset.from_dict(columns)
+
+
+def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) -> None:
+    name = resolve(model.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision)
+    tokenizer.eos_token = (
+        tokenizer.eos_token or tokenizer.sep_token
+    )  # RewardTrainer wants one; pairs end with it already
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        name, revision=model.model_revision, num_labels=1, dtype=getattr(torch, model.dtype or "float32")
+    )
+    max_length = training.max_length or 512
+    held_out = None
+    if script.eval_dataset:
+        held_out = tokenized(read_jsonl(script.eval_dataset), tokenizer, max_length)
+    trainer = RewardTrainer(
+        model=classifier,
+        args=training,
+        train_dataset=tokenized(read_jsonl(script.dataset), tokenizer, max_length),
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model),
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
+    if held_out is not None:
+        metrics = trainer.evaluate()
+        if trainer.accelerator.is_main_process:
+            (Path(training.output_dir) / "eval_results.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        trainer.accelerator.print(f"held-out pairwise accuracy {metrics['eval_accuracy']:.3f} ({len(held_out)} pairs)")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main(*TrlParser((ScriptArguments, RewardConfig, ModelConfig)).parse_args_and_config())

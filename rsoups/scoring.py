@@ -1,0 +1,235 @@
+"""Reward cards and rewards: prompts and responses in, one float each out.
+
+A card (``rewards/*.yaml``) says which model scores, what its input is made of, and which logit is the score. The
+question is always in the input: `question_of` finds it in the prompt (the paper's released code lost it for two tasks).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rsoups._errors import RewardError
+from rsoups._resources import resolve, shipped
+from rsoups.tasks import question_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_INPUTS = ("pair", "reversed_pair")
+_BATCH_TOKENS = 8_192  # per scoring batch, padding included
+
+
+@dataclass(frozen=True)
+class RewardCard:
+    """What a reward is. Each field is a key of the YAML file.
+
+    Attributes:
+        name: Names the reward in records, logs and plots.
+        model: Hub id, folder, or ``rsoups/...`` for an embedded one: a sequence classifier.
+        revision: Hub revision, None for the newest.
+        input: ``pair``: tokenizer(question, response); ``reversed_pair``: tokenizer(response, question).
+        logit: Index or label of the logit that is the score.
+        minus: Index or label of a logit to subtract from it, None for none.
+        sign: 1, or -1 where a higher logit is worse.
+        mean, std: The score is ``(sign * logit - mean) / std``: from a named calibration, so that rewards can be mixed.
+        calibration: What mean and std were measured on.
+        max_length: Tokens; a longer input loses the end of its question, never of its response.
+        source: Where the input recipe comes from.
+        licence: Of the model's weights.
+    """
+
+    name: str
+    model: str
+    revision: str | None = None
+    input: str = "pair"
+    logit: int | str = 0
+    minus: int | str | None = None
+    sign: int = 1
+    mean: float = 0.0
+    std: float = 1.0
+    calibration: str | None = None
+    max_length: int = 512
+    source: str = ""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if self.input not in _INPUTS:
+            raise RewardError(f"reward card {self.name!r}: input is {self.input!r}, must be one of {list(_INPUTS)}")
+        if self.sign not in (1, -1):
+            raise RewardError(f"reward card {self.name!r}: sign is {self.sign!r}, must be 1 or -1")
+        for field in ("mean", "std"):
+            value = getattr(self, field)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise RewardError(f"reward card {self.name!r}: {field} is {value!r}, must be a finite number")
+        if self.std <= 0:
+            raise RewardError(f"reward card {self.name!r}: std is {self.std!r}, must be above 0")
+
+    @classmethod
+    def read(cls, path: str | Path) -> RewardCard:
+        """Read and check a card.
+
+        Raises:
+            RewardError: Not a YAML mapping, an unknown or missing key, or a value that is out of range.
+        """
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise RewardError(f"{path}: not YAML ({error})") from None
+        if not isinstance(data, dict):
+            raise RewardError(f"{path}: a reward card is a mapping of fields, not {type(data).__name__}")
+        known = {field.name for field in fields(cls)}
+        if unknown := set(data) - known:
+            raise RewardError(f"{path}: unknown field(s) {sorted(unknown)}; a card has {sorted(known)}")
+        if missing := {"name", "model"} - set(data):
+            raise RewardError(f"{path}: missing field(s) {sorted(missing)}")
+        return cls(**data)
+
+
+def cards() -> dict[str, Path]:
+    """Names and files of the cards that ship with rsoups."""
+    return {path.stem: path for path in sorted(shipped("rewards").glob("*.yaml"))}
+
+
+class Reward:
+    """A loaded reward model: ``reward(prompts, responses) -> list[float]``.
+
+    Runs without gradients, in the model's own precision, sorted by length into batches of equal padding; scores do not
+    depend on the batching.
+    """
+
+    def __init__(self, card: RewardCard, device: str = "cpu"):
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.card = card
+        self.name = self.__name__ = card.name  # TRL logs a reward under its __name__
+        source = resolve(card.model)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(source, revision=card.revision)
+            # The embedded weights are stored in half precision to be small, and computed with in float32.
+            dtype = torch.float32 if source != card.model else "auto"
+            model = AutoModelForSequenceClassification.from_pretrained(source, revision=card.revision, dtype=dtype)
+        except OSError as error:
+            raise RewardError(f"reward {card.name!r}: cannot load {card.model!r}: {error}") from error
+        self._pad(model)
+        self._columns = [self._column(model.config, label) for label in (card.logit, card.minus) if label is not None]
+        self._model = model.eval().requires_grad_(False).to(device)
+
+    def _pad(self, model: Any) -> None:
+        """A pad token for tokenizers without one (GPT-2), known to the model, which looks for the last real token."""
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.unk_token
+        model.config.pad_token_id = self._tokenizer.pad_token_id
+
+    def _column(self, config: Any, label: int | str) -> int:
+        names = {int(i): str(name) for i, name in config.id2label.items()}
+        found = [i for i, name in names.items() if label in (i, name)]
+        if not found:
+            raise RewardError(f"reward {self.name!r}: no logit {label!r} in {self.card.model!r}, which has {names}")
+        return found[0]
+
+    def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, list[int]]]:
+        """The model's input for each sample, unpadded."""
+        return encode_pairs(
+            self._tokenizer,
+            [question_of(prompt) for prompt in prompts],
+            responses,
+            self.card.max_length,
+            reverse=self.card.input == "reversed_pair",
+        )
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """Score each response to its prompt.
+
+        Args:
+            prompts: Policy prompts (the question is taken out of the prompt format) or bare questions.
+            responses: As many responses.
+
+        Raises:
+            RewardError: Unequal numbers, or a score that is not finite (the sample is shown).
+        """
+        import torch
+
+        if len(prompts) != len(responses):
+            raise RewardError(f"reward {self.name!r}: {len(prompts)} prompts but {len(responses)} responses")
+        encoded = self.encode(prompts, responses)
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]), reverse=True)
+        scores = [0.0] * len(encoded)
+        with torch.inference_mode():
+            while order:
+                size = max(1, _BATCH_TOKENS // len(encoded[order[0]]["input_ids"]))
+                batch, order = order[:size], order[size:]
+                padded = self._tokenizer.pad([encoded[i] for i in batch], return_tensors="pt", padding_side="right")
+                logits = self._model(**padded.to(self._model.device)).logits.float()
+                raw = logits[:, self._columns[0]]
+                if len(self._columns) == 2:
+                    raw = raw - logits[:, self._columns[1]]
+                values = (self.card.sign * raw - self.card.mean) / self.card.std
+                for i, value in zip(batch, values.tolist(), strict=True):
+                    scores[i] = value
+        check_scores(self.name, scores, prompts, responses)
+        return scores
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    responses: Sequence[str],
+    max_length: int,
+    reverse: bool = False,
+) -> list[dict[str, list[int]]]:
+    """Tokenize (question, response) pairs as a sequence classifier reads them; `reverse` puts the response first.
+
+    Where a pair is longer than `max_length` tokens, the question loses its end.
+    """
+    first, second = (responses, questions) if reverse else (questions, responses)
+    batch = tokenizer(
+        list(first), list(second), truncation="only_second" if reverse else "only_first", max_length=max_length
+    )
+    return [{key: batch[key][i] for key in batch} for i in range(len(questions))]
+
+
+def check_scores(name: str, scores: Sequence[float], prompts: Sequence[str], responses: Sequence[str]) -> None:
+    """Refuse scores that would poison a run.
+
+    Raises:
+        RewardError: Not one score per sample, or a score that is NaN or infinite; names the reward and the sample.
+    """
+    if len(scores) != len(responses):
+        raise RewardError(f"reward {name!r} returned {len(scores)} scores for {len(responses)} responses")
+    for score, prompt, response in zip(scores, prompts, responses, strict=True):
+        if not math.isfinite(score):
+            raise RewardError(f"reward {name!r} returned {score} for prompt {prompt!r}, response {response!r}")
+
+
+def load_reward(name: str | Path, device: str = "cpu") -> Reward:
+    """Load a reward by a shipped card's name or a card's path.
+
+    Args:
+        name: ``"naturalness"``, ``"deberta-v3-large-v2"``, ..., or the path of a YAML card.
+        device: Where the model runs.
+
+    Raises:
+        RewardError: No such card (those known are listed), or an invalid one.
+    """
+    known = cards()
+    path = known.get(str(name), Path(name))
+    if not path.is_file():
+        raise RewardError(f"no reward card {str(name)!r}; shipped: {sorted(known)}, or give the path of a YAML card")
+    return Reward(RewardCard.read(path), device)
+
+
+def reward_function(reward: Callable[..., Any], cut: Callable[[str], str]) -> Callable[..., list[float]]:
+    """A reward in TRL's signature, ``f(prompts, completions, **columns)``, that sees what `cut` leaves of a response."""
+
+    def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return list(reward(prompts, [cut(completion) for completion in completions]))
+
+    function.__name__ = getattr(reward, "__name__", type(reward).__name__)
+    return function
