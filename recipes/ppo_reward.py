@@ -100,6 +100,7 @@ def main(script: ScriptArguments, training: PPOConfig, model: ModelConfig) -> No
     trainer.model.peft_config["default"].revision = model.model_revision
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()  # the log of the run beside the adapter
     trainer.accelerator.print(f"adapter: {training.output_dir}")
 
 

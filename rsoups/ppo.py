@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -89,12 +91,14 @@ class PPOTrainer(GRPOTrainer):
     _tag_names = ["trl", "ppo", "rsoups"]
     _name = "PPO"
     args: PPOConfig
+    model: Any
+    _logs: dict[str, Any]
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any):
         super().__init__(model, reward_funcs, args, **kwargs)
         if not isinstance(self.model, PeftModel):
             raise ValueError("PPOTrainer trains a LoRA adapter: pass a peft_config, or a PeftModel to train on")
-        causal_lm = self.model.get_base_model()
+        causal_lm: Any = self.model.get_base_model()
         if kwargs.get("peft_config") is not None:
             reset_adapter(self.model, args.adapter_init_seed)
         # On the base, where the adapter's own files never include it; checkpoints hold it beside them.
@@ -103,6 +107,9 @@ class PPOTrainer(GRPOTrainer):
         nn.init.zeros_(causal_lm.value_head.bias)
         add_actor_critic_forward(causal_lm, self.temperature)
         self.kl_controller = rl_math.KLController(args.kl_coef, args.kl_target, args.kl_horizon)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(PPOProgress())
 
     # --- rollout -----------------------------------------------------------------------------------------------------
 
@@ -115,11 +122,12 @@ class PPOTrainer(GRPOTrainer):
         mask = batch["completion_mask"]
 
         chunk = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            logps, values = self._evaluate(self.model, batch, chunk)
+        checkpointing: Any = self.args.activation_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
+            logps, values = self._actor_critic(self.model, batch, chunk)
             policy = self.accelerator.unwrap_model(self.model)
             with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-                ref_logps, _ = self._evaluate(self.model, batch, chunk)
+                ref_logps, _ = self._actor_critic(self.model, batch, chunk)
 
         scores = self._scores(inputs, prompts, responses, response_ids)
         rewards = rl_math.kl_penalised_rewards(scores, logps, ref_logps, mask, self.kl_controller.coef)
@@ -142,7 +150,9 @@ class PPOTrainer(GRPOTrainer):
             out[f"{name}_mask"] = mask.to(self.accelerator.device)
         return out
 
-    def _evaluate(self, model: nn.Module, batch: dict[str, Tensor], chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    def _actor_critic(
+        self, model: nn.Module, batch: dict[str, Tensor], chunk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the response tokens and values of the states before them, both (B, T)."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
@@ -193,7 +203,7 @@ class PPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Clipped policy loss + vf_coef * clipped value loss, a mean over the tokens that one optimizer step sees."""
         mask = inputs["completion_mask"]
-        logps, values = self._evaluate(model, inputs)
+        logps, values = self._actor_critic(model, inputs)
         policy, clipped = rl_math.policy_loss(logps, inputs["old_logps"], inputs["advantages"], self.args.cliprange)
         value = rl_math.value_loss(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
         mode = "train" if self.model.training else "eval"
@@ -224,6 +234,15 @@ class PPOTrainer(GRPOTrainer):
         self.kl_controller.coef = json.loads((folder / _STATE).read_text())["kl_coef"]
 
 
+class PPOProgress(ProgressCallback):
+    """The progress bar with the last rollout's reward and KL beside it, instead of a printed dictionary at each log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = {key: logs[key] for key in ("reward", "kl", "value_loss") if logs and key in logs}
+            self.training_bar.set_postfix({key: f"{value:.2f}" for key, value in shown.items()})
+
+
 def reset_adapter(model: PeftModel, seed: int) -> None:
     """Draw a fresh LoRA adapter's weights anew from `seed`: A as PEFT initialises it, B zero.
 
@@ -233,12 +252,12 @@ def reset_adapter(model: PeftModel, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in model.modules():
-            if hasattr(module, "reset_lora_parameters"):
+            if isinstance(module, LoraLayer):
                 for name in module.active_adapters:
                     module.reset_lora_parameters(name, init_lora_weights=True)
 
 
-def add_actor_critic_forward(causal_lm: nn.Module, temperature: float) -> None:
+def add_actor_critic_forward(causal_lm: Any, temperature: float) -> None:
     """Let ``causal_lm(..., response_length=T)`` return ``(log-probabilities, values)``, each (B, T) float32.
 
     Both belong to the last T tokens of `input_ids`; masked tokens get 0. The LM head runs on real response tokens only,

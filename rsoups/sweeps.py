@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -211,8 +212,9 @@ class _Generator:
             embedded = source != base  # stored in half precision to be small, computed with in float32
             dtype = torch.float32 if embedded or device == "cpu" else torch.bfloat16
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-            base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(base.config.name_or_path)
+            base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            base.to(device)
+        tokenizer = deepcopy(tokenizer or AutoTokenizer.from_pretrained(base.config.name_or_path))
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

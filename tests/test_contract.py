@@ -1,0 +1,47 @@
+"""The private methods of TRL and PEFT that PPOTrainer relies on: an upgrade that changes them fails here first."""
+
+import inspect
+
+import pytest
+from peft.tuners.lora import LoraLayer
+from trl import GRPOTrainer
+from trl.trainer import utils
+
+METHODS = {
+    "_generate": ["self", "prompts"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_prepare_inputs": ["self", "generation_batch"],
+    "_compute_loss": ["self", "model", "inputs"],
+    "_save_checkpoint": ["self", "model", "trial"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_trls_online_loop_still_has(name):
+    found = getattr(GRPOTrainer, name, None)
+    assert found is not None, f"GRPOTrainer.{name} is gone: rsoups.ppo overrides or calls it; pin TRL or adapt ppo.py"
+    parameters = list(inspect.signature(found).parameters)
+    assert parameters == METHODS[name], f"GRPOTrainer.{name} changed to {parameters}: adapt rsoups/ppo.py"
+
+
+def test_the_loop_buffers_what_our_rollout_returns():
+    source = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert "self._generate_and_score_completions(" in source and "self._buffered_inputs" in source
+    assert "self._compute_loss(" in inspect.getsource(GRPOTrainer.compute_loss)
+
+
+def test_what_generate_returns_starts_with_ids_and_texts():
+    returned = inspect.getsource(GRPOTrainer._generate).rsplit("return ", 1)[1]
+    assert [part.strip() for part in returned.split(",")][:4] == [
+        "prompt_ids",
+        "completion_ids",
+        "tool_mask",
+        "completions",
+    ]
+
+
+def test_helpers_exist():
+    assert list(inspect.signature(utils.use_adapter).parameters) == ["model", "adapter_name"]
+    assert {"padding_value", "padding_side"} <= set(inspect.signature(utils.pad).parameters)
+    assert "init_lora_weights" in inspect.signature(LoraLayer.reset_lora_parameters).parameters

@@ -1,0 +1,210 @@
+"""PPO is tested by learning, and its one forward against a plain one."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from tiny import tiny_llama, tiny_tokenizer
+
+from rsoups import PPOConfig, PPOTrainer, RewardError
+from rsoups.ppo import _token_logps, add_actor_critic_forward, explained_variance
+
+WORDS = [f"w{i}" for i in range(20)]
+PROMPTS = Dataset.from_dict({"prompt": [f"{a} {b}" for a in WORDS[:8] for b in WORDS[:8]]})
+FAVOURITE = "w7"
+
+
+def pays_for_one_word(prompts, completions, **columns):
+    return [text.split().count(FAVOURITE) / 6 for text in completions]
+
+
+def config(tmp_path, **overrides):
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": 2,
+        "num_iterations": 2,
+        "max_steps": 4,
+        "max_completion_length": 6,
+        "learning_rate": 5e-3,
+        "lr_scheduler_type": "constant",
+        "kl_coef": 0.02,
+        "kl_target": None,
+        "bf16": False,
+        "use_cpu": True,
+        "activation_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return PPOConfig(**(settings | overrides))
+
+
+def lora(**overrides):
+    return LoraConfig(
+        **({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | overrides)
+    )
+
+
+def trainer(tmp_path, reward=pays_for_one_word, model=None, **overrides):
+    tokenizer = tiny_tokenizer(WORDS)
+    model = model or tiny_llama(vocab_size=len(tokenizer))
+    peft_config = None if isinstance(model, PeftModel) else lora()
+    args = config(tmp_path, **overrides)
+    return PPOTrainer(model, reward, args, train_dataset=PROMPTS, processing_class=tokenizer, peft_config=peft_config)
+
+
+def history(run, key):
+    return [row[key] for row in run.state.log_history if key in row]
+
+
+def test_a_reward_for_one_word_is_learnt_and_its_value_too(tmp_path):
+    run = trainer(tmp_path, max_steps=160)
+    run.train()
+    rewards, explained = history(run, "reward"), history(run, "explained_variance")
+    assert sum(rewards[:4]) / 4 < 0.2, "the untrained policy already earns the reward: the test tests nothing"
+    assert sum(rewards[-8:]) / 8 > 0.7
+    assert explained[0] == pytest.approx(0, abs=1e-5) and sum(explained[-8:]) / 8 > 0.2
+
+
+def test_the_kl_penalty_holds_the_policy_back(tmp_path):
+    last = {}
+    for coef in (0.0, 1.0):
+        run = trainer(tmp_path / str(coef), max_steps=100, learning_rate=1e-2, kl_coef=coef)
+        run.train()
+        last[coef] = sum(history(run, "kl")[-4:]) / 4
+    assert last[1.0] < 1 < 5 < last[0.0]
+
+
+def test_one_forward_gives_the_log_probabilities_and_values_of_a_plain_one():
+    torch.manual_seed(0)
+    model = tiny_llama(vocab_size=50).eval()
+    model.value_head = torch.nn.Linear(model.config.hidden_size, 1)
+    ids = torch.randint(3, 50, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0  # a shorter prompt
+    mask[1, -2:] = 0  # a response that ended early
+    with torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        expected = (plain.logits / 0.7).log_softmax(-1)[:, 4:-1].gather(-1, ids[:, 5:, None]).squeeze(-1)
+        states = plain.hidden_states[-1][:, 4:-1]
+        add_actor_critic_forward(model, temperature=0.7)
+        logps, values = model(input_ids=ids, attention_mask=mask, response_length=4)
+        again = model(input_ids=ids, attention_mask=mask).logits
+    real = mask[:, 5:].bool()
+    assert torch.allclose(logps[real], expected[real], atol=1e-5)
+    assert torch.allclose(values[real], model.value_head(states).squeeze(-1)[real], atol=1e-5)
+    assert logps[~real].abs().max() == 0 and values[~real].abs().max() == 0
+    assert torch.equal(again, plain.logits), "an ordinary call must stay as it was"
+
+
+def test_chunked_log_probabilities_have_the_gradient_of_the_whole(monkeypatch):
+    head = torch.nn.Linear(8, 30, bias=False).double()
+    states = torch.randn(11, 8, dtype=torch.float64)
+    tokens = torch.randint(0, 30, (11,))
+    grads = []
+    for size in (100, 4):
+        monkeypatch.setattr("rsoups.ppo._CHUNK", size)
+        part = states.clone().requires_grad_()
+        _token_logps(head, part, tokens, 1.0).pow(2).sum().backward()
+        grads.append(part.grad)
+    assert torch.allclose(*grads, rtol=1e-5, atol=1e-7)
+
+
+def test_models_with_unknown_logit_transforms_are_refused():
+    model = tiny_llama()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        add_actor_critic_forward(model, 1.0)
+
+
+def test_fresh_adapters_start_alike_whatever_the_seed_of_the_run(tmp_path):
+    weights = []
+    for seed, init in ((0, 0), (1, 0), (0, 1)):
+        run = trainer(tmp_path / f"{seed}{init}", seed=seed, adapter_init_seed=init)
+        weights.append({k: v.clone() for k, v in run.model.state_dict().items() if "lora_" in k})
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert any(not torch.equal(weights[0][k], weights[2][k]) for k in weights[0])
+
+
+def test_the_same_seed_gives_the_same_adapter_bit_for_bit(tmp_path):
+    files = []
+    for name in "ab":
+        run = trainer(tmp_path / name, seed=3)
+        run.train()
+        run.save_model(str(tmp_path / name))
+        files.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_the_reference_of_a_continued_adapter_is_a_frozen_copy_of_it(tmp_path):
+    tokenizer = tiny_tokenizer(WORDS)
+    first = trainer(tmp_path / "first", max_steps=20)
+    first.train()
+    first.save_model(str(tmp_path / "first"))
+    model = PeftModel.from_pretrained(tiny_llama(vocab_size=len(tokenizer)), tmp_path / "first", is_trainable=True)
+    run = trainer(tmp_path / "second", model=model, max_steps=8)
+    before = load_file(tmp_path / "first" / "adapter_model.safetensors")
+    run.train()
+    assert history(run, "kl")[0] == pytest.approx(0, abs=1e-5), "at its start, the adapter is its own reference"
+    reference = {k: v for k, v in run.model.state_dict().items() if ".ref." in k}
+    for key, value in before.items():
+        assert torch.equal(reference[key.replace(".weight", ".ref.weight")], value)
+
+
+def test_several_rewards_are_their_weighted_mean(tmp_path):
+    def one(prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+    def three(prompts, completions, **columns):
+        return [3.0] * len(completions)
+
+    run = trainer(tmp_path, reward=[one, three], reward_weights=[3.0, 1.0])
+    run.train()
+    assert history(run, "reward") == pytest.approx([1.5])
+    assert history(run, "rewards/three")[0] == 3.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_stops_the_run_and_shows_the_sample(tmp_path, bad):
+    def broken(prompts, completions, **columns):
+        return [bad] * len(completions)
+
+    run = trainer(tmp_path, reward=broken)
+    with pytest.raises(RewardError, match=r"'broken' returned (nan|inf) for prompt 'w\d"):
+        run.train()
+
+
+def test_checkpoints_hold_the_critic_and_the_published_adapter_does_not(tmp_path):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=4, kl_target=0.01)
+    run.train()
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    head = load_file(checkpoint / "value_head.safetensors")
+    assert head["weight"].abs().max() > 0
+    assert json.loads((checkpoint / "ppo_state.json").read_text())["kl_coef"] == run.kl_controller.coef != 0.02
+    run.save_model(str(tmp_path / "published"))
+    assert not any("value_head" in key for key in load_file(tmp_path / "published" / "adapter_model.safetensors"))
+
+    resumed = trainer(tmp_path, kl_target=0.01)
+    resumed._load_from_checkpoint(str(checkpoint))
+    assert resumed.kl_controller.coef == run.kl_controller.coef
+    assert torch.equal(resumed.model.get_base_model().value_head.weight, head["weight"])
+
+
+def test_explained_variance_of_perfect_and_useless_values():
+    returns, mask = torch.randn(4, 5), torch.ones(4, 5)
+    assert explained_variance(returns, returns, mask) == pytest.approx(1)
+    assert explained_variance(torch.zeros(4, 5), returns, mask) == pytest.approx(0, abs=1e-6)
+
+
+def test_settings_that_contradict_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="rollout of one response"):
+        config(tmp_path, per_device_train_batch_size=1, steps_per_generation=1)
+    with pytest.raises(ValueError, match="kl_coef"):
+        config(tmp_path, kl_coef=-1.0)
+    assert config(tmp_path).num_generations == 1
