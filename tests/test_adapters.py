@@ -1,0 +1,153 @@
+"""Every adapter that cannot be part of an exact soup is refused, with the file, tensor or field named."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_adapter
+
+import rsoups
+from rsoups.adapters import read_adapter
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return tiny_adapter(tmp_path / "adapter")
+
+
+def edit(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def retouch(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def refuses(folder, words):
+    with pytest.raises(rsoups.AdapterError, match=words):
+        read_adapter(folder)
+
+
+def test_an_adapter_is_read_as_it_was_saved(adapter):
+    read = read_adapter(adapter)
+    assert len(read.modules) == 4
+    module = read.modules["model.layers.0.self_attn.q_proj"]
+    assert (module.A.shape, module.B.shape, module.scaling) == ((4, 32), (32, 4), 2.0)
+    assert read.full == {}
+
+
+DAMAGE = {
+    "truncated": lambda data: data[:-7],
+    "cut in the header": lambda data: data[:20],
+    "empty": lambda data: b"",
+    "trailing garbage": lambda data: data + b"garbage",
+    "a huge header": lambda data: struct.pack("<Q", 2**62) + data[8:],
+    "a header beyond the file": lambda data: struct.pack("<Q", len(data) * 2) + data[8:],
+    "a header that is not JSON": lambda data: data[:8] + b"[" + data[9:],
+    "text": lambda data: b"version https://git-lfs.github.com/spec/v1\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_corrupt_files_are_refused_by_name(adapter, damage):
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    refuses(adapter, r"adapter_model\.safetensors is corrupt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tensors_that_are_not_finite_are_named(adapter, value):
+    retouch(adapter, lambda tensors: tensors[sorted(tensors)[2]].view(-1).__setitem__(3, value))
+    refuses(adapter, r"q_proj|v_proj.* NaN or infinity")
+
+
+def test_a_pickle_is_never_opened(adapter, tmp_path):
+    trace = tmp_path / "opened"
+
+    class Bomb:
+        def __reduce__(self):
+            return (trace.touch, ())
+
+    torch.save(Bomb(), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    refuses(adapter, "a pickle, which rsoups never opens")
+    assert not trace.exists()
+
+
+def test_missing_files_are_named(adapter, tmp_path):
+    (adapter / "adapter_model.safetensors").unlink()
+    refuses(adapter, r"holds no adapter_model\.safetensors")
+    (adapter / "adapter_config.json").unlink()
+    refuses(adapter, r"holds no adapter_config\.json")
+    refuses(tmp_path / "nowhere", "no adapter folder")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "not valid JSON"), ("[]", "not an object"), ("\xff", "peft_type|JSON")]
+)
+def test_configs_that_are_not_objects(adapter, text, words):
+    (adapter / "adapter_config.json").write_text(text, encoding="latin-1")
+    refuses(adapter, words)
+
+
+FIELDS = [
+    ({"peft_type": "IA3"}, "'IA3'.*LORA adapters only"),
+    ({"peft_type": "SOMETHING_NEW"}, "LORA adapters only"),
+    ({"peft_type": None}, "LORA adapters only"),
+    ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+    ({"r": 0}, "r is 0"),
+    ({"r": -4}, "r is -4"),
+    ({"r": True}, "r is True"),
+    ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0"),
+    ({"alpha_pattern": [1]}, "alpha_pattern is"),
+    ({"r": 8}, "rank 8"),
+    ({"target_modules": ["k_proj"]}, "does not target"),
+    ({"layers_to_transform": [0], "layers_pattern": "layers"}, "layers.1.*does not target"),
+    ({"lora_bias": True}, "lora_bias=True"),
+    ({"use_dora": True}, "use_dora is set"),
+    ({"init_lora_weights": "pissa"}, "pissa.*convert"),
+    ({"init_lora_weights": "olora"}, "olora"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+    ({"field_of_tomorrow": 3}, "field_of_tomorrow.*upgrade"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), FIELDS, ids=lambda v: str(v)[:40])
+def test_fields_are_named(adapter, fields, words):
+    edit(adapter, **fields)
+    refuses(adapter, words)
+
+
+def test_tensors_and_config_must_agree(adapter):
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    retouch(adapter, lambda tensors: tensors.pop(key))
+    refuses(adapter, r"model\.layers\.0\.self_attn\.q_proj has factors \['B'\]")
+    retouch(adapter, lambda tensors: tensors.update({key: torch.zeros(4, 32, dtype=torch.int8)}))
+    refuses(adapter, "int8")
+    retouch(adapter, lambda tensors: tensors.update({key: torch.zeros(4, 32), "stray.weight": torch.zeros(1)}))
+    refuses(adapter, "does not account for.*stray")
+
+
+def test_a_config_without_tensors(adapter):
+    retouch(adapter, lambda tensors: tensors.clear())
+    refuses(adapter, "no tensors")
+
+
+@pytest.mark.parametrize("name", ["../../no-such", "/no/such/folder", "user/na me", "a/b/c", "user/name@"])
+def test_names_that_are_neither_folders_nor_hub_ids(name):
+    with pytest.raises(rsoups.AdapterError, match="no adapter folder"):
+        read_adapter(name)
+
+
+def test_a_hub_id_that_is_not_cached_says_so_when_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(rsoups.HubError, match="not in the cache"):
+        read_adapter("no-such-user/no-such-adapter")
