@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 from rsoups._errors import DatasetError
@@ -26,7 +27,7 @@ def resolve(name: str) -> str:
     if not name.startswith(_PREFIX):
         return name
     asset = name.removeprefix(_PREFIX)
-    known = sorted(p.name for p in (_PACKAGE / "assets").iterdir())
+    known = sorted(p.name for p in (_PACKAGE / "assets").iterdir() if p.is_dir())
     if asset not in known:
         raise DatasetError(f"no embedded asset {name!r}; there are {[_PREFIX + k for k in known]}")
     return str(_PACKAGE / "assets" / asset)
@@ -61,3 +62,8 @@ def load_rows(task: Task, dataset: str | None, split: str, limit: int | None = N
         raw = load_dataset(source, split=split)
     rows = task.rows(raw)
     return rows if limit is None else rows[:limit]
+
+
+def template(name: str) -> Template:
+    """A page with $-placeholders, as it ships."""
+    return Template((_PACKAGE / "assets" / name).read_text(encoding="utf-8"))
