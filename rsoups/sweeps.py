@@ -133,7 +133,7 @@ def sweep(
     if not rewards:
         raise RewardError("a sweep needs at least one reward")
     read = {name: _read(source) for name, source in adapters.items()}
-    grid = [list(row) for row in (simplex(len(read)) if lambdas is None else lambdas)]
+    grid = [[float(x) for x in row] for row in (simplex(len(read)) if lambdas is None else lambdas)]
     models = _models(read, grid, method, {name: _read(source) for name, source in (others or {}).items()})
     settings = {
         "ingredients": {name: adapter.sha256 for name, adapter in read.items()},

@@ -3,15 +3,18 @@
     python recipes/embedded/prepare.py COMMONGEN runs/embedded
 
 Writes `sft_train.jsonl.gz`, `sft_dev.jsonl.gz` (rows of the "concepts" task) and `policy_init/` (Llama architecture).
-Each human sentence appears `VARIANTS` times. Half of them ask for the data's own concepts, the other half for a fresh
-random subset of the sentence's content words, now inflected, now as the lemma: that teaches to copy and to inflect
-rather than to recite.
+A small model recites the sentences that it was trained on and fails on words that it has not seen together. So each
+human sentence appears `VARIANTS` times: once for the data's own concepts, once for a random subset of its own content
+words, and otherwise with some content words exchanged for others that stand between the same neighbours elsewhere, and
+asked for them. What a prompt asks for is then the only way to know what comes: that teaches to copy and to inflect.
 """
 
 import argparse
 import gzip
 import json
 import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -48,16 +51,66 @@ def lemma(word: str, lemmas: set[str]) -> str:
     return next((s for s in stems[1:] if s in lemmas), word)
 
 
+def suffix(word: str) -> str:
+    """A rough class of inflection."""
+    return next((end for end in ("ing", "ed", "ly", "s") if word.endswith(end)), "")
+
+
+def split(sentence: str) -> list[tuple[str, str]]:
+    """Words in lower case, each with the punctuation after it."""
+    words = [(w.rstrip(".,!?;:").lower(), w) for w in sentence.split()]
+    return [(word, original[len(word) :]) for word, original in words]
+
+
+class Exchange:
+    """Content words by the slots they stand in: between two words, or after one, in one inflection."""
+
+    def __init__(self, sentences: list[str]):
+        counts = Counter(word for sentence in sentences for word, _ in split(sentence))
+        self._slots: dict[tuple, set[str]] = defaultdict(set)
+        for sentence in sentences:
+            for i, word, slots in self._content(split(sentence)):
+                if counts[word] >= 5:
+                    for slot in slots:
+                        self._slots[slot].add(word)
+        self._sorted = {slot: sorted(words) for slot, words in self._slots.items()}
+
+    @staticmethod
+    def _content(words: list[tuple[str, str]]) -> Iterator[tuple[int, str, list[tuple]]]:
+        plain = ["<s>", *(word for word, _ in words), "</s>"]
+        for i, word in enumerate(plain[1:-1]):
+            if word.isalpha() and len(word) > 2 and word not in STOP_WORDS:
+                before, after = plain[i], plain[i + 2]
+                yield i, word, [(before, after, suffix(word)), (before, None, suffix(word))]
+
+    def __call__(self, sentence: str, rng: random.Random) -> tuple[str, list[str]]:
+        """The sentence with one to three content words exchanged, and the new words."""
+        words = split(sentence)
+        places = list(self._content(words))
+        rng.shuffle(places)
+        new = []
+        for i, word, slots in places[: rng.randint(1, 3)]:
+            fitting = next((self._sorted[s] for s in slots if len(self._sorted.get(s, ())) > 3), [])
+            if fitting and (other := rng.choice(fitting)) != word:
+                words[i] = (other, words[i][1])
+                new.append(other)
+        text = " ".join(word + mark for word, mark in words)
+        return text[:1].upper() + text[1:], new
+
+
 def sft_rows(rows: list[dict], rng: random.Random) -> list[dict]:
     lemmas = {concept for row in rows for concept in row["concepts"]}
+    exchange = Exchange([tidy_sentence(s) for row in rows for s in row["sentences"]])
     out = []
     for row in rows:
-        for sentence in map(tidy_sentence, row["sentences"]):
-            words = content_words(sentence)
+        for original in map(tidy_sentence, row["sentences"]):
             for variant in range(VARIANTS):
-                concepts = list(row["concepts"])
-                if variant % 2 and len(words) >= 2:
-                    concepts = rng.sample(words, k=min(len(words), rng.randint(2, 5)))
+                sentence, concepts = original, list(row["concepts"])
+                if variant:
+                    sentence, new = (original, []) if variant == 1 else exchange(original, rng)
+                    words = [w for w in content_words(sentence) if w not in new]
+                    more = min(len(words), max(0, rng.randint(2, 5) - len(new)))
+                    concepts = sorted({*new, *rng.sample(words, k=more)}) or concepts
                     concepts = [lemma(w, lemmas) if rng.random() < 0.5 else w for w in concepts]
                 rng.shuffle(concepts)
                 out.append({"concepts": concepts, "sentences": [sentence]})
@@ -134,7 +187,7 @@ def main() -> None:
     write_jsonl(dev, args.out / "sft_dev.jsonl.gz")
 
     task = TASKS["concepts"]
-    sentences = list({row["sentences"][0] for row in train})
+    sentences = sorted({tidy_sentence(s) for row in read_jsonl(args.data / "train.jsonl.gz") for s in row["sentences"]})
     # Prompts too: a concept is written in lower case after a space, as words inside a sentence are.
     prompts = [str(task.prompt(row)).removeprefix("### Instruction:") for row in train[: len(train) // VARIANTS]]
     tokenizer = policy_tokenizer(sentences + prompts)

@@ -1,0 +1,53 @@
+"""The commands, as a shell runs them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_front import records
+from tiny import tiny_adapter
+
+import rsoups
+from rsoups.cli import main
+
+
+def test_interpolate_writes_a_soup(tmp_path, capsys):
+    folders = [str(tiny_adapter(tmp_path / name, seed=seed)) for seed, name in enumerate("ab")]
+    assert main(["interpolate", *folders, "--lambdas", "0.3", "0.7", "--out", str(tmp_path / "soup")]) == 0
+    assert json.loads((tmp_path / "soup" / "soup.json").read_text())["method"] == "exact"
+    assert str(tmp_path / "soup") in capsys.readouterr().out
+    out = str(tmp_path / "svd")
+    assert main(["interpolate", *folders, "--method", "svd", "--rank", "2", "--out", out]) == 0
+    assert json.loads((tmp_path / "svd" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "rsoups.cli", "interpolate", str(tmp_path), "--out", str(tmp_path / "soup")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and run.stdout == ""
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("rsoups: ")]
+    assert "adapter_config.json" in line and "Traceback" not in run.stderr
+    assert not (tmp_path / "soup").exists()
+
+
+def test_report_draws_from_records_alone(tmp_path, capsys):
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in records(n=5)[0]))
+    assert main(["report", str(path)]) == 0
+    assert {"front.png", "report.html", "report.md"} <= {p.name for p in tmp_path.iterdir()}
+    assert "| MORL |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [[], ["interpolate"], ["report"], ["sweep"], ["demo"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--help"])
+    assert exit_.value.code == 0
+    assert "usage" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert rsoups.__version__ in capsys.readouterr().out

@@ -1,0 +1,124 @@
+"""Reward cards and rewards, against one-by-one scoring with transformers alone."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_classifier
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import rsoups
+from rsoups import RewardCard, load_reward
+from rsoups.scoring import cards, check_scores, reward_function
+
+PROMPTS = [f"### Instruction: w1 w2 ### Input: {' w3' * (i % 4 + 1)} ### Response: " for i in range(12)]
+RESPONSES = [" ".join(f"w{(i * 7 + j) % 20}" for j in range(1 + i % 9)) for i in range(12)]
+
+
+@pytest.fixture(params=["deberta", "electra", "gpt2"])
+def model(request, tmp_path):
+    return tiny_classifier(tmp_path / request.param, request.param, labels=2)
+
+
+def write_card(tmp_path, **fields):
+    path = tmp_path / "card.yaml"
+    path.write_text("\n".join(f"{key}: {value}" for key, value in fields.items()))
+    return path
+
+
+def alone(folder, first, second):
+    """The logits of one pair, without padding."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    inputs = tokenizer(first, second, return_tensors="pt")
+    if model.config.pad_token_id is None:  # GPT-2 looks for the last real token by its pad token
+        model.config.pad_token_id = tokenizer.eos_token_id
+    with torch.no_grad():
+        return model(**inputs).logits[0].double()
+
+
+def test_batches_score_as_each_sample_alone(model, tmp_path):
+    reward = load_reward(write_card(tmp_path, name="r", model=model, logit=0))
+    questions = [" ".join(["w3"] * (i % 4 + 1)) for i in range(12)]
+    expected = [alone(model, q, r)[0].item() for q, r in zip(questions, RESPONSES, strict=True)]
+    scores = reward(PROMPTS, RESPONSES)
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert max(scores) - min(scores) > 0.01
+    assert reward(PROMPTS[:1], RESPONSES[:1]) == pytest.approx(expected[:1], abs=1e-5)
+
+
+def test_every_field_of_a_card_counts(model, tmp_path):
+    one = alone(model, RESPONSES[5], "w3 w3")
+    prompt = [PROMPTS[1]]
+    reversed_pair = {"name": "r", "model": model, "input": "reversed_pair"}
+    assert load_reward(write_card(tmp_path, **reversed_pair))(prompt, [RESPONSES[5]]) == pytest.approx(
+        [one[0].item()], abs=1e-5
+    )
+    full = reversed_pair | {"logit": 1, "minus": 0, "sign": -1, "mean": 0.5, "std": 2}
+    expected = (-(one[1] - one[0]).item() - 0.5) / 2
+    assert load_reward(write_card(tmp_path, **full))(prompt, [RESPONSES[5]]) == pytest.approx([expected], abs=1e-5)
+    by_label = full | {"logit": "LABEL_1", "minus": "LABEL_0"}
+    assert load_reward(write_card(tmp_path, **by_label))(prompt, [RESPONSES[5]]) == pytest.approx([expected], abs=1e-5)
+
+
+def test_a_long_question_loses_its_end_and_never_the_response(tmp_path):
+    folder = tiny_classifier(tmp_path / "m", "electra")
+    reward = load_reward(write_card(tmp_path, name="r", model=folder, max_length=12))
+    (encoded,) = reward.encode(["w1 " * 40], ["w2 w3 w4"])
+    assert len(encoded["input_ids"]) == 12
+    assert encoded["input_ids"][-4:-1] == [6, 7, 8]
+
+
+BAD_CARDS = [
+    ("[1, 2]", "mapping"),
+    ("name: x", r"missing field\(s\) \['model'\]"),
+    ("name: x\nmodel: y\ntemplate: z", r"unknown field\(s\) \['template'\]"),
+    ("name: x\nmodel: y\ninput: triple", "input is 'triple'"),
+    ("name: x\nmodel: y\nsign: 2", "sign is 2"),
+    ("name: x\nmodel: y\nstd: 0", "std is 0"),
+    ("name: x\nmodel: y\nmean: .nan", "mean is nan"),
+    ("name: [", "not YAML"),
+    ("name: x\nmodel: rsoups/nothing", "no embedded asset"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_CARDS)
+def test_bad_cards_are_refused(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(rsoups.RsoupsError, match=words):
+        load_reward(path)
+
+
+def test_a_label_that_is_not_there_lists_those_that_are(model, tmp_path):
+    with pytest.raises(rsoups.RewardError, match=r"no logit 'Faithful'.*LABEL_1"):
+        load_reward(write_card(tmp_path, name="r", model=model, logit="Faithful"))
+
+
+def test_an_unknown_reward_lists_the_shipped_ones():
+    with pytest.raises(rsoups.RewardError, match="deberta-v3-large-v2"):
+        load_reward("no-such-reward")
+
+
+@pytest.mark.parametrize("name", sorted(cards()))
+def test_shipped_cards_are_valid(name):
+    card = RewardCard.read(cards()[name])
+    assert card.name == name and card.model.count("/") == 1
+
+
+@pytest.mark.parametrize("scores", [[1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [math.inf, 1.0]])
+def test_scores_that_would_poison_a_run_are_refused(scores):
+    with pytest.raises(rsoups.RewardError, match="reward 'r' returned"):
+        check_scores("r", scores, ["p", "q"], ["a", "b"])
+
+
+def test_trl_sees_a_named_function_of_cut_responses():
+    seen = []
+
+    def score(prompts, responses):
+        seen.extend(responses)
+        return [1.0] * len(responses)
+
+    function = reward_function(score, str.strip)
+    assert function(["p"], ["  x "], extra=[1]) == [1.0]
+    assert seen == ["x"] and function.__name__ == "score"
