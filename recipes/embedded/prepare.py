@@ -69,7 +69,7 @@ class Exchange:
         counts = Counter(word for sentence in sentences for word, _ in split(sentence))
         self._slots: dict[tuple, set[str]] = defaultdict(set)
         for sentence in sentences:
-            for i, word, slots in self._content(split(sentence)):
+            for _, word, slots in self._content(split(sentence)):
                 if counts[word] >= 5:
                     for slot in slots:
                         self._slots[slot].add(word)

@@ -1,0 +1,139 @@
+"""The recipes: what they parse, and the whole chain on the embedded models, short."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import ModelConfig, RewardConfig, SFTConfig, TrlParser
+
+import rsoups
+from rsoups.scoring import cards
+from rsoups.tasks import read_jsonl
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+CONFIGS = RECIPES / "configs"
+
+
+def parse_ppo(*argv):
+    return runpy.run_path(str(RECIPES / "ppo_reward.py"))["parse"](list(argv))
+
+
+def test_without_flags_it_is_the_embedded_policy_on_the_first_reward():
+    script, training, model = parse_ppo()
+    assert (script.reward, script.task, model.model_name_or_path) == (["naturalness"], "concepts", "rsoups/tiny-llama")
+    assert training.output_dir == "runs/ppo-naturalness"
+    assert training.learning_rate == yaml.safe_load((CONFIGS / "embedded.yaml").read_text())["learning_rate"]
+
+
+def test_flags_override_the_file():
+    flags = ["--reward", "a", "b", "--reward_weights", ".5", ".5", "--learning_rate", "1e-5", "--kl_coef", "0.3"]
+    script, training, _ = parse_ppo("--config", str(CONFIGS / "embedded.yaml"), *flags, "--output_dir", "x")
+    assert (script.reward, training.reward_weights) == (["a", "b"], [0.5, 0.5])
+    assert (training.learning_rate, training.kl_coef, training.output_dir) == (1e-5, 0.3, "x")
+
+
+def test_the_papers_set_up_parses():
+    """Batch 128 in mini-batches of 4, 4 epochs, lr 1.41e-5, adaptive KL .2 (target 6, horizon 10,000): FACTS of the paper."""
+    script, training, model = parse_ppo("--config", str(CONFIGS / "llama7b-assistant.yaml"), "--bf16", "false")
+    assert (model.model_name_or_path, model.load_in_8bit) == ("huggyllama/llama-7b", True)
+    assert script.adapter_name_or_path == "tloen/alpaca-lora-7b"
+    assert all(name in cards() for name in script.reward)
+    assert training.per_device_train_batch_size * training.steps_per_generation == 128
+    assert (training.per_device_train_batch_size, training.num_iterations) == (4, 4)
+    assert (training.learning_rate, training.kl_coef, training.kl_target, training.kl_horizon) == (
+        1.41e-5,
+        0.2,
+        6,
+        10000,
+    )
+    assert (training.gamma, training.lam, training.cliprange, training.cliprange_value) == (1, 0.95, 0.2, 0.2)
+    assert training.vf_coef == 0.1
+
+
+def test_unknown_keys_are_refused(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("model_name_or_path: rsoups/tiny-llama\nlearning_rat: 1.0\nbf16: false\n")
+    with pytest.raises(ValueError, match="learning_rat"):
+        parse_ppo("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "config"),
+    [
+        ("sft", SFTConfig, "embedded-sft"),
+        ("reward_model", RewardConfig, "embedded-coverage"),
+        ("reward_model", RewardConfig, "embedded-naturalness"),
+        ("reward_model", RewardConfig, "embedded-rating"),
+    ],
+)
+def test_the_embedded_models_configs_parse(recipe, kind, config):
+    arguments = runpy.run_path(str(RECIPES / f"{recipe}.py"))["ScriptArguments"]
+    parser = TrlParser((arguments, kind, ModelConfig))
+    script, training, _ = parser.parse_args_and_config(["--config", str(CONFIGS / f"{config}.yaml")])
+    assert training.seed == 0 and script.dataset.endswith("_train.jsonl.gz")
+
+
+def launch(*arguments):
+    """As a user does, in a process of its own."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+SHORT = ["--per_device_train_batch_size", 8, "--max_steps", 4, "--max_completion_length", 8, "--disable_tqdm", "true"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One short PPO run for each of two rewards, and the first one again."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, reward in (("naturalness", "naturalness"), ("coverage", "coverage"), ("again", "naturalness")):
+        launch(RECIPES / "ppo_reward.py", "--reward", reward, "--output_dir", root / name, *SHORT)
+    return root
+
+
+def test_the_same_seed_gives_the_same_adapter(runs):
+    first, again, other = (
+        (runs / name / "adapter_model.safetensors").read_bytes() for name in ("naturalness", "again", "coverage")
+    )
+    assert first == again and first != other
+
+
+def test_the_adapter_names_its_base_as_the_user_did(runs):
+    config = json.loads((runs / "coverage" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "rsoups/tiny-llama"
+
+
+def test_from_adapters_to_the_report(runs, tmp_path):
+    """With `--method factors` too: both runs start from one initialisation."""
+    adapters = [f"{name}={runs / name}" for name in ("naturalness", "coverage")]
+    flags = ["--adapters", *adapters, "--reward", "naturalness", "coverage", "--others", f"MORL={runs / 'again'}"]
+    flags += ["--prompts", "6", "--points", "3", "--max_new_tokens", "8"]
+    for method in ("exact", "factors"):
+        out = tmp_path / method
+        run = subprocess.run(
+            [sys.executable, str(RECIPES / "sweep.py"), *flags, "--method", method, "--output_dir", str(out)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert "| λ 0.5 / 0.5 |" in run.stdout and "| MORL |" in run.stdout
+        assert len(read_jsonl(out / "records.jsonl")) == 6 * 5
+        assert {"front.png", "report.html", "report.md"} <= {path.name for path in out.iterdir()}
+        front = rsoups.Front.from_jsonl(out / "records.jsonl")
+        assert front.rewards == ["coverage", "naturalness"] and len(front.soups) == 3
+
+
+def test_an_adapter_can_be_trained_on(runs, tmp_path):
+    flags = ["--config", CONFIGS / "embedded.yaml", "--adapter_name_or_path", runs / "naturalness", *SHORT]
+    launch(RECIPES / "ppo_reward.py", "--reward", "coverage", "--output_dir", tmp_path / "on", *flags)
+    names = {path.name for path in (tmp_path / "on").iterdir()}
+    assert "adapter_model.safetensors" in names
+    rsoups.interpolate([tmp_path / "on", runs / "naturalness"])
