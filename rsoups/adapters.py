@@ -160,15 +160,8 @@ def _from_files(source: str) -> Adapter:
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{weights} is corrupt or not a safetensors file ({error}); copy it again") from None
     with weights.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Adapter(source, config, tensors, sha256, revision)
-
-
-def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _download(source: str) -> tuple[Path, str]:
