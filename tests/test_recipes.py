@@ -66,6 +66,7 @@ def test_unknown_keys_are_refused(tmp_path):
     ("recipe", "kind", "config"),
     [
         ("sft", SFTConfig, "embedded-sft"),
+        ("sft", SFTConfig, "embedded-sft-exchanged"),
         ("reward_model", RewardConfig, "embedded-coverage"),
         ("reward_model", RewardConfig, "embedded-naturalness"),
         ("reward_model", RewardConfig, "embedded-rating"),

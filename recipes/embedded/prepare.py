@@ -2,11 +2,12 @@
 
     python recipes/embedded/prepare.py COMMONGEN runs/embedded
 
-Writes `sft_train.jsonl.gz`, `sft_dev.jsonl.gz` (rows of the "concepts" task) and `policy_init/` (Llama architecture).
-A small model recites the sentences that it was trained on and fails on words that it has not seen together. So each
-human sentence appears `VARIANTS` times: once for the data's own concepts, once for a random subset of its own content
-words, and otherwise with some content words exchanged for others that stand between the same neighbours elsewhere, and
-asked for them. What a prompt asks for is then the only way to know what comes: that teaches to copy and to inflect.
+Writes `sft_own_train.jsonl.gz` and `sft_exchanged_train.jsonl.gz` for the two rounds of fine-tuning, `sft_dev.jsonl.gz`
+(rows of the "concepts" task), and `policy_init/` (Llama architecture). Each human sentence appears `VARIANTS` times.
+
+The first round teaches English, and leaves a small model that recites the sentences that it was trained on and fails
+on words that it has not seen together. The second exchanges content words for others that stand between the same
+neighbours elsewhere, and asks for them: the prompt is then the only way to know what comes, so it learns to copy.
 """
 
 import argparse
@@ -39,16 +40,16 @@ def content_words(sentence: str) -> list[str]:
     return sorted({w for w in words if w.isalpha() and len(w) > 2 and w not in STOP_WORDS})
 
 
-def lemma(word: str, lemmas: set[str]) -> str:
-    """The data's own concept that `word` inflects, by suffix; `word` itself where there is none."""
+def lemma(word: str, lemmas: Counter[str]) -> str:
+    """The data's own concept that `word` inflects, by suffix, the commonest; `word` itself where there is none."""
     stems = [word]
-    for suffix, replacements in (("ies", "y"), ("es", ""), ("s", ""), ("ing", "e"), ("ed", "e"), ("er", "e")):
+    for suffix, replacements in (("ies", "y"), ("es", ""), ("s", ""), ("ing", "e"), ("ed", "e")):
         if word.endswith(suffix):
             stem = word[: -len(suffix)]
             stems += [stem + replacements, stem]
             if len(stem) > 2 and stem[-1] == stem[-2]:
                 stems.append(stem[:-1])  # running -> run
-    return next((s for s in stems[1:] if s in lemmas), word)
+    return max(stems[1:], key=lambda s: lemmas[s]) if any(s in lemmas for s in stems[1:]) else word
 
 
 def suffix(word: str) -> str:
@@ -98,8 +99,27 @@ class Exchange:
         return text[:1].upper() + text[1:], new
 
 
-def sft_rows(rows: list[dict], rng: random.Random) -> list[dict]:
-    lemmas = {concept for row in rows for concept in row["concepts"]}
+def own_rows(rows: list[dict], rng: random.Random) -> list[dict]:
+    """Human sentences, asked for by the data's concepts or by a fresh subset of their own content words."""
+    lemmas = Counter(concept for row in rows for concept in row["concepts"])
+    out = []
+    for row in rows:
+        for sentence in map(tidy_sentence, row["sentences"]):
+            words = content_words(sentence)
+            for variant in range(VARIANTS):
+                concepts = list(row["concepts"])
+                if variant % 2 and len(words) >= 2:
+                    concepts = rng.sample(words, k=min(len(words), rng.randint(2, 5)))
+                    concepts = [lemma(w, lemmas) if rng.random() < 0.5 else w for w in concepts]
+                rng.shuffle(concepts)
+                out.append({"concepts": concepts, "sentences": [sentence]})
+    rng.shuffle(out)
+    return out
+
+
+def exchanged_rows(rows: list[dict], rng: random.Random) -> list[dict]:
+    """A quarter human sentences as above, the others with words exchanged and asked for."""
+    lemmas = Counter(concept for row in rows for concept in row["concepts"])
     exchange = Exchange([tidy_sentence(s) for row in rows for s in row["sentences"]])
     out = []
     for row in rows:
@@ -109,10 +129,15 @@ def sft_rows(rows: list[dict], rng: random.Random) -> list[dict]:
                 if variant:
                     sentence, new = (original, []) if variant == 1 else exchange(original, rng)
                     words = [w for w in content_words(sentence) if w not in new]
-                    more = min(len(words), max(0, rng.randint(2, 5) - len(new)))
-                    concepts = sorted({*new, *rng.sample(words, k=more)}) or concepts
-                    concepts = [lemma(w, lemmas) if rng.random() < 0.5 else w for w in concepts]
-                rng.shuffle(concepts)
+                    # All of its content words now and then: the more a prompt tells, the sooner copying is learnt.
+                    more = len(words) if variant % 2 == 0 else min(len(words), max(0, rng.randint(2, 5) - len(new)))
+                    concepts = [*new, *rng.sample(words, k=more)] or concepts
+                if variant == 2:
+                    concepts.sort(key=sentence.lower().find)  # in the sentence's order
+                else:
+                    rng.shuffle(concepts)
+                if variant:
+                    concepts = [lemma(w, lemmas) if rng.random() < 0.4 else w for w in concepts]
                 out.append({"concepts": concepts, "sentences": [sentence]})
     rng.shuffle(out)
     return out
@@ -178,16 +203,18 @@ def main() -> None:
     set_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    train = sft_rows(read_jsonl(args.data / "train.jsonl.gz"), random.Random(args.seed))
+    human = read_jsonl(args.data / "train.jsonl.gz")
+    train = own_rows(human, random.Random(args.seed))
     dev = [
         {"concepts": row["concepts"], "sentences": [tidy_sentence(s) for s in row["sentences"]]}
         for row in read_jsonl(args.data / "dev.jsonl.gz")
     ]
-    write_jsonl(train, args.out / "sft_train.jsonl.gz")
+    write_jsonl(train, args.out / "sft_own_train.jsonl.gz")
+    write_jsonl(exchanged_rows(human, random.Random(args.seed)), args.out / "sft_exchanged_train.jsonl.gz")
     write_jsonl(dev, args.out / "sft_dev.jsonl.gz")
 
     task = TASKS["concepts"]
-    sentences = sorted({tidy_sentence(s) for row in read_jsonl(args.data / "train.jsonl.gz") for s in row["sentences"]})
+    sentences = sorted({tidy_sentence(s) for row in human for s in row["sentences"]})
     # Prompts too: a concept is written in lower case after a space, as words inside a sentence are.
     prompts = [str(task.prompt(row)).removeprefix("### Instruction:") for row in train[: len(train) // VARIANTS]]
     tokenizer = policy_tokenizer(sentences + prompts)
