@@ -198,15 +198,15 @@ def coverage_pairs(rows: list[dict], rng: random.Random) -> Iterator[dict]:
 
 
 @torch.inference_mode()
-def samples(policy: str, prompts: list[str], batch: int = 256) -> list[str]:
-    """One sample (temperature 1) for each prompt, cut as rewards see it."""
+def samples(policy: str, prompts: list[str], temperature: float = 0.7, batch: int = 256) -> list[str]:
+    """One sample for each prompt, cut as rewards see it; the demo's temperature unless told."""
     folder = resolve(policy)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     out = []
     for start in range(0, len(prompts), batch):
         inputs = tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True)
-        ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=24)
+        ids = model.generate(**inputs, do_sample=True, top_k=0, temperature=temperature, max_new_tokens=24)
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         out += [first_sentence(text) or "." for text in texts]
         print(f"\r{len(out)}/{len(prompts)} samples", end="", flush=True)
@@ -218,7 +218,9 @@ def naturalness_pairs(rows: list[dict], rng: random.Random, policy: str, limit: 
     spoiler = Spoiler(rows, rng)
     pairs = [(row["concepts"], tidy_sentence(s)) for row in rows for s in row["sentences"]]
     pairs = [(rng.sample(c, k=len(c)), s) for c, s in rng.sample(pairs, k=min(limit, len(pairs)))]
-    drawn = samples(policy, [prompt(concepts) for concepts, _ in pairs])
+    asked = [prompt(concepts) for concepts, _ in pairs]
+    half = len(asked) // 2
+    drawn = samples(policy, asked[:half]) + samples(policy, asked[half:], temperature=1.0)
     for (concepts, sentence), sample in zip(pairs, drawn, strict=True):
         rejected = sample if rng.random() < 0.75 else spoiler.spoil(sentence, concepts)
         if rejected != sentence:
