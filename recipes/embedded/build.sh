@@ -16,9 +16,14 @@ python recipes/sft.py --config recipes/configs/embedded-sft-exchanged.yaml
 python $embedded/publish.py "$out/sft" rsoups/assets/tiny-llama
 
 python $embedded/rewards.py init "$data" "$out"
-for reward in coverage naturalness rating; do # rating continues from naturalness
+mkdir -p "$out/own"
+python $embedded/rewards.py coverage "$data" "$out/own" --limit 0
+python recipes/reward_model.py --config recipes/configs/embedded-coverage.yaml
+for reward in coverage naturalness rating; do # coverage continues from its first round, rating from naturalness
   python $embedded/rewards.py $reward "$data" "$out"
-  python recipes/reward_model.py --config recipes/configs/embedded-$reward.yaml
+  config=recipes/configs/embedded-$reward
+  [ $reward = coverage ] && config+=-sampled
+  python recipes/reward_model.py --config $config.yaml
   python $embedded/publish.py "$out/$reward" rsoups/assets/$reward
 done
 

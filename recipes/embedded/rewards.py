@@ -1,15 +1,16 @@
 """Preference pairs and random initial models for the embedded rewards.
 
     python recipes/embedded/rewards.py init COMMONGEN runs/embedded
-    python recipes/embedded/rewards.py coverage COMMONGEN runs/embedded
+    python recipes/embedded/rewards.py coverage COMMONGEN runs/embedded --policy rsoups/tiny-llama
     python recipes/embedded/rewards.py naturalness COMMONGEN runs/embedded --policy rsoups/tiny-llama
     python recipes/embedded/rewards.py rating COMMONGEN runs/embedded
 
 Each of the last three writes `NAME_train.jsonl.gz` and `NAME_test.jsonl.gz` with rows `prompt, chosen, rejected`, for
 recipes/reward_model.py. Train pairs come from CommonGen's train rows, test pairs from its dev rows.
 
-- coverage: uses all the words, over misses some. The two differ in nothing else half of the time (one content word of a
-  human sentence replaced), and a bare list of the words counts as covering: this reward is blind to style.
+- coverage: uses all the words, over misses some; or two samples of the policy, of which one uses more. Half of the human
+  pairs differ in nothing else (one content word replaced), and a bare list of the words counts as covering: this reward
+  is blind to style.
 - naturalness: a human sentence, over the policy's own sample for the same words (three in four) or a spoilt copy.
 - rating: what people rated higher, among machine sentences for one concept set and the human references themselves.
 """
@@ -18,6 +19,7 @@ import argparse
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 from statistics import mean
 
@@ -194,6 +196,23 @@ def coverage_pairs(rows: list[dict], rng: random.Random) -> Iterator[dict]:
                 yield {"prompt": prompt(concepts), "chosen": chosen, "rejected": rejected}
 
 
+@torch.inference_mode()
+def sampled_coverage_pairs(rows: list[dict], rng: random.Random, policy: str, limit: int) -> Iterator[dict]:
+    """Of three samples of the policy for the same words, one that uses more of them over one that uses fewer.
+
+    Both are the policy's, so that nothing but the words tells them apart: without these pairs the reward is right about
+    people's sentences and noise about the policy's (correlation with the share of words used .41).
+    """
+    sets = [row["concepts"] for row in rng.sample(rows, k=min(limit, len(rows)))]
+    sets = [rng.sample(concepts, k=len(concepts)) for concepts in sets]
+    drawn = samples(policy, [prompt(concepts) for concepts in sets for _ in range(3)], temperature=0.8)
+    for i, concepts in enumerate(sets):
+        scored = [(covered(concepts, text), text) for text in drawn[3 * i : 3 * i + 3]]
+        for (a, chosen), (b, rejected) in permutations(scored, 2):
+            if a > b:
+                yield {"prompt": prompt(concepts), "chosen": chosen, "rejected": rejected}
+
+
 # --- naturalness -----------------------------------------------------------------------------------------------------
 
 
@@ -270,8 +289,8 @@ def main() -> None:
     parser.add_argument("what", choices=("init", "coverage", "naturalness", "rating"))
     parser.add_argument("data", type=Path, help="folder with CommonGen's rows and ratings")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--policy", default="rsoups/tiny-llama", help="whose samples lose in the naturalness pairs")
-    parser.add_argument("--limit", type=int, default=24_000, help="naturalness pairs for training")
+    parser.add_argument("--policy", default="rsoups/tiny-llama", help="whose samples are in the pairs")
+    parser.add_argument("--limit", type=int, default=24_000, help="samples of the policy in the train pairs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.what == "init":
@@ -284,13 +303,12 @@ def main() -> None:
             pairs = list(rating_pairs(rows, rng, with_references=split == "train"))
         else:
             rows = read_jsonl(args.data / f"{source}.jsonl.gz")
-            limit = args.limit if split == "train" else 2_000
-            made = (
-                coverage_pairs(rows, rng)
-                if args.what == "coverage"
-                else naturalness_pairs(rows, rng, args.policy, limit)
-            )
-            pairs = list(made)
+            limit = args.limit if split == "train" else min(args.limit, 2_000)
+            if args.what == "coverage":
+                pairs = list(coverage_pairs(rows, rng))
+                pairs += sampled_coverage_pairs(rows, rng, args.policy, limit // 3) if limit else []
+            else:
+                pairs = list(naturalness_pairs(rows, rng, args.policy, limit))
         rng.shuffle(pairs)
         write_jsonl(pairs, args.out / f"{args.what}_{split}.jsonl.gz")
         print(args.what, split, len(pairs), *pairs[:4], sep="\n  ")
