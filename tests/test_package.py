@@ -39,7 +39,7 @@ def imports_of(path: Path) -> set[str]:
             return
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("rsoups", "recipes", "rewards"):
             parts = (node.module or "").split(".")
-            found.update([parts[1]] if len(parts) > 1 else [f"rsoups:{alias.name}" for alias in node.names])
+            found.update([parts[1]] if len(parts) > 1 else [alias.name for alias in node.names])
         elif isinstance(node, ast.Import):
             found.update(a.name for a in node.names if a.name.split(".")[0] in ("rsoups", "recipes", "rewards"))
         for child in ast.iter_child_nodes(node):
@@ -54,7 +54,7 @@ def test_imports_point_one_way(path):
     if path.stem == "__init__":
         return
     assert path.stem in RANK, f"{path.name} has no place in ORDER: give it one"
-    for imported in imports_of(path) - {"rsoups:__version__"}:
+    for imported in imports_of(path) - {"__version__"}:
         assert imported in RANK, f"{path.name} imports {imported}"
         assert RANK[imported] < RANK[path.stem] or (path.stem, imported) in ALLOWED, f"{path.stem} imports {imported}"
 
@@ -118,9 +118,9 @@ def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
     )
     code = """
-import rsoups, sys
+import rsoups
 from pathlib import Path
-assert Path(rsoups.__file__).is_relative_to(sys.argv[0] or Path.cwd() / "site"), rsoups.__file__
+assert Path(rsoups.__file__).is_relative_to(Path.cwd() / "site"), rsoups.__file__
 prompt = "### Instruction: Write one sentence that uses these words. ### Input: dog, run ### Response: "
 scores = rsoups.load_reward("coverage")([prompt, prompt], ["A dog runs in the park.", "The sea is calm."])
 assert scores[0] > scores[1], scores
