@@ -44,6 +44,9 @@ class ScriptArguments:
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "Adapter to train on (and the KL reference); a fresh LoRA if unset."}
     )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the newest complete checkpoint in output_dir, if there is one."}
+    )
     reward_device: str | None = field(default=None, metadata={"help": "Device of the rewards; the policy's if unset."})
 
 
@@ -98,7 +101,7 @@ def main(script: ScriptArguments, training: PPOConfig, model: ModelConfig) -> No
     # The adapter names its base as the user did, not by a path of this machine.
     trainer.model.peft_config["default"].base_model_name_or_path = model.model_name_or_path
     trainer.model.peft_config["default"].revision = model.model_revision
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or script.resume)
     trainer.save_model()
     trainer.save_state()  # the log of the run beside the adapter
     trainer.accelerator.print(f"adapter: {training.output_dir}")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         OutputError,
         RewardError,
         RsoupsError,
+        TrainingError,
     )
     from rsoups.front import Front
     from rsoups.ppo import PPOConfig, PPOTrainer
@@ -36,6 +37,7 @@ _HOMES = {
         "OutputError",
         "RewardError",
         "RsoupsError",
+        "TrainingError",
     ),
     "front": ("Front",),
     "ppo": ("PPOConfig", "PPOTrainer"),
@@ -61,6 +63,7 @@ __all__ = [
     "RewardError",
     "RsoupsError",
     "Soup",
+    "TrainingError",
     "interpolate",
     "load_reward",
     "simplex",

@@ -6,29 +6,42 @@ The critic is a linear value head on the policy's own backbone: one forward give
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import pad, use_adapter
+from trl.trainer.utils import RepeatSampler, pad, use_adapter
 
 from rsoups import rl_math
+from rsoups._errors import OutputError, TrainingError
+from rsoups.actor_critic import add_actor_critic_forward
+from rsoups.checkpoints import finish_checkpoint, last_checkpoint, only_run_in
 from rsoups.scoring import check_scores
 
 _VALUE_HEAD = "value_head.safetensors"
 _STATE = "ppo_state.json"
-_CHUNK = 4_096  # response tokens whose logits exist at one time
+_PARTIAL = ".partial"  # where a checkpoint is written
+_ROLLOUT = "rollout-{}.safetensors"  # one for each process
+_COLLAPSED = 0.05  # share of distinct responses below which a warning is due
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,6 +57,9 @@ class PPOConfig(GRPOConfig):
     num_generations: int | None = field(default=1, metadata={"help": "Responses per prompt in a rollout."})
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs: passes over each rollout."})
     max_completion_length: int | None = field(default=32, metadata={"help": "Longest response, in tokens."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "No dropout: rollout, reference and update must see one and the same policy."}
+    )
     kl_coef: float = field(default=0.2, metadata={"help": "Initial coefficient of the KL penalty per token."})
     kl_target: float | None = field(
         default=6.0, metadata={"help": "KL to hold, nats per response, by adapting kl_coef; none keeps kl_coef fixed."}
@@ -54,6 +70,19 @@ class PPOConfig(GRPOConfig):
     cliprange: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})
     cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value around the rollout's value."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    kl_limit: float | None = field(
+        default=100.0, metadata={"help": "Nats per response: above half of it warn, above it stop; none never stops."}
+    )
+    min_distinct: float = field(
+        default=0.0, metadata={"help": "Stop where a smaller share of a rollout's responses differ; 0 only warns."}
+    )
+    min_completion_length: int | None = field(
+        default=None,
+        metadata={"help": "Draw each response's limit between this and max_completion_length, as the paper does."},
+    )
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Subtracted from the score of a response that was cut before its end token."}
+    )
     adapter_init_seed: int = field(
         default=0,
         metadata={"help": "Seed of a fresh adapter's weights, the same for all runs that will share a soup."},
@@ -72,6 +101,8 @@ class PPOConfig(GRPOConfig):
                 )
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef is {self.kl_coef}, must be at least 0")
+        if self.min_completion_length and not 1 <= self.min_completion_length <= (self.max_completion_length or 0):
+            raise ValueError("min_completion_length must be between 1 and max_completion_length")
         self.beta = self.kl_coef or 1e-8  # not 0: makes TRL keep the reference of a continued adapter
         super().__post_init__()
         self.num_generations = responses
@@ -85,7 +116,8 @@ class PPOTrainer(GRPOTrainer):
 
     Metrics, each a mean over the rollout: ``reward`` (weighted score), ``kl`` (k1 estimate, nats per response),
     ``entropy`` (-log p of the sampled tokens, nats per token), ``kl_coef``, ``policy_loss``, ``value_loss``,
-    ``explained_variance`` (of the returns by the rollout's values), ``clip_fraction``.
+    ``explained_variance`` (of the returns by the rollout's values), ``clip_fraction``, ``distinct`` (share of the
+    rollout's responses that differ; near 0 is a collapsed policy, or a reward that asks for one answer).
     """
 
     _tag_names = ["trl", "ppo", "rsoups"]
@@ -93,6 +125,8 @@ class PPOTrainer(GRPOTrainer):
     args: PPOConfig
     model: Any
     _logs: dict[str, Any]
+    _step: int
+    _buffered_inputs: Any
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any):
         super().__init__(model, reward_funcs, args, **kwargs)
@@ -106,6 +140,7 @@ class PPOTrainer(GRPOTrainer):
         nn.init.zeros_(causal_lm.value_head.weight)
         nn.init.zeros_(causal_lm.value_head.bias)
         add_actor_critic_forward(causal_lm, self.temperature)
+        self._saving = False
         self.kl_controller = rl_math.KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -138,6 +173,13 @@ class PPOTrainer(GRPOTrainer):
         batch["num_items_in_batch"] = tokens
         self._log_rollout(mode, prompts, responses, scores, batch, ref_logps)
         return batch
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        responses, logps = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if (shortest := self.args.min_completion_length) is not None:
+            limits = torch.randint(shortest, int(self.args.max_completion_length or 0) + 1, (len(responses),)).tolist()
+            responses = [ids[:limit] for ids, limit in zip(responses, limits, strict=True)]
+        return responses, logps
 
     def _rollout_tensors(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> dict[str, Tensor]:
         """Padded ids and masks: prompts (B, P) to the left, responses (B, T) to the right; masks are 1 on real tokens."""
@@ -175,7 +217,11 @@ class PPOTrainer(GRPOTrainer):
             )
             self._logs["rewards"][name].extend(by_reward[:, i].tolist())
         weights = self.reward_weights.to(local.device)
-        return (local * weights).sum(dim=1) / weights.sum()  # MORL as in the paper: Σ μ_i R_i / Σ μ_i
+        scores = (local * weights).sum(dim=1) / weights.sum()  # MORL as in the paper: Σ μ_i R_i / Σ μ_i
+        if self.args.missing_eos_penalty is not None:
+            cut = [ids[-1] not in self.eos_token_ids for ids in response_ids]
+            scores = scores - self.args.missing_eos_penalty * torch.tensor(cut, device=scores.device)
+        return scores
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, reduction="sum")
@@ -195,8 +241,24 @@ class PPOTrainer(GRPOTrainer):
         self._logs["prompt"].extend(prompts)
         self._logs["completion"].extend(responses)
         self._logs["advantages"].extend((batch["advantages"] * mask).sum(dim=1).tolist())
+        every = gather_object(responses)
+        metrics["distinct"].append(len(set(map(str, every))) / len(every))
         if mode == "train":
-            self.kl_controller.update(kl, len(prompts) * self.accelerator.num_processes)
+            self.kl_controller.update(kl, len(every))
+            self._stop_in_vain(kl, metrics["distinct"][-1])
+
+    def _stop_in_vain(self, kl: float, distinct: float) -> None:
+        """Warn of a policy that runs away or collapses, and stop it at the limits of the config."""
+        limit = self.args.kl_limit
+        remedy = "raise kl_coef, lower learning_rate, or normalise the reward; checkpoints from before are good"
+        if limit is not None and kl > limit:
+            raise TrainingError(f"KL is {kl:.1f} nats per response, above kl_limit {limit:g}: {remedy}")
+        if distinct < self.args.min_distinct:
+            raise TrainingError(f"{distinct:.0%} of the responses differ, below min_distinct: {remedy}")
+        if limit is not None and kl > limit / 2:
+            logger.warning("KL is %.1f nats per response and stops the run at %g: %s", kl, limit, remedy)
+        if distinct < _COLLAPSED:
+            logger.warning("only %.0f%% of the responses differ: %s", 100 * distinct, remedy)
 
     # --- update ------------------------------------------------------------------------------------------------------
 
@@ -216,22 +278,142 @@ class PPOTrainer(GRPOTrainer):
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return ((policy + self.args.vf_coef * value) * mask).sum() / tokens
 
-    # --- checkpoints -------------------------------------------------------------------------------------------------
+    # --- the run, and its checkpoints -----------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train; True goes on from the newest complete checkpoint in `output_dir`, or begins where there is none.
+
+        On the CPU a resumed run ends with the adapter of an uninterrupted one, bit for bit, wherever it was cut.
+
+        Raises:
+            OutputError: Another run is training into `output_dir`, or a checkpoint cannot be written.
+            TrainingError: The run would go on in vain.
+        """
+        folder = str(self.args.output_dir)
+        checkpoint: Any = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = last_checkpoint(folder)
+        with only_run_in(folder) if self.args.should_save else nullcontext(), self._interruptible():
+            return super().train(checkpoint and str(checkpoint), trial, ignore_keys_for_eval)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C saves a checkpoint after the step and stops; the second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        interrupt = Interrupt(self.accelerator)
+        self.add_callback(interrupt)
+        before = signal.signal(signal.SIGINT, interrupt.handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+            self.remove_callback(interrupt)
+        if interrupt.asked:
+            self.accelerator.print(f"stopped at step {self.state.global_step}; resume_from_checkpoint=True goes on")
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A step with such a gradient would make every weight NaN. (fp16's scaler skips these steps itself.)
+        if not self.args.fp16 and not math.isfinite(norm):
+            raise TrainingError(
+                f"the gradient is {float(norm)} at step {self.state.global_step + 1}: the step is not taken, and "
+                "checkpoints before it are good; lower learning_rate, or normalise the reward"
+            )
+        return norm
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's sampler draws each epoch from the last one's state, which a resumed run has not got."""
+        s: Any = super()._get_train_sampler(dataset)
+        return EpochSampler(s.data_source, s.mini_repeat_count, s.batch_size, s.repeat_count, s.shuffle, s.seed)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run = super()._get_output_dir(trial)
+        return str(Path(run) / _PARTIAL) if self._saving else run
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        """TRL's and Trainer's files and ours, written elsewhere and renamed when all processes are done."""
+        run = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self._save_rollout(run / _PARTIAL / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                finish_checkpoint(run / _PARTIAL / name, run / name)
+                best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+                rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
+        except OSError as error:
+            raise OutputError(f"cannot write {run / name}: {error.strerror or error}; earlier ones are good") from error
+        finally:
+            self._saving = False
+            if self.args.should_save:
+                shutil.rmtree(run / _PARTIAL, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _save_rollout(self, folder: Path) -> None:
+        """The critic, the KL controller, and the rollout that is being gone through with the place in it."""
+        buffered = self._buffered_inputs or []
+        rollout = {f"{i}.{key}": value for i, part in enumerate(buffered) for key, value in part.items()}
+        save_file(
+            {key: value.detach().cpu().contiguous().clone() for key, value in rollout.items()},
+            folder / _ROLLOUT.format(self.accelerator.process_index),
+        )
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             head = self.accelerator.unwrap_model(self.model).get_base_model().value_head
             save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, folder / _VALUE_HEAD)
-            (folder / _STATE).write_text(json.dumps({"kl_coef": self.kl_controller.coef}))
+            (folder / _STATE).write_text(json.dumps({"kl_coef": self.kl_controller.coef, "step": self._step}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
         head = self.accelerator.unwrap_model(model or self.model).get_base_model().value_head
         head.load_state_dict(load_file(folder / _VALUE_HEAD))
-        self.kl_controller.coef = json.loads((folder / _STATE).read_text())["kl_coef"]
+        state = json.loads((folder / _STATE).read_text())
+        self.kl_controller.coef, self._step = state["kl_coef"], state["step"]
+        rollout = load_file(folder / _ROLLOUT.format(self.accelerator.process_index), str(self.accelerator.device))
+        parts: dict[int, dict[str, Tensor]] = {}
+        for key, value in rollout.items():
+            number, name = key.split(".", 1)
+            parts.setdefault(int(number), {})[name] = value
+        self._buffered_inputs = [parts[i] for i in sorted(parts)] or None
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's RepeatSampler, with an order for each epoch that depends on the seed and the epoch only."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)
+
+
+class Interrupt(TrainerCallback):
+    """Saves and stops after the step in which Ctrl-C was pressed, on all processes at once."""
+
+    def __init__(self, accelerator: Any):
+        self.accelerator = accelerator
+        self.asked = False
+
+    def handle(self, signum: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.accelerator.num_processes > 1:  # a signal may reach one process a step later than another
+            asked = torch.tensor(float(self.asked), device=self.accelerator.device)
+            self.asked = bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+        return control
 
 
 class PPOProgress(ProgressCallback):
@@ -255,52 +437,6 @@ def reset_adapter(model: PeftModel, seed: int) -> None:
             if isinstance(module, LoraLayer):
                 for name in module.active_adapters:
                     module.reset_lora_parameters(name, init_lora_weights=True)
-
-
-def add_actor_critic_forward(causal_lm: Any, temperature: float) -> None:
-    """Let ``causal_lm(..., response_length=T)`` return ``(log-probabilities, values)``, each (B, T) float32.
-
-    Both belong to the last T tokens of `input_ids`; masked tokens get 0. The LM head runs on real response tokens only,
-    in chunks whose logits are recomputed in the backward pass, so the whole batch's logits never exist. Inside
-    ``forward`` so that DDP, FSDP and autocast see one ordinary call. Any other call is untouched.
-
-    Raises:
-        ValueError: A model that transforms its logits after the head, which this forward does not know.
-    """
-    text_config = causal_lm.config.get_text_config()
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
-        if getattr(text_config, key, None) not in (None, 1, 1.0):
-            raise ValueError(f"PPOTrainer does not support {key} in the base's config ({type(causal_lm).__name__})")
-    original = causal_lm.forward
-
-    def forward(*args: Any, response_length: int | None = None, **kwargs: Any) -> Any:
-        if response_length is None:
-            return original(*args, **kwargs)
-        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-        hidden = causal_lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        states = hidden[:, -response_length - 1 : -1]  # the state before each response token
-        real = mask[:, -response_length:].bool()
-        values = causal_lm.value_head(states.float()).squeeze(-1) * real
-        head = causal_lm.get_output_embeddings()
-        picked = _token_logps(head, states[real], ids[:, -response_length:][real], temperature)
-        return torch.zeros_like(values).masked_scatter(real, picked), values
-
-    # generate() validates its arguments against this signature
-    forward.__wrapped__ = getattr(original, "__wrapped__", original)  # type: ignore[attr-defined]
-    causal_lm.forward = forward
-
-
-def _token_logps(head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """log p(token | state) of each of n tokens, float32 (n,), from states (n, hidden)."""
-
-    def chunk(part: Tensor, targets: Tensor) -> Tensor:
-        logits = head(part).float() / temperature
-        return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-    pieces = list(zip(states.split(_CHUNK), tokens.split(_CHUNK), strict=True))
-    if len(pieces) > 1 and torch.is_grad_enabled():
-        return torch.cat([checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces])
-    return torch.cat([chunk(*piece) for piece in pieces])
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:

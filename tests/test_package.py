@@ -18,7 +18,7 @@ SOURCES = sorted((ROOT / "rsoups").glob("*.py"))
 ORDER = [
     {"_errors"},
     {"_files"},
-    {"adapters", "rl_math", "front", "tasks"},
+    {"actor_critic", "adapters", "checkpoints", "rl_math", "front", "tasks"},
     {"_resources"},
     {"soup", "scoring", "hub"},
     {"ppo", "sweeps"},

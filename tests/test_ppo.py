@@ -9,8 +9,10 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
 
-from rsoups import PPOConfig, PPOTrainer, RewardError
-from rsoups.ppo import _token_logps, add_actor_critic_forward, explained_variance
+from rsoups import PPOConfig, PPOTrainer, RewardError, TrainingError
+from rsoups.actor_critic import _token_logps, add_actor_critic_forward
+from rsoups.checkpoints import last_checkpoint
+from rsoups.ppo import explained_variance
 
 WORDS = [f"w{i}" for i in range(20)]
 PROMPTS = Dataset.from_dict({"prompt": [f"{a} {b}" for a in WORDS[:8] for b in WORDS[:8]]})
@@ -109,7 +111,7 @@ def test_chunked_log_probabilities_have_the_gradient_of_the_whole(monkeypatch):
     tokens = torch.randint(0, 30, (11,))
     grads = []
     for size in (100, 4):
-        monkeypatch.setattr("rsoups.ppo._CHUNK", size)
+        monkeypatch.setattr("rsoups.actor_critic._CHUNK", size)
         part = states.clone().requires_grad_()
         _token_logps(head, part, tokens, 1.0).pow(2).sum().backward()
         grads.append(part.grad)
@@ -208,3 +210,66 @@ def test_settings_that_contradict_are_refused(tmp_path):
     with pytest.raises(ValueError, match="kl_coef"):
         config(tmp_path, kl_coef=-1.0)
     assert config(tmp_path).num_generations == 1
+
+
+def test_a_policy_that_runs_away_is_warned_of_and_then_stopped(tmp_path, caplog):
+    run = trainer(
+        tmp_path, max_steps=200, learning_rate=3e-2, kl_coef=0.0, kl_limit=4.0, save_strategy="steps", save_steps=4
+    )
+    with pytest.raises(TrainingError, match=r"KL is \d+\.\d nats per response, above kl_limit 4: raise kl_coef"):
+        run.train()
+    assert history(run, "kl")[-1] <= 4 and run.state.global_step < 200
+    assert "and stops the run at 4" in caplog.text
+    assert last_checkpoint(tmp_path / "run").name == f"checkpoint-{run.state.global_step}"
+
+
+def test_a_policy_that_collapses_is_warned_of_and_stopped_on_request(tmp_path, caplog):
+    def pays_for_sameness(prompts, completions, **columns):
+        return [10.0 * (text.split()[:1] == [FAVOURITE]) for text in completions]
+
+    settings = {"max_steps": 120, "learning_rate": 2e-2, "kl_coef": 0.0, "max_completion_length": 1}
+    run = trainer(tmp_path / "warned", reward=pays_for_sameness, **settings)
+    run.train()
+    assert history(run, "distinct")[0] > 0.2 and history(run, "distinct")[-1] == 1 / 32
+    assert "only 3% of the responses differ" in caplog.text
+    with pytest.raises(TrainingError, match="below min_distinct"):
+        trainer(tmp_path / "stopped", reward=pays_for_sameness, min_distinct=0.05, **settings).train()
+
+
+def rollouts(run):
+    """Train, and return what each rollout held."""
+    seen = []
+    real = run._rollout_tensors
+
+    def spy(prompt_ids, response_ids):
+        batch = real(prompt_ids, response_ids)
+        seen.append((prompt_ids, response_ids, batch))
+        return batch
+
+    run._rollout_tensors = spy
+    run.train()
+    return seen
+
+
+def test_lengths_are_drawn_for_each_response(tmp_path):
+    settings = {"max_steps": 8, "min_completion_length": 3, "max_completion_length": 6}
+    run = trainer(tmp_path, generation_kwargs={"suppress_tokens": [2]}, **settings)
+    lengths = [len(ids) for _, responses, _ in rollouts(run) for ids in responses]
+    assert set(lengths) == {3, 4, 5, 6}
+    assert max(lengths.count(n) for n in (3, 4, 5, 6)) < len(lengths) / 2
+    with pytest.raises(ValueError, match="min_completion_length"):
+        config(tmp_path, min_completion_length=9)
+
+
+def test_a_response_that_was_cut_pays_the_penalty(tmp_path):
+    seen = []
+
+    def one(prompts, completions, completion_ids, **columns):
+        seen.extend(completion_ids)
+        return [1.0] * len(completions)
+
+    run = trainer(tmp_path, reward=one, missing_eos_penalty=0.5, max_steps=1)
+    run.train()
+    cut = sum(ids[-1] != 2 for ids in seen)
+    assert 0 < cut < len(seen)
+    assert history(run, "reward") == pytest.approx([1 - 0.5 * cut / len(seen)])
