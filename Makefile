@@ -1,13 +1,14 @@
 # make demo   the whole recipe on the embedded models: base -> one PPO per reward -> soups -> front -> report
 # make test   all tests
 # make check  linter and type checker
+# make test-oracle  the maths against TRL 1.12's PPOTrainer
 # Each makes .venv first (make install); all work offline once that is done.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo test check clean
+.PHONY: install demo test test-oracle check clean
 
 install: .venv/installed
 
@@ -22,10 +23,20 @@ demo: install
 test: install
 	$(BIN)/pytest
 
+# TRL 1.12, the last one with a PPOTrainer, over the other packages of .venv: an oracle for the maths, a bar for the speed.
+.venv-oracle/installed: .venv/installed
+	$(BIN)/python -m venv .venv-oracle
+	echo "$(CURDIR)/$$(echo .venv/lib/python3*/site-packages)" > $$(echo .venv-oracle/lib/python3*/site-packages)/zz.pth
+	.venv-oracle/bin/pip install --quiet --no-deps trl==1.12.0
+	touch $@
+
+test-oracle: .venv-oracle/installed
+	$(BIN)/pytest -m oracle
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-oracle demo

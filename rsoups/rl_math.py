@@ -20,7 +20,9 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_whiten(values: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Shift and scale the real tokens of `values` (B, T) to mean 0 and (biased) variance 1; padding becomes 0.
+    """Shift and scale the real tokens of `values` (B, T) to mean 0 and unbiased variance 1; padding becomes 0.
+
+    As TRL 1.12 does, with Bessel's correction; a single token is only shifted.
 
     Args:
         values: Floats (B, T).
@@ -31,7 +33,7 @@ def masked_whiten(values: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tenso
     total = reduce or (lambda x: x)
     count = total(mask.sum()).clamp(min=1)
     mean = total((values * mask).sum()) / count
-    variance = total(((values - mean) ** 2 * mask).sum()) / count
+    variance = total(((values - mean) ** 2 * mask).sum()) / (count - 1).clamp(min=1)
     return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 

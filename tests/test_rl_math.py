@@ -29,7 +29,7 @@ def test_masked_mean_and_whitening_ignore_padding(rollout):
     values, mask = rollout["values"], rollout["mask"]
     real = [values[i, t].item() for i, n in enumerate(rollout["lengths"]) for t in range(n)]
     mean = math.fsum(real) / len(real)
-    std = math.sqrt(math.fsum((x - mean) ** 2 for x in real) / len(real))
+    std = math.sqrt(math.fsum((x - mean) ** 2 for x in real) / (len(real) - 1))
     assert rl_math.masked_mean(values, mask).item() == pytest.approx(mean, abs=1e-12)
     white = rl_math.masked_whiten(values, mask)
     assert white[0, 2].item() == pytest.approx((values[0, 2].item() - mean) / std, abs=1e-7)
@@ -43,9 +43,9 @@ def test_whitening_over_processes_is_whitening_of_all_their_tokens(rollout):
     parts = [(values[:2], mask[:2]), (values[2:], mask[2:])]
     count = mask.sum().double()
     mean = (values * mask).sum() / count
-    variance = ((values - mean) ** 2 * mask).sum() / count
+    squares = ((values - mean) ** 2 * mask).sum()
     for (part, part_mask), expected in zip(parts, (whole[:2], whole[2:]), strict=True):
-        sums = iter((count, mean * count, variance * count))
+        sums = iter((count, mean * count, squares))
         assert torch.allclose(rl_math.masked_whiten(part, part_mask, lambda _, s=sums: next(s)), expected, atol=1e-12)
 
 
