@@ -226,6 +226,12 @@ class PPOTrainer(GRPOTrainer):
     def _sum_over_processes(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, reduction="sum")
 
+    def _token_means(self, mask: Tensor, *values: Tensor) -> list[float]:
+        """Mean of each of some (B, T) over the real tokens of all processes."""
+        sums = [(value.double() * mask).sum() for value in (torch.ones_like(values[0]), *values)]
+        count, *totals = self._sum_over_processes(torch.stack(sums)).tolist()
+        return [total / max(count, 1) for total in totals]
+
     def _log_rollout(
         self, mode: str, prompts: list, responses: list, scores: Tensor, batch: dict[str, Tensor], ref_logps: Tensor
     ) -> None:
@@ -235,9 +241,11 @@ class PPOTrainer(GRPOTrainer):
         metrics = self._metrics[mode]
         metrics["reward"].append(self.accelerator.gather(scores).mean().item())
         metrics["kl"].append(kl)
-        metrics["entropy"].append(rl_math.masked_mean(-logps, mask).item())
+        metrics["entropy"].append(self._token_means(mask, -logps)[0])
         metrics["kl_coef"].append(self.kl_controller.coef)
-        metrics["explained_variance"].append(explained_variance(batch["old_values"], batch["returns"], mask))
+        returns, errors = batch["returns"], batch["returns"] - batch["old_values"]
+        mean, square, error, squared_error = self._token_means(mask, returns, returns**2, errors, errors**2)
+        metrics["explained_variance"].append(1 - (squared_error - error**2) / max(square - mean**2, 1e-8))
         self._logs["prompt"].extend(prompts)
         self._logs["completion"].extend(responses)
         self._logs["advantages"].extend((batch["advantages"] * mask).sum(dim=1).tolist())
@@ -269,8 +277,9 @@ class PPOTrainer(GRPOTrainer):
         policy, clipped = rl_math.policy_loss(logps, inputs["old_logps"], inputs["advantages"], self.args.cliprange)
         value = rl_math.value_loss(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
         mode = "train" if self.model.training else "eval"
-        for name, tokens in (("policy_loss", policy), ("value_loss", value), ("clip_fraction", clipped.float())):
-            self._metrics[mode][name].append(rl_math.masked_mean(tokens.detach(), mask).item())
+        means = self._token_means(mask, policy.detach(), value.detach(), clipped.float())
+        for name, mean in zip(("policy_loss", "value_loss", "clip_fraction"), means, strict=True):
+            self._metrics[mode][name].append(mean)
         # The rollout's tokens, scaled to one optimizer step's share: each token weighs the same in every minibatch and
         # on every process (DDP averages gradients over processes, hence the division by their number).
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
@@ -437,10 +446,3 @@ def reset_adapter(model: PeftModel, seed: int) -> None:
             if isinstance(module, LoraLayer):
                 for name in module.active_adapters:
                     module.reset_lora_parameters(name, init_lora_weights=True)
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over real tokens; 0 is no better than a constant."""
-    real = mask.bool()
-    spread = returns[real].var(correction=0)
-    return (1 - (returns[real] - values[real]).var(correction=0) / spread.clamp(min=1e-8)).item()

@@ -12,7 +12,6 @@ from tiny import tiny_llama, tiny_tokenizer
 from rsoups import PPOConfig, PPOTrainer, RewardError, TrainingError
 from rsoups.actor_critic import _token_logps, add_actor_critic_forward
 from rsoups.checkpoints import last_checkpoint
-from rsoups.ppo import explained_variance
 
 WORDS = [f"w{i}" for i in range(20)]
 PROMPTS = Dataset.from_dict({"prompt": [f"{a} {b}" for a in WORDS[:8] for b in WORDS[:8]]})
@@ -198,10 +197,17 @@ def test_checkpoints_hold_the_critic_and_the_published_adapter_does_not(tmp_path
     assert torch.equal(resumed.model.get_base_model().value_head.weight, head["weight"])
 
 
-def test_explained_variance_of_perfect_and_useless_values():
-    returns, mask = torch.randn(4, 5), torch.ones(4, 5)
-    assert explained_variance(returns, returns, mask) == pytest.approx(1)
-    assert explained_variance(torch.zeros(4, 5), returns, mask) == pytest.approx(0, abs=1e-6)
+def test_explained_variance_is_of_the_returns_by_the_values(tmp_path):
+    run = trainer(tmp_path, max_steps=8)
+    kept = []
+    real = run._log_rollout
+    run._log_rollout = lambda *args: kept.append(args[4]) or real(*args)
+    run.train()
+    for batch, logged in zip(kept, history(run, "explained_variance"), strict=True):
+        tokens = batch["completion_mask"].bool()
+        returns, values = batch["returns"][tokens].double(), batch["old_values"][tokens].double()
+        expected = 1 - (returns - values).var(correction=0) / returns.var(correction=0)
+        assert logged == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_settings_that_contradict_are_refused(tmp_path):

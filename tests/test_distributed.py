@@ -1,0 +1,118 @@
+"""Two processes (gloo) against one with twice the batch: the same rollouts give the same losses, gradients and KL control."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parent
+CPU = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+SCRIPT = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from safetensors.torch import save_file
+from test_ppo import trainer
+
+torch.set_num_threads(1)
+out, batch = Path(sys.argv[2]), int(sys.argv[3])
+
+
+def pays_for_length_and_prompt(prompts, completions, **columns):
+    return [len(text.split()) / 4 + prompt.count("w1") for prompt, text in zip(prompts, completions)]
+
+
+run = trainer(
+    out, pays_for_length_and_prompt, per_device_train_batch_size=batch, steps_per_generation=1, max_steps=6,
+    kl_target=0.01, kl_horizon=100, learning_rate=1e-2,
+)
+gradients = []
+
+
+def same_for_a_prompt(prompt_ids, *args, **kwargs):
+    responses = []
+    for ids in prompt_ids:  # of unequal lengths: processes hold unequal numbers of tokens
+        draw = torch.Generator().manual_seed(sum(ids) * 7 + run.state.global_step)
+        length = int(torch.randint(1, 7, (1,), generator=draw))
+        responses.append(torch.randint(4, 24, (length,), generator=draw).tolist())
+    return responses, None
+
+
+norm = run._get_grad_norm
+
+
+def seen(model, grad_norm=None):
+    if not gradients:
+        parameters = run.accelerator.unwrap_model(model).named_parameters()
+        gradients.append({k: v.grad.clone() for k, v in parameters if v.grad is not None})
+    return norm(model, grad_norm)
+
+
+run._generate_single_turn = same_for_a_prompt
+run._get_grad_norm = seen
+run.train()
+if run.accelerator.is_main_process:
+    out.mkdir(exist_ok=True)
+    save_file(gradients[0], out / "gradients.safetensors")
+    run.save_model(str(out / "adapter"))
+    rows = run.state.log_history
+    (out / "log.json").write_text(json.dumps({"rows": rows, "processes": run.accelerator.num_processes}))
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("processes")
+    (root / "script.py").write_text(SCRIPT)
+    found = {}
+    for processes, batch in ((1, 32), (2, 16)):
+        out = root / str(processes)
+        # `accelerate launch --cpu` starts several processes through MPI only; --multi_gpu through torch's launcher.
+        command = [sys.executable, "-m", "accelerate.commands.launch", *(["--multi_gpu"] if processes > 1 else [])]
+        command += ["--num_processes", str(processes)]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", str(free_port()), str(root / "script.py"), str(TESTS), str(out), str(batch)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=CPU)
+        assert run.returncode == 0, run.stderr[-3000:]
+        log = json.loads((out / "log.json").read_text())
+        assert log["processes"] == processes
+        adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+        found[processes] = (log["rows"], load_file(out / "gradients.safetensors"), adapter)
+    return found[1], found[2]
+
+
+def test_the_first_gradients_are_the_same(runs):
+    (_, one, _), (_, two, _) = runs
+    assert one.keys() == two.keys() and any("value_head" in key for key in one)
+    assert max(float(gradient.abs().max()) for gradient in one.values()) > 1e-4
+    for key, gradient in one.items():
+        assert torch.allclose(gradient, two[key], rtol=1e-4, atol=1e-7), key
+
+
+@pytest.mark.parametrize(
+    "metric",
+    ["reward", "kl", "kl_coef", "policy_loss", "value_loss", "entropy", "explained_variance", "distinct", "grad_norm"],
+)
+def test_what_is_logged_is_of_all_processes(runs, metric):
+    one, two = ([row[metric] for row in rows if metric in row] for rows, _, _ in runs)
+    assert len(one) == (6 if "loss" in metric or metric == "grad_norm" else 3)
+    assert one == pytest.approx(two, rel=1e-3, abs=2e-5)
+
+
+def test_the_adapters_end_alike(runs):
+    (_, _, one), (_, _, two) = runs
+    for key, tensor in one.items():
+        assert torch.allclose(tensor, two[key], rtol=1e-3, atol=1e-5), key
