@@ -4,6 +4,7 @@
     accelerate launch recipes/ppo_reward.py --reward coverage --output_dir runs/coverage
     accelerate launch recipes/ppo_reward.py --reward naturalness coverage --reward_weights .5 .5      # MORL
     accelerate launch recipes/ppo_reward.py --config recipes/configs/llama7b-assistant.yaml --reward deberta-v3-large-v2
+    accelerate launch recipes/ppo_reward.py --config my-grpo.yaml --algorithm grpo                    # or rloo: TRL's trainers
 
 With neither `--config` nor `--model_name_or_path`, recipes/configs/embedded.yaml applies. Flags override the file.
 
@@ -15,19 +16,33 @@ run's own seed.
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser, get_quantization_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import (
+    GRPOConfig,
+    GRPOTrainer,
+    ModelConfig,
+    RLOOConfig,
+    RLOOTrainer,
+    TrlParser,
+    get_quantization_config,
+)
+from trl.trainer.utils import use_adapter
 
 from rsoups import PPOConfig, PPOTrainer, load_reward
 from rsoups._resources import load_rows, resolve
+from rsoups.ppo import reset_adapter
 from rsoups.scoring import reward_function
 from rsoups.tasks import TASKS
 
+# A soup does not care how its ingredients were trained: same cards, tasks, adapters and outputs for each.
+ALGORITHMS = {"ppo": (PPOConfig, PPOTrainer), "grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
 EMBEDDED = Path(__file__).parent / "configs" / "embedded.yaml"
 
 
@@ -41,22 +56,33 @@ class ScriptArguments:
     dataset: str | None = field(
         default=None, metadata={"help": "JSONL file, folder or Hub id; the task's own if unset."}
     )
+    algorithm: str = field(
+        default="ppo", metadata={"help": "Whose settings, and which trainer.", "choices": sorted(ALGORITHMS)}
+    )
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "Adapter to train on (and the KL reference); a fresh LoRA if unset."}
     )
     resume: bool = field(
         default=False, metadata={"help": "Go on from the newest complete checkpoint in output_dir, if there is one."}
     )
+    eval_prompts: int = field(
+        default=64, metadata={"help": "Held-out prompts of the summary at the end, before and after training; 0: none."}
+    )
     reward_device: str | None = field(default=None, metadata={"help": "Device of the rewards; the policy's if unset."})
 
 
-def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, PPOConfig, ModelConfig]:
+def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, GRPOConfig | RLOOConfig, ModelConfig]:
     argv = sys.argv[1:] if argv is None else argv
     if not {"--config", "--model_name_or_path"} & set(argv):
         argv = ["--config", str(EMBEDDED), *argv]
-    script, training, model = TrlParser((ScriptArguments, PPOConfig, ModelConfig)).parse_args_and_config(argv)
+    # The algorithm decides which settings there are, so it is looked up before the rest is parsed.
+    flags = dict(zip(argv, argv[1:], strict=False))
+    file = yaml.safe_load(Path(flags["--config"]).read_text("utf-8")) if "--config" in flags else {}
+    name = flags.get("--algorithm", file.get("algorithm", "ppo"))
+    settings, _ = ALGORITHMS.get(name, ALGORITHMS["ppo"])  # an unknown one is refused by the parser, by its choices
+    script, training, model = TrlParser((ScriptArguments, settings, ModelConfig)).parse_args_and_config(argv)
     if training.output_dir in (None, "trainer_output"):
-        training.output_dir = "runs/ppo-" + "-".join(Path(name).stem for name in script.reward)
+        training.output_dir = f"runs/{name}-" + "-".join(Path(name).stem for name in script.reward)
     return script, training, model
 
 
@@ -81,29 +107,63 @@ def policy(script: ScriptArguments, model: ModelConfig) -> tuple:
     )
 
 
-def main(script: ScriptArguments, training: PPOConfig, model: ModelConfig) -> None:
+def summary(trainer: GRPOTrainer) -> None:
+    """Reward, KL and length on held-out prompts, before and after, from one seed; a few responses of each."""
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    start = "ref" if "ref" in policy.peft_config else None  # a continued adapter's, or the base's
+    rows, texts = {}, {}
+    for name in ("before", "after"):
+        set_seed(trainer.args.seed)
+        for log in ("prompt", "completion"):
+            trainer._logs[log].clear()
+        if name == "before":
+            with use_adapter(policy, start):
+                metrics = trainer.evaluate()
+        else:
+            metrics = trainer.evaluate()
+        keys = ("reward", "kl", "entropy", "completions/mean_length")
+        rows[name] = {key: metrics[f"eval_{key}"] for key in keys if f"eval_{key}" in metrics}
+        texts[name] = [str(text).strip() for text in list(trainer._logs["completion"])[:3]]
+    trainer.save_metrics("held_out", rows)
+    trainer.accelerator.print(f"\nOn {len(trainer.eval_dataset)} held-out prompts:")
+    for key in rows["after"]:
+        trainer.accelerator.print(f"  {key:24}{rows['before'][key]:8.3f} -> {rows['after'][key]:.3f}")
+    for prompt, before, after in zip(trainer._logs["prompt"], texts["before"], texts["after"], strict=False):
+        trainer.accelerator.print(f"  {prompt}\n    before: {before}\n    after:  {after}")
+
+
+def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig) -> None:
+    # PEFT looks for the base's config under its published name, to see whether the vocabulary grew. It did not.
+    warnings.filterwarnings("ignore", message="Could not find a config file in")
     task = TASKS[script.task]
     prompts = [row["prompt"] for row in load_rows(task, script.dataset, "train")]
+    held_out = [row["prompt"] for row in load_rows(task, script.dataset, "test", script.eval_prompts)]
     device = script.reward_device or str(training.device)
     rewards = [reward_function(load_reward(name, device), task.cut) for name in script.reward]
     tokenizer = AutoTokenizer.from_pretrained(
         resolve(model.model_name_or_path), revision=model.model_revision, padding_side="left"
     )
     actor, lora = policy(script, model)
-    trainer = PPOTrainer(
+    _, kind = ALGORITHMS[script.algorithm]
+    trainer = kind(
         model=actor,
         reward_funcs=rewards,
         args=training,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
+        eval_dataset=Dataset.from_dict({"prompt": held_out}) if held_out else None,
         processing_class=tokenizer,
         peft_config=lora,
     )
+    if lora is not None:
+        reset_adapter(trainer.model, getattr(training, "adapter_init_seed", 0))
     # The adapter names its base as the user did, not by a path of this machine.
     trainer.model.peft_config["default"].base_model_name_or_path = model.model_name_or_path
     trainer.model.peft_config["default"].revision = model.model_revision
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or script.resume)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or script.resume or None)
     trainer.save_model()
     trainer.save_state()  # the log of the run beside the adapter
+    if held_out:
+        summary(trainer)
     trainer.accelerator.print(f"adapter: {training.output_dir}")
 
 

@@ -11,6 +11,7 @@ import math
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -426,12 +427,23 @@ class Interrupt(TrainerCallback):
 
 
 class PPOProgress(ProgressCallback):
-    """The progress bar with the last rollout's reward and KL beside it, instead of a printed dictionary at each log."""
+    """The progress bar with the last rollout's figures beside it, instead of a printed dictionary at each log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: tuple[float, float] | None = None  # moment and tokens of the last log
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None:
-            shown = {key: logs[key] for key in ("reward", "kl", "value_loss") if logs and key in logs}
-            self.training_bar.set_postfix({key: f"{value:.2f}" for key, value in shown.items()})
+        if not (state.is_world_process_zero and self.training_bar is not None and logs):
+            return
+        shown = {key: f"{logs[key]:.2f}" for key in ("reward", "kl", "value_loss") if key in logs}
+        if "num_tokens" in logs:
+            now = (time.monotonic(), logs["num_tokens"])
+            if self._last is not None:
+                seconds, tokens = now[0] - self._last[0], now[1] - self._last[1]
+                shown["tokens/s"] = f"{tokens / max(seconds, 1e-9):.0f}"
+            self._last = now
+        self.training_bar.set_postfix(shown)
 
 
 def reset_adapter(model: PeftModel, seed: int) -> None:

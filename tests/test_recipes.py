@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig, RewardConfig, SFTConfig, TrlParser
 
 import rsoups
@@ -139,3 +140,19 @@ def test_an_adapter_can_be_trained_on(runs, tmp_path):
     names = {path.name for path in (tmp_path / "on").iterdir()}
     assert "adapter_model.safetensors" in names
     rsoups.interpolate([tmp_path / "on", runs / "naturalness"])
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "machines"),
+    [
+        ("accelerate_config.yaml", "MULTI_GPU", 1),
+        ("recipes/accelerate/zero2.yaml", "DEEPSPEED", 1),
+        ("recipes/accelerate/zero3.yaml", "DEEPSPEED", 1),
+        ("recipes/accelerate/fsdp2.yaml", "FSDP", 1),
+        ("recipes/accelerate/multi_node.yaml", "MULTI_GPU", 2),
+    ],
+)
+def test_accelerate_reads_its_configs(path, kind, machines):
+    config = load_config_from_file(str(ROOT / path))  # refuses unknown keys
+    assert (config.distributed_type, config.num_machines, config.mixed_precision) == (kind, machines, "bf16")
+    assert not config.use_cpu and config.num_processes > machines

@@ -1,0 +1,34 @@
+"""PPO over bitsandbytes' 8-bit and 4-bit bases (QLoRA), on the CPU."""
+
+import pytest
+import torch
+from test_ppo import WORDS, history, pays_for_one_word, trainer
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+
+
+@pytest.mark.filterwarnings("default")  # bitsandbytes tells which kernels it lacks here
+@pytest.mark.parametrize(
+    ("settings", "layer"),
+    [(FOUR, "Linear4bit"), ({"load_in_8bit": True}, "Linear8bitLt")],
+    ids=["4bit", "8bit"],
+)
+def test_an_adapter_is_trained_over_a_quantised_base(tmp_path, settings, layer):
+    size = {"vocab_size": len(tiny_tokenizer(WORDS)), "hidden_size": 64, "intermediate_size": 128}
+    tiny_llama(**size).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=BitsAndBytesConfig(**settings), dtype=torch.float32
+    )
+    assert type(base.model.layers[0].mlp.up_proj).__name__ == layer
+    frozen = {key: value.clone() for key, value in base.state_dict().items()}
+    run = trainer(tmp_path, pays_for_one_word, model=base, max_steps=120, kl_coef=0.01)
+    run.train()
+    rewards = history(run, "reward")
+    assert sum(rewards[-6:]) / 6 > sum(rewards[:3]) / 3 + 0.2, "nothing was learnt"
+    after = run.model.get_base_model().state_dict()
+    for key, value in frozen.items():
+        name = key if key in after else key.replace("_proj.", "_proj.base_layer.")
+        assert torch.equal(after[name], value), f"{key} of the frozen base changed"
