@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo test test-oracle check clean
+.PHONY: install demo test test-oracle bench-ppo check clean
 
 install: .venv/installed
 
@@ -32,6 +32,9 @@ test: install
 
 test-oracle: .venv-oracle/installed
 	$(BIN)/pytest -m oracle
+
+bench-ppo: .venv-oracle/installed
+	$(BIN)/python benchmarks/ppo.py
 
 check: install
 	$(BIN)/ruff check .
