@@ -35,7 +35,8 @@ def add_actor_critic_forward(causal_lm: Any, temperature: float) -> None:
         hidden = causal_lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         states = hidden[:, -response_length - 1 : -1]  # the state before each response token
         real = mask[:, -response_length:].bool()
-        values = causal_lm.value_head(states.float()).squeeze(-1) * real
+        with torch.autocast(states.device.type, enabled=False):  # values are float32, whatever the policy computes in
+            values = causal_lm.value_head(states.float()).squeeze(-1) * real
         head = causal_lm.get_output_embeddings()
         picked = _token_logps(head, states[real], ids[:, -response_length:][real], temperature)
         return torch.zeros_like(values).masked_scatter(real, picked), values

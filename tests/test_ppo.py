@@ -104,6 +104,19 @@ def test_one_forward_gives_the_log_probabilities_and_values_of_a_plain_one():
     assert torch.equal(again, plain.logits), "an ordinary call must stay as it was"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_values_and_log_probabilities_are_float32(dtype):
+    model = tiny_llama(vocab_size=50).to(dtype)
+    model.value_head = torch.nn.Linear(model.config.hidden_size, 1)
+    add_actor_critic_forward(model, temperature=1.0)
+    ids = torch.randint(3, 50, (2, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, values = model(input_ids=ids, attention_mask=torch.ones_like(ids), response_length=3)
+    assert logps.dtype == values.dtype == torch.float32
+    (logps.sum() + values.sum()).backward()
+    assert model.value_head.weight.grad.dtype == torch.float32
+
+
 def test_chunked_log_probabilities_have_the_gradient_of_the_whole(monkeypatch):
     head = torch.nn.Linear(8, 30, bias=False).double()
     states = torch.randn(11, 8, dtype=torch.float64)
