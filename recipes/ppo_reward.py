@@ -39,7 +39,7 @@ from rsoups import PPOConfig, PPOTrainer, load_reward
 from rsoups._resources import load_rows, resolve
 from rsoups.ppo import reset_adapter
 from rsoups.scoring import reward_function
-from rsoups.tasks import TASKS
+from rsoups.tasks import TASKS, fit_prompts
 
 # A soup does not care how its ingredients were trained: same cards, tasks, adapters and outputs for each.
 ALGORITHMS = {"ppo": (PPOConfig, PPOTrainer), "grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
@@ -64,6 +64,10 @@ class ScriptArguments:
     )
     resume: bool = field(
         default=False, metadata={"help": "Go on from the newest complete checkpoint in output_dir, if there is one."}
+    )
+    long_prompts: str = field(
+        default="refuse",
+        metadata={"help": "Prompts that leave no room in the context: refuse, or drop.", "choices": ["refuse", "drop"]},
     )
     eval_prompts: int = field(
         default=64, metadata={"help": "Held-out prompts of the summary at the end, before and after training; 0: none."}
@@ -144,6 +148,13 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
         resolve(model.model_name_or_path), revision=model.model_revision, padding_side="left"
     )
     actor, lora = policy(script, model)
+    room = actor.config.get_text_config().max_position_embeddings - training.max_completion_length
+    for name, texts in (("train", prompts), ("held-out", held_out)):
+        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]] if texts else []
+        kept = fit_prompts(texts, lengths, room, script.long_prompts) if texts else []
+        if len(kept) < len(texts):
+            print(f"{len(texts) - len(kept)} of {len(texts)} {name} prompts dropped: longer than {room} tokens")
+        texts[:] = kept
     _, kind = ALGORITHMS[script.algorithm]
     trainer = kind(
         model=actor,

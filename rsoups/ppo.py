@@ -34,7 +34,7 @@ from rsoups import rl_math
 from rsoups._errors import OutputError, TrainingError
 from rsoups.actor_critic import add_actor_critic_forward
 from rsoups.checkpoints import finish_checkpoint, last_checkpoint, only_run_in
-from rsoups.scoring import check_scores
+from rsoups.scoring import check_scores, named_failures
 
 _VALUE_HEAD = "value_head.safetensors"
 _STATE = "ppo_state.json"
@@ -130,7 +130,8 @@ class PPOTrainer(GRPOTrainer):
     _buffered_inputs: Any
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any):
-        super().__init__(model, reward_funcs, args, **kwargs)
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        super().__init__(model, [named_failures(reward) for reward in rewards], args, **kwargs)
         if not isinstance(self.model, PeftModel):
             raise ValueError("PPOTrainer trains a LoRA adapter: pass a peft_config, or a PeftModel to train on")
         causal_lm: Any = self.model.get_base_model()

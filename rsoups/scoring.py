@@ -6,6 +6,7 @@ question is always in the input: `question_of` finds it in the prompt (the paper
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rsoups._errors import RewardError
+from rsoups._errors import RewardError, RsoupsError
 from rsoups._resources import resolve, shipped
 from rsoups.tasks import question_of
 
@@ -232,4 +233,36 @@ def reward_function(reward: Callable[..., Any], cut: Callable[[str], str]) -> Ca
         return list(reward(prompts, [cut(completion) for completion in completions]))
 
     function.__name__ = getattr(reward, "__name__", type(reward).__name__)
+    return function
+
+
+def named_failures(reward: Any) -> Any:
+    """A reward function of TRL's signature whose failures are `RewardError`s that name it and where it failed.
+
+    Anything else that TRL takes (a model, its name, an async function) comes back as it is.
+    """
+    from torch import nn
+
+    if isinstance(reward, (str, nn.Module)) or inspect.iscoroutinefunction(reward):
+        return reward
+    name = getattr(reward, "__name__", type(reward).__name__)
+
+    def function(prompts: list, completions: list, **columns: Any) -> list[float]:
+        try:
+            scores = list(reward(prompts=prompts, completions=completions, **columns))
+        except RsoupsError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"reward {name!r} raised {type(error).__name__}: {error}; the batch begins with prompt {prompts[0]!r}, "
+                f"response {completions[0]!r}"
+            ) from error
+        if len(scores) != len(completions):
+            raise RewardError(
+                f"reward {name!r} returned {len(scores)} scores for {len(completions)} responses; the batch begins with "
+                f"prompt {prompts[0]!r}, response {completions[0]!r}"
+            )
+        return scores
+
+    function.__name__ = name
     return function

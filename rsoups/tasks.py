@@ -48,12 +48,6 @@ def first_sentence(text: str) -> str:
     return text[: end.end()] if end else text
 
 
-def tidy_sentence(text: str) -> str:
-    """One sentence in one style: single spaces, none before punctuation, a capital first, one full stop last."""
-    text = re.sub(r"\s+([.,!?;:])", r"\1", _one_line(text)).strip(" .\"'")
-    return text[:1].upper() + text[1:] + ("" if text.endswith(("!", "?")) else ".")
-
-
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
@@ -97,6 +91,30 @@ class Task:
         if not out:
             raise DatasetError(f"the dataset holds no row that task {self.name!r} can use")
         return out
+
+
+def fit_prompts(prompts: list[str], lengths: list[int], longest: int, policy: str) -> list[str]:
+    """Prompts that leave room for a response in the model's context.
+
+    Args:
+        prompts: Texts.
+        lengths: Tokens of each.
+        longest: Tokens that a prompt may have.
+        policy: ``"refuse"`` prompts that are longer, or ``"drop"`` them.
+
+    Raises:
+        DatasetError: Some are longer and the policy is to refuse, or none is left.
+    """
+    kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= longest]
+    over = len(prompts) - len(kept)
+    if over and policy == "refuse":
+        raise DatasetError(
+            f"{over} of {len(prompts)} prompts are longer than {longest} tokens (the longest: {max(lengths)}), which is what "
+            "the context leaves beside a response: --long_prompts drop leaves them out"
+        )
+    if not kept:
+        raise DatasetError(f"none of {len(prompts)} prompts has at most {longest} tokens")
+    return kept
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

@@ -194,6 +194,25 @@ def test_a_score_that_is_not_finite_stops_the_run_and_shows_the_sample(tmp_path,
         run.train()
 
 
+def test_a_reward_that_raises_is_named_with_the_sample(tmp_path):
+    def divides(prompts, completions, **columns):
+        return [1 / 0 for _ in completions]
+
+    with pytest.raises(
+        RewardError, match=r"'divides' raised ZeroDivisionError: .*; the batch begins with prompt 'w\d w\d'"
+    ):
+        trainer(tmp_path, reward=divides).train()
+
+
+@pytest.mark.parametrize("extra", [-1, 1])
+def test_a_score_too_few_or_too_many_is_refused(tmp_path, extra):
+    def miscounts(prompts, completions, **columns):
+        return [1.0] * (len(completions) + extra)
+
+    with pytest.raises(RewardError, match=rf"'miscounts' returned {32 + extra} scores for 32 responses"):
+        trainer(tmp_path, reward=miscounts).train()
+
+
 def test_checkpoints_hold_the_critic_and_the_published_adapter_does_not(tmp_path):
     run = trainer(tmp_path, save_strategy="steps", save_steps=4, kl_target=0.01)
     run.train()

@@ -1,19 +1,25 @@
 """The recipes: what they parse, and the whole chain on the embedded models, short."""
 
 import json
+import math
+import random
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig, RewardConfig, SFTConfig, TrlParser
 
 import rsoups
+from rsoups._resources import resolve
 from rsoups.scoring import cards
-from rsoups.tasks import read_jsonl
+from rsoups.tasks import TASKS, read_jsonl
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -67,6 +73,7 @@ def test_unknown_keys_are_refused(tmp_path):
     ("recipe", "kind", "config"),
     [
         ("sft", SFTConfig, "embedded-sft"),
+        ("sft", SFTConfig, "embedded-sft-copying"),
         ("sft", SFTConfig, "embedded-sft-exchanged"),
         ("reward_model", RewardConfig, "embedded-coverage"),
         ("reward_model", RewardConfig, "embedded-coverage-sampled"),
@@ -79,6 +86,37 @@ def test_the_embedded_models_configs_parse(recipe, kind, config):
     parser = TrlParser((arguments, kind, ModelConfig))
     script, training, _ = parser.parse_args_and_config(["--config", str(CONFIGS / f"{config}.yaml")])
     assert training.seed == 0 and script.dataset.endswith("_train.jsonl.gz")
+
+
+@pytest.fixture(scope="module")
+def prepare():
+    return runpy.run_path(str(RECIPES / "embedded" / "prepare.py"))
+
+
+HUMAN = [{"concepts": ["dog", "run"], "sentences": ["A  dog running fast .", "the old dogs run home in the rain?"]}] * 5
+
+
+def test_embedded_sentences_are_in_one_style(prepare):
+    assert prepare["tidy_sentence"]("A  dog runs ,fast .") == "a dog runs,fast."
+    assert prepare["tidy_sentence"]("Who is it?") == "who is it?"
+
+
+def test_sentences_to_copy_hold_what_their_prompts_ask_for(prepare):
+    rows = prepare["copying_rows"](HUMAN, random.Random(0))
+    assert len(rows) == 2 * prepare["COPYING_VARIANTS"]
+    for row in rows:
+        words = [word for word, _ in prepare["split"](row["sentences"][0]) if prepare["is_content"](word)]
+        for concept in row["concepts"]:
+            assert any(concept in (word, prepare["lemma"](word, Counter(["dog", "run"]))) for word in words), row
+        assert len(words) == len(row["concepts"])
+
+
+def test_a_word_is_one_token_wherever_it_stands(prepare):
+    tokenizer = prepare["policy_tokenizer"](["the dog runs home.", "a dog, the dog runs"] * 20)
+    prompt = TASKS["concepts"].prompt({"concepts": ["dog", "runs"]})
+    apart = tokenizer(prompt)["input_ids"], tokenizer("dog runs home.")["input_ids"]
+    assert tokenizer(prompt + "dog runs home.")["input_ids"] == apart[0] + apart[1]
+    assert tokenizer.tokenize("dog runs dog") == ["Ġdog", "Ġruns", "Ġdog"]
 
 
 def launch(*arguments):
@@ -156,3 +194,32 @@ def test_accelerate_reads_its_configs(path, kind, machines):
     config = load_config_from_file(str(ROOT / path))  # refuses unknown keys
     assert (config.distributed_type, config.num_machines, config.mixed_precision) == (kind, machines, "bf16")
     assert not config.use_cpu and config.num_processes > machines
+
+
+@pytest.mark.slow
+def test_a_dry_run_in_llama_7bs_shape(tmp_path):
+    """Two steps with LLaMA-7b's widths, heads and vocabulary, two of its 32 layers, random bf16 weights, its own config."""
+    torch.manual_seed(0)
+    shape = LlamaConfig(num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    assert (shape.hidden_size, shape.intermediate_size, shape.vocab_size) == (4096, 11008, 32000)
+    LlamaForCausalLM(shape).bfloat16().save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama")).save_pretrained(tmp_path / "base")
+    rows = [{"chosen": f"\n\nHuman: What is number {i}?\n\nAssistant: Number {i}."} for i in range(64)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = yaml.safe_load((CONFIGS / "llama7b-assistant.yaml").read_text())
+    config |= {"model_name_or_path": str(tmp_path / "base"), "dataset": str(tmp_path / "rows.jsonl"), "use_cpu": True}
+    config |= {
+        "load_in_8bit": False,
+        "reward": ["naturalness"],
+        "steps_per_generation": 2,
+        "max_steps": 2,
+        "lora_r": 16,
+    }
+    config |= {"eval_prompts": 4, "output_dir": str(tmp_path / "out"), "lora_target_modules": ["q_proj", "v_proj"]}
+    del config["adapter_name_or_path"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    launch(RECIPES / "ppo_reward.py", "--config", tmp_path / "config.yaml")
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert all(math.isfinite(row["loss"]) for row in history if "loss" in row)
+    adapter = rsoups.interpolate([tmp_path / "out"])
+    assert adapter.state_dict[sorted(adapter.state_dict)[0]].shape[-1] in (4096, 16)

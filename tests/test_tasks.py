@@ -5,7 +5,7 @@ import pytest
 
 from rsoups import DatasetError
 from rsoups._resources import load_rows, resolve
-from rsoups.tasks import TASKS, first_sentence, format_prompt, question_of, read_jsonl, tidy_sentence
+from rsoups.tasks import TASKS, first_sentence, fit_prompts, format_prompt, question_of, read_jsonl
 
 
 def test_prompts_are_the_papers():
@@ -38,9 +38,16 @@ def test_responses_are_cut_at_the_first_sentence():
     assert first_sentence(" no end\nhere ") == "no end here"
 
 
-def test_tidy_sentences():
-    assert tidy_sentence("a  dog runs ,fast .") == "A dog runs,fast."
-    assert tidy_sentence("who is it?") == "Who is it?"
+def test_prompts_that_leave_no_room_are_refused_or_dropped():
+    prompts, lengths = ["a", "b", "c"], [3, 9, 4]
+    assert fit_prompts(prompts, lengths, 9, "refuse") == prompts
+    with pytest.raises(
+        DatasetError, match=r"1 of 3 prompts are longer than 4 tokens \(the longest: 9\).*--long_prompts drop"
+    ):
+        fit_prompts(prompts, lengths, 4, "refuse")
+    assert fit_prompts(prompts, lengths, 4, "drop") == ["a", "c"]
+    with pytest.raises(DatasetError, match="none of 3 prompts has at most 2 tokens"):
+        fit_prompts(prompts, lengths, 2, "drop")
 
 
 def test_assistant_rows_keep_short_first_questions():

@@ -19,12 +19,13 @@ from pathlib import Path
 from statistics import mean, pstdev
 
 import torch
+from prepare import tidy_sentence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewards import covered, prompt, samples
 from rsoups import load_reward
 from rsoups._resources import load_rows, resolve
-from rsoups.tasks import TASKS, first_sentence, read_jsonl, tidy_sentence
+from rsoups.tasks import TASKS, first_sentence, read_jsonl
 
 
 @torch.inference_mode()

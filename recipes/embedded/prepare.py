@@ -2,18 +2,20 @@
 
     python recipes/embedded/prepare.py COMMONGEN runs/embedded
 
-Writes `sft_own_train.jsonl.gz` and `sft_exchanged_train.jsonl.gz` for the two rounds of fine-tuning, `sft_dev.jsonl.gz`
-(rows of the "concepts" task), and `policy_init/` (Llama architecture). Each human sentence appears `VARIANTS` times.
+Writes `sft_{copying,exchanged,own}_train.jsonl.gz` for three rounds of fine-tuning, `sft_dev.jsonl.gz` (all rows of the
+"concepts" task), and `policy_init/` (Llama architecture).
 
-The first round teaches English, and leaves a small model that recites the sentences that it was trained on and fails
-on words that it has not seen together. The second exchanges content words for others that stand between the same
-neighbours elsewhere, and asks for them: the prompt is then the only way to know what comes, so it learns to copy.
+A small model that starts on human sentences learns them by heart, and fails on words that it has not seen together. So
+the first round makes that impossible: every content word is exchanged for a random one and asked for, and the prompt is
+the only way to know what comes. The second teaches English, with a word or two exchanged in most sentences; the third
+is nearly all as people wrote it.
 """
 
 import argparse
 import gzip
 import json
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +23,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from rsoups.tasks import TASKS, read_jsonl, tidy_sentence
+from rsoups.tasks import TASKS, read_jsonl
 
+COPYING_VARIANTS = 12
 VARIANTS = 8
-VOCABULARY = 8_000
+VOCABULARY = 12_000
 STOP_WORDS = set(
     """
     a an and are as at be been being but by can could did do does down for from had has have he her hers him his
@@ -33,6 +36,15 @@ STOP_WORDS = set(
     were what when where which while who will with would you your
     """.split()
 )
+
+
+def tidy_sentence(text: str) -> str:
+    """One sentence in one style: lower case, single spaces, none before punctuation, one full stop last.
+
+    Lower case, because a word that begins a sentence is then the token that it is in the prompt.
+    """
+    text = re.sub(r"\s+([.,!?;:])", r"\1", " ".join(text.split())).strip(" .\"'").lower()
+    return text + ("" if text.endswith(("!", "?")) else ".")
 
 
 def content_words(sentence: str) -> list[str]:
@@ -58,9 +70,13 @@ def suffix(word: str) -> str:
 
 
 def split(sentence: str) -> list[tuple[str, str]]:
-    """Words in lower case, each with the punctuation after it."""
-    words = [(w.rstrip(".,!?;:").lower(), w) for w in sentence.split()]
+    """Words, each with the punctuation after it."""
+    words = [(w.rstrip(".,!?;:"), w) for w in sentence.split()]
     return [(word, original[len(word) :]) for word, original in words]
+
+
+def is_content(word: str) -> bool:
+    return word.isalpha() and len(word) > 2 and word not in STOP_WORDS
 
 
 class Exchange:
@@ -80,45 +96,60 @@ class Exchange:
     def _content(words: list[tuple[str, str]]) -> Iterator[tuple[int, str, list[tuple]]]:
         plain = ["<s>", *(word for word, _ in words), "</s>"]
         for i, word in enumerate(plain[1:-1]):
-            if word.isalpha() and len(word) > 2 and word not in STOP_WORDS:
+            if is_content(word):
                 before, after = plain[i], plain[i + 2]
                 yield i, word, [(before, after, suffix(word)), (before, None, suffix(word))]
 
     def __call__(self, sentence: str, rng: random.Random) -> tuple[str, list[str]]:
-        """The sentence with one to three content words exchanged, and the new words."""
+        """The sentence with one or two content words exchanged, and the new words."""
         words = split(sentence)
         places = list(self._content(words))
         rng.shuffle(places)
         new = []
-        for i, word, slots in places[: rng.randint(1, 3)]:
+        for i, word, slots in places[: rng.randint(1, 2)]:
             fitting = next((self._sorted[s] for s in slots if len(self._sorted.get(s, ())) > 3), [])
             if fitting and (other := rng.choice(fitting)) != word:
                 words[i] = (other, words[i][1])
                 new.append(other)
-        text = " ".join(word + mark for word, mark in words)
-        return text[:1].upper() + text[1:], new
+        return " ".join(word + mark for word, mark in words), new
 
 
-def own_rows(rows: list[dict], rng: random.Random) -> list[dict]:
-    """Human sentences, asked for by the data's concepts or by a fresh subset of their own content words."""
+def inflected(concepts: list[str], lemmas: Counter[str], rng: random.Random, share: float = 0.5) -> list[str]:
+    """Some as they stand in the sentence, some as the data would ask for them."""
+    return [lemma(word, lemmas) if rng.random() < share else word for word in concepts]
+
+
+def copying_rows(rows: list[dict], rng: random.Random) -> list[dict]:
+    """Human sentences with every content word exchanged for any word of its inflection, and asked for.
+
+    Half of the prompts ask in the sentence's order: that is learnt first, and the other half from it.
+    """
     lemmas = Counter(concept for row in rows for concept in row["concepts"])
+    sentences = sorted({tidy_sentence(s) for row in rows for s in row["sentences"]})
+    words: dict[str, set[str]] = defaultdict(set)
+    for word in [w for s in sentences for w in content_words(s)] + list(lemmas):
+        words[suffix(word)].add(word)
+    choices = {ending: sorted(group) for ending, group in words.items()}
     out = []
-    for row in rows:
-        for sentence in map(tidy_sentence, row["sentences"]):
-            words = content_words(sentence)
-            for variant in range(VARIANTS):
-                concepts = list(row["concepts"])
-                if variant % 2 and len(words) >= 2:
-                    concepts = rng.sample(words, k=min(len(words), rng.randint(2, 5)))
-                    concepts = [lemma(w, lemmas) if rng.random() < 0.5 else w for w in concepts]
+    for sentence in sentences:
+        parts = split(sentence)
+        if not 2 <= sum(is_content(word) for word, _ in parts) <= 6:
+            continue
+        for variant in range(COPYING_VARIANTS):
+            new = [(rng.choice(choices[suffix(w)]) if is_content(w) else w, mark) for w, mark in parts]
+            concepts = [word for (word, _), (old, _) in zip(new, parts, strict=True) if is_content(old)]
+            if variant % 2:
                 rng.shuffle(concepts)
-                out.append({"concepts": concepts, "sentences": [sentence]})
+            text = " ".join(word + mark for word, mark in new)
+            out.append({"concepts": inflected(concepts, lemmas, rng, 0.25), "sentences": [text]})
     rng.shuffle(out)
     return out
 
 
-def exchanged_rows(rows: list[dict], rng: random.Random) -> list[dict]:
-    """A quarter human sentences as above, the others with words exchanged and asked for."""
+def sft_rows(rows: list[dict], rng: random.Random, exchanged: int) -> list[dict]:
+    """Each human sentence `VARIANTS` times: asked for by the data's concepts (once or twice), by some or all of its own
+    content words, and `exchanged` times with a word or two exchanged for others that stand between the same neighbours
+    elsewhere."""
     lemmas = Counter(concept for row in rows for concept in row["concepts"])
     exchange = Exchange([tidy_sentence(s) for row in rows for s in row["sentences"]])
     out = []
@@ -126,28 +157,25 @@ def exchanged_rows(rows: list[dict], rng: random.Random) -> list[dict]:
         for original in map(tidy_sentence, row["sentences"]):
             for variant in range(VARIANTS):
                 sentence, concepts = original, list(row["concepts"])
-                if variant:
-                    sentence, new = (original, []) if variant == 1 else exchange(original, rng)
+                if variant >= min(2, VARIANTS - exchanged - 1):
+                    new_words = variant >= VARIANTS - exchanged
+                    sentence, new = exchange(original, rng) if new_words else (original, [])
                     words = [w for w in content_words(sentence) if w not in new]
-                    # All of its content words now and then: the more a prompt tells, the sooner copying is learnt.
-                    more = len(words) if variant % 2 == 0 else min(len(words), max(0, rng.randint(2, 5) - len(new)))
-                    concepts = [*new, *rng.sample(words, k=more)] or concepts
-                if variant == 2:
-                    concepts.sort(key=sentence.lower().find)  # in the sentence's order
-                else:
-                    rng.shuffle(concepts)
-                if variant:
-                    concepts = [lemma(w, lemmas) if rng.random() < 0.4 else w for w in concepts]
+                    some = min(len(words), max(0, rng.randint(2, 5) - len(new)))
+                    chosen = [*new, *rng.sample(words, k=len(words) if variant % 4 == 2 else some)]
+                    concepts = inflected(chosen, lemmas, rng) or concepts
+                rng.shuffle(concepts)
                 out.append({"concepts": concepts, "sentences": [sentence]})
     rng.shuffle(out)
     return out
 
 
 def policy_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE. The three section marks of the prompt format are tokens of their own, spaces included, so that a
-    prompt and its response tokenize the same apart and together."""
+    """Byte-level BPE. The three section marks of the prompt format are tokens of their own, spaces included, and what
+    follows them begins as a word inside a sentence does: prompt and response tokenize the same apart and together, and
+    a word is the same token wherever it stands."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
         texts,
@@ -204,13 +232,14 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     human = read_jsonl(args.data / "train.jsonl.gz")
-    train = own_rows(human, random.Random(args.seed))
+    train = sft_rows(human, random.Random(args.seed), exchanged=2)
     dev = [
         {"concepts": row["concepts"], "sentences": [tidy_sentence(s) for s in row["sentences"]]}
         for row in read_jsonl(args.data / "dev.jsonl.gz")
     ]
+    write_jsonl(copying_rows(human, random.Random(args.seed)), args.out / "sft_copying_train.jsonl.gz")
+    write_jsonl(sft_rows(human, random.Random(args.seed), exchanged=6), args.out / "sft_exchanged_train.jsonl.gz")
     write_jsonl(train, args.out / "sft_own_train.jsonl.gz")
-    write_jsonl(exchanged_rows(human, random.Random(args.seed)), args.out / "sft_exchanged_train.jsonl.gz")
     write_jsonl(dev, args.out / "sft_dev.jsonl.gz")
 
     task = TASKS["concepts"]

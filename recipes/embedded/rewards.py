@@ -25,7 +25,7 @@ from statistics import mean
 
 import torch
 from nltk.stem.snowball import SnowballStemmer
-from prepare import STOP_WORDS, content_words, write_jsonl
+from prepare import STOP_WORDS, content_words, tidy_sentence, write_jsonl
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from rsoups._resources import resolve
-from rsoups.tasks import TASKS, first_sentence, read_jsonl, tidy_sentence
+from rsoups.tasks import TASKS, first_sentence, read_jsonl
 
 VOCABULARY = 5_000
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
