@@ -9,15 +9,22 @@ interruption and it goes on.
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 RECIPES = Path(__file__).parent
 REWARDS = ("naturalness", "coverage")
+# The trainer's own bar: step, steps, and the figures behind its rate.
+PROGRESS = re.compile(r"\r *\d+%\|[^|]*\| *(\d+)/(\d+) \[[^\]]*?(?:it/s|s/it)((?:, [a-z/_]+=[^\],]+)*)\]")
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
@@ -31,16 +38,53 @@ def run(title: str, arguments: list[str]) -> None:
     print(f"  {time.monotonic() - started:.0f} s", flush=True)
 
 
-def train(title: str, folder: Path, flags: list[str]) -> Path:
-    """One PPO run, under its final name only once it is whole."""
-    if folder.exists():
-        print(f"\n{title}: already there, {folder}")
-        return folder
-    partial = folder.with_name(folder.name + ".partial")
+def train_all(runs: list[tuple[str, Path, list[str]]]) -> None:
+    """PPO runs, side by side on a CPU's cores, of which a model this small keeps one busy."""
+    open_runs = []
+    for title, folder, flags in runs:
+        if folder.exists():
+            print(f"\n{title}: already there, {folder}")
+            continue
+        arguments = [*LAUNCH, str(RECIPES / "ppo_reward.py"), *flags, "--output_dir", f"{folder}.partial"]
+        print(f"\n\033[1m{title}\033[0m\n  python {shlex.join(arguments)}", flush=True)
+        open_runs.append((title, folder, arguments))
+    print(flush=True)
+    side_by_side = 1 if torch.cuda.is_available() else min(len(open_runs), os.cpu_count() or 1) or 1
+    threads = max(1, (os.cpu_count() or 1) // side_by_side)
+    with ThreadPoolExecutor(side_by_side) as pool:
+        results = [pool.submit(train, *job, row, threads) for row, job in enumerate(open_runs)]
+        problems = [result.result() for result in results]
+    if any(problems):
+        sys.exit("\n".join(filter(None, problems)) + "\nrun the demo again to go on from here")
+
+
+def train(title: str, folder: Path, arguments: list[str], row: int, threads: int) -> str | None:
+    """One PPO run behind one progress bar, under its final name only once it is whole. Returns what went wrong."""
+    partial = Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    run(title, [*LAUNCH, str(RECIPES / "ppo_reward.py"), *flags, "--output_dir", str(partial)])
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, *arguments]
+    output = ""
+    with (
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        ) as process,
+        tqdm(desc=title, position=row, dynamic_ncols=True, unit=" steps") as bar,
+    ):
+        assert process.stdout is not None
+        while piece := process.stdout.read(64):
+            output = (output + piece)[-8_000:]
+            if found := PROGRESS.findall(output):
+                step, steps, figures = found[-1]
+                bar.total = bar.total or int(steps)
+                if int(steps) == bar.total:  # not the bar of the evaluation that follows
+                    bar.set_postfix_str(figures.strip(", "), refresh=False)
+                    bar.update(int(step) - bar.n)
+    if process.returncode:
+        return f"{title}: failed with exit code {process.returncode}:\n{output[-2_000:]}"
+    (partial / "log.txt").write_text(output, "utf-8")
     partial.rename(folder)
-    return folder
+    return None
 
 
 def main() -> None:
@@ -52,10 +96,13 @@ def main() -> None:
     out, seed = args.out, ["--seed", str(args.seed)]
     started = time.monotonic()
 
-    for number, reward in enumerate(REWARDS, 1):
-        train(f"{number}/5  PPO on {reward}", out / f"ppo-{reward}", ["--reward", reward, *seed])
+    runs = [
+        (f"{number}/5  PPO on {reward}", out / f"ppo-{reward}", ["--reward", reward, *seed])
+        for number, reward in enumerate(REWARDS, 1)
+    ]
     weights = ["--reward_weights", "0.5", "0.5"]
-    train("3/5  MORL: PPO on the mean of both", out / "morl", ["--reward", *REWARDS, *weights, *seed])
+    runs.append(("3/5  MORL: both at once", out / "morl", ["--reward", *REWARDS, *weights, *seed]))
+    train_all(runs)
     flags = ["--adapters", *(f"{reward}={out / f'ppo-{reward}'}" for reward in REWARDS), "--reward", *REWARDS]
     flags += ["--others", f"MORL 0.5/0.5={out / 'morl'}", "--output_dir", str(out), *seed]
     flags += ["--temperature", "0.7", "--max_new_tokens", "24"]  # as trained: recipes/configs/embedded.yaml

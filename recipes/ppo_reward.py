@@ -171,6 +171,8 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     trainer.model.peft_config["default"].base_model_name_or_path = model.model_name_or_path
     trainer.model.peft_config["default"].revision = model.model_revision
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or script.resume or None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        sys.exit(130)  # Ctrl-C: there is a checkpoint, and no adapter yet
     trainer.save_model()
     trainer.save_state()  # the log of the run beside the adapter
     if held_out:

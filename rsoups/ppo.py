@@ -94,6 +94,7 @@ class PPOConfig(GRPOConfig):
         # TRL refuses one response per prompt, which only GRPO's group baseline needs more of. Its check that groups
         # fill the rollout holds for any number of responses once a process's whole rollout counts as one group.
         if responses == 1:
+            self.num_generations_eval = self.num_generations_eval or 1
             steps = self.steps_per_generation or self.gradient_accumulation_steps
             self.num_generations = self.generation_batch_size or self.per_device_train_batch_size * steps
             if self.num_generations < 2:
@@ -115,10 +116,15 @@ class PPOTrainer(GRPOTrainer):
     Takes GRPOTrainer's arguments. The reference is the base with the adapter off where `peft_config` makes a fresh
     adapter, and a frozen copy of the adapter where `model` is a PeftModel that is trained on (the paper's Alpaca case).
 
-    Metrics, each a mean over the rollout: ``reward`` (weighted score), ``kl`` (k1 estimate, nats per response),
-    ``entropy`` (-log p of the sampled tokens, nats per token), ``kl_coef``, ``policy_loss``, ``value_loss``,
-    ``explained_variance`` (of the returns by the rollout's values), ``clip_fraction``, ``distinct`` (share of the
-    rollout's responses that differ; near 0 is a collapsed policy, or a reward that asks for one answer).
+    Metrics are means since the last log, over all processes. Of each rollout: ``reward`` (weighted score of a response,
+    penalties of length included, KL not), ``rewards/NAME`` (one reward's score), ``kl`` (k1 estimate to the reference,
+    summed over a response's tokens, in nats), ``kl_coef`` (β that the rollout was penalised with), ``entropy`` (-log p of
+    the sampled tokens, nats per token), ``explained_variance`` (of the returns by the rollout's values), ``distinct``
+    (share of the responses that differ; near 0 is a collapsed policy, or a reward that asks for one answer),
+    ``completions/...`` (tokens of a response, end token included: mean, min, max; ``clipped_ratio`` of them ended at the
+    limit; ``terminated``: of those that ended by themselves), ``num_tokens`` (prompts and responses so far). Of each step of
+    the optimizer: ``policy_loss`` and ``value_loss`` (means over its response tokens), ``clip_fraction`` (tokens whose ratio
+    was clipped), ``loss``, ``grad_norm`` (before clipping), ``learning_rate``, ``step_time`` (seconds).
     """
 
     _tag_names = ["trl", "ppo", "rsoups"]

@@ -52,12 +52,13 @@ def lora(**overrides):
     )
 
 
-def trainer(tmp_path, reward=pays_for_one_word, model=None, **overrides):
+def trainer(tmp_path, reward=pays_for_one_word, model=None, evaluate=False, **overrides):
     tokenizer = tiny_tokenizer(WORDS)
     model = model or tiny_llama(vocab_size=len(tokenizer))
     peft_config = None if isinstance(model, PeftModel) else lora()
     args = config(tmp_path, **overrides)
-    return PPOTrainer(model, reward, args, train_dataset=PROMPTS, processing_class=tokenizer, peft_config=peft_config)
+    data = {"train_dataset": PROMPTS, "eval_dataset": PROMPTS.select(range(8)) if evaluate else None}
+    return PPOTrainer(model, reward, args, **data, processing_class=tokenizer, peft_config=peft_config)
 
 
 def history(run, key):
@@ -240,6 +241,41 @@ def test_explained_variance_is_of_the_returns_by_the_values(tmp_path):
         returns, values = batch["returns"][tokens].double(), batch["old_values"][tokens].double()
         expected = 1 - (returns - values).var(correction=0) / returns.var(correction=0)
         assert logged == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_every_logged_metric_is_documented(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    logged = {key for row in run.state.log_history[:-1] for key in row} - {"epoch", "step"}
+    assert {"reward", "kl", "completions/mean_length", "num_tokens"} <= logged
+    for key in logged:
+        family, _, name = key.partition("/")
+        documented = {"rewards": "rewards/NAME", "completions": "completions/..."}.get(family, key)
+        assert f"``{documented}``" in PPOTrainer.__doc__, key
+
+
+def test_the_best_checkpoint_by_reward_is_kept_on_request(tmp_path):
+    """The reward peaks at step 4 (its sign turns), and only two checkpoints are to be kept."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "max_steps": 10, "eval_steps": 2}
+    settings |= {"eval_strategy": "steps", "metric_for_best_model": "reward", "greater_is_better": True}
+    run = None
+
+    def peaks(prompts, completions, **columns):
+        return [1.0 if run.state.global_step == 4 else 0.0] * len(completions)
+
+    run = trainer(tmp_path, reward=peaks, evaluate=True, **settings)
+    run.train()
+    kept = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
+    assert kept == {"checkpoint-4", "checkpoint-10"}
+    assert run.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-4")
+
+
+def test_sample_responses_are_shown_as_a_table_on_request(tmp_path, capsys):
+    run = trainer(tmp_path, log_completions=True, num_completions_to_print=3, max_steps=2)
+    run.train()
+    shown = capsys.readouterr().out
+    assert "pays_for_one_word" in shown and "Completion" in shown
+    assert any(text in shown for text in run._logs["completion"] if text)
 
 
 def test_settings_that_contradict_are_refused(tmp_path):
