@@ -24,7 +24,7 @@ from tqdm import tqdm
 RECIPES = Path(__file__).parent
 REWARDS = ("naturalness", "coverage")
 # The trainer's own bar: step, steps, and the figures behind its rate.
-PROGRESS = re.compile(r"\r *\d+%\|[^|]*\| *(\d+)/(\d+) \[[^\]]*?(?:it/s|s/it)((?:, [a-z/_]+=[^\],]+)*)\]")
+PROGRESS = re.compile(r"[\r\n] *\d+%\|[^|]*\| *(\d+)/(\d+) \[[^\]]*?(?:it/s|s/it)((?:, [a-z/_]+=[^\],]+)*)\]")
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 

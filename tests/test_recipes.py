@@ -74,7 +74,6 @@ def test_unknown_keys_are_refused(tmp_path):
     [
         ("sft", SFTConfig, "embedded-sft"),
         ("sft", SFTConfig, "embedded-sft-copying"),
-        ("sft", SFTConfig, "embedded-sft-exchanged"),
         ("reward_model", RewardConfig, "embedded-coverage"),
         ("reward_model", RewardConfig, "embedded-coverage-sampled"),
         ("reward_model", RewardConfig, "embedded-naturalness"),

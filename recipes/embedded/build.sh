@@ -12,7 +12,6 @@ embedded=recipes/embedded
 python $embedded/prompts.py rsoups/assets/concepts --exclude "$data"
 python $embedded/prepare.py "$data" "$out"
 python recipes/sft.py --config recipes/configs/embedded-sft-copying.yaml
-python recipes/sft.py --config recipes/configs/embedded-sft-exchanged.yaml
 python recipes/sft.py --config recipes/configs/embedded-sft.yaml
 python $embedded/publish.py "$out/sft" rsoups/assets/tiny-llama
 

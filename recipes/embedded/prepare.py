@@ -2,13 +2,13 @@
 
     python recipes/embedded/prepare.py COMMONGEN runs/embedded
 
-Writes `sft_{copying,exchanged,own}_train.jsonl.gz` for three rounds of fine-tuning, `sft_dev.jsonl.gz` (all rows of the
-"concepts" task), and `policy_init/` (Llama architecture).
+Writes `sft_copying_train.jsonl.gz` and `sft_train.jsonl.gz` for two rounds of fine-tuning, `sft_dev.jsonl.gz` (rows of
+the "concepts" task), and `policy_init/` (Llama architecture).
 
 A small model that starts on human sentences learns them by heart, and fails on words that it has not seen together. So
 the first round makes that impossible: every content word is exchanged for a random one and asked for, and the prompt is
-the only way to know what comes. The second teaches English, with a word or two exchanged in most sentences; the third
-is nearly all as people wrote it.
+the only way to know what comes. The second teaches English to a model that copies, with a word or two exchanged in most
+sentences so that it goes on copying.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from rsoups.tasks import TASKS, read_jsonl
 
 COPYING_VARIANTS = 12
-VARIANTS = 8
+VARIANTS, EXCHANGED = 8, 6
 VOCABULARY = 12_000
 STOP_WORDS = set(
     """
@@ -146,9 +146,9 @@ def copying_rows(rows: list[dict], rng: random.Random) -> list[dict]:
     return out
 
 
-def sft_rows(rows: list[dict], rng: random.Random, exchanged: int) -> list[dict]:
+def sft_rows(rows: list[dict], rng: random.Random) -> list[dict]:
     """Each human sentence `VARIANTS` times: asked for by the data's concepts (once or twice), by some or all of its own
-    content words, and `exchanged` times with a word or two exchanged for others that stand between the same neighbours
+    content words, and `EXCHANGED` times with a word or two exchanged for others that stand between the same neighbours
     elsewhere."""
     lemmas = Counter(concept for row in rows for concept in row["concepts"])
     exchange = Exchange([tidy_sentence(s) for row in rows for s in row["sentences"]])
@@ -157,8 +157,8 @@ def sft_rows(rows: list[dict], rng: random.Random, exchanged: int) -> list[dict]
         for original in map(tidy_sentence, row["sentences"]):
             for variant in range(VARIANTS):
                 sentence, concepts = original, list(row["concepts"])
-                if variant >= min(2, VARIANTS - exchanged - 1):
-                    new_words = variant >= VARIANTS - exchanged
+                if variant >= min(2, VARIANTS - EXCHANGED - 1):
+                    new_words = variant >= VARIANTS - EXCHANGED
                     sentence, new = exchange(original, rng) if new_words else (original, [])
                     words = [w for w in content_words(sentence) if w not in new]
                     some = min(len(words), max(0, rng.randint(2, 5) - len(new)))
@@ -232,14 +232,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     human = read_jsonl(args.data / "train.jsonl.gz")
-    train = sft_rows(human, random.Random(args.seed), exchanged=2)
+    train = sft_rows(human, random.Random(args.seed))
     dev = [
         {"concepts": row["concepts"], "sentences": [tidy_sentence(s) for s in row["sentences"]]}
         for row in read_jsonl(args.data / "dev.jsonl.gz")
     ]
     write_jsonl(copying_rows(human, random.Random(args.seed)), args.out / "sft_copying_train.jsonl.gz")
-    write_jsonl(sft_rows(human, random.Random(args.seed), exchanged=6), args.out / "sft_exchanged_train.jsonl.gz")
-    write_jsonl(train, args.out / "sft_own_train.jsonl.gz")
+    write_jsonl(train, args.out / "sft_train.jsonl.gz")
     write_jsonl(dev, args.out / "sft_dev.jsonl.gz")
 
     task = TASKS["concepts"]

@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with CommonGen's rows and ratings")
     parser.add_argument("out", type=Path)
     parser.add_argument("--policy", default="rsoups/tiny-llama", help="whose samples are in the pairs")
-    parser.add_argument("--limit", type=int, default=24_000, help="samples of the policy in the train pairs")
+    parser.add_argument("--limit", type=int, default=12_000, help="samples of the policy in the train pairs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.what == "init":
