@@ -92,7 +92,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything that the demo makes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the PPO runs and of the evaluation")
     args = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
     out, seed = args.out, ["--seed", str(args.seed)]
     started = time.monotonic()
 
@@ -106,7 +110,7 @@ def main() -> None:
     flags = ["--adapters", *(f"{reward}={out / f'ppo-{reward}'}" for reward in REWARDS), "--reward", *REWARDS]
     flags += ["--others", f"MORL 0.5/0.5={out / 'morl'}", "--output_dir", str(out), *seed]
     flags += ["--temperature", "0.7", "--max_new_tokens", "24"]  # as trained: recipes/configs/embedded.yaml
-    run("4/5  Soups at 11 λ: generate, score, front, report", [str(RECIPES / "sweep.py"), *flags])
+    run("4/5  Soups at 11 λ: generate, score, front, report", ["-m", "rsoups.cli", "sweep", *flags])
     soup = choose(out)
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Look at:")
     for what, path in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import runpy
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ _RECIPES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors that rsoups raises on purpose are one line on stderr and exit code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Where it is installed, it tells everyone of CPU kernels that only 4-bit bases miss.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         if arguments[:1] and arguments[0] in _RECIPES:
             _recipe(arguments[0], arguments[1:])

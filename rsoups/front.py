@@ -131,6 +131,12 @@ class Front:
         return sorted(found, key=lambda point: list((point.lambdas or {}).values()), reverse=True)
 
     @property
+    def legend(self) -> str:
+        """What the numbers of a soup's label weigh, for the head of a table."""
+        names = " / ".join(self.soups[0].lambdas or {}) if self.soups else ""
+        return f"model (λ: {names})" if names else "model"
+
+    @property
     def others(self) -> list[Point]:
         """The base and whatever else was evaluated beside the soups."""
         return [point for point in self.points if point.lambdas is None]
@@ -213,7 +219,7 @@ class Front:
 
     def to_markdown(self) -> str:
         """A table of all points: the mean of each reward with its interval."""
-        lines = [f"| model | {' | '.join(self.rewards)} |", "| --- |" + " ---: |" * len(self.rewards)]
+        lines = [f"| {self.legend} | {' | '.join(self.rewards)} |", "| --- |" + " ---: |" * len(self.rewards)]
         for point in [*self.others, *self.soups]:
             cells = [str(Estimate(point.mean[r], point.low[r], point.high[r])) for r in self.rewards]
             lines.append(f"| {point.label} | {' | '.join(cells)} |")

@@ -222,7 +222,7 @@ def _chord_sentences(front: Front) -> list[str]:
 def _table(front: Front, records: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     texts = _texts(records)
     pareto = set(front.pareto())
-    head = ["model", *front.rewards, "words", "distinct-2", "different responses", "Pareto"]
+    head = [front.legend, *front.rewards, "words", "distinct-2", "different responses", "Pareto"]
     rows = []
     for point in [*front.others, *front.soups]:
         words, distinct, different = _variety(texts[_key(point.name, point.lambdas)])

@@ -120,5 +120,5 @@ def test_records_that_no_front_can_be_made_of(tmp_path):
 
 def test_the_table_holds_every_point():
     table = Front.from_records(records(n=4)[0]).to_markdown().splitlines()
-    assert table[0] == "| model | a | b |" and len(table) == 2 + 7
+    assert table[0] == "| model (λ: A / B) | a | b |" and len(table) == 2 + 7
     assert any(line.startswith("| λ 0.25 / 0.75 | ") for line in table)
