@@ -4,7 +4,7 @@
     accelerate launch recipes/ppo_reward.py --reward coverage --output_dir runs/coverage
     accelerate launch recipes/ppo_reward.py --reward naturalness coverage --reward_weights .5 .5      # MORL
     accelerate launch recipes/ppo_reward.py --config recipes/configs/llama7b-assistant.yaml --reward deberta-v3-large-v2
-    accelerate launch recipes/ppo_reward.py --config my-grpo.yaml --algorithm grpo                    # or rloo: TRL's trainers
+    accelerate launch recipes/ppo_reward.py --config recipes/configs/embedded-grpo.yaml --algorithm rloo     # or grpo: TRL's
 
 With neither `--config` nor `--model_name_or_path`, recipes/configs/embedded.yaml applies. Flags override the file.
 

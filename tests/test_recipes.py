@@ -171,6 +171,18 @@ def test_from_adapters_to_the_report(runs, tmp_path):
         assert front.rewards == ["coverage", "naturalness"] and len(front.soups) == 3
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_adapters_of_other_algorithms_go_into_the_same_soup(runs, tmp_path, algorithm):
+    flags = ["--config", CONFIGS / "embedded-grpo.yaml", "--algorithm", algorithm, "--reward", "coverage", *SHORT]
+    launch(RECIPES / "ppo_reward.py", *flags, "--eval_prompts", 8, "--output_dir", tmp_path / algorithm)
+    soup = rsoups.interpolate(
+        [tmp_path / algorithm, runs / "naturalness"], [0.5, 0.5], method="factors"
+    )  # one initialisation
+    assert soup.lambdas == (0.5, 0.5)
+    held_out = json.loads((tmp_path / algorithm / "held_out_results.json").read_text())
+    assert held_out["before"].keys() == held_out["after"].keys() >= {"reward"}
+
+
 def test_an_adapter_can_be_trained_on(runs, tmp_path):
     flags = ["--config", CONFIGS / "embedded.yaml", "--adapter_name_or_path", runs / "naturalness", *SHORT]
     launch(RECIPES / "ppo_reward.py", "--reward", "coverage", "--output_dir", tmp_path / "on", *flags)
