@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,12 +28,17 @@ def add_actor_critic_forward(causal_lm: Any, temperature: float) -> None:
         if getattr(text_config, key, None) not in (None, 1, 1.0):
             raise ValueError(f"PPOTrainer does not support {key} in the base's config ({type(causal_lm).__name__})")
     original = causal_lm.forward
+    takes_positions = "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters
 
     def forward(*args: Any, response_length: int | None = None, **kwargs: Any) -> Any:
         if response_length is None:
             return original(*args, **kwargs)
         ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-        hidden = causal_lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        # As generate() counts them: from each row's first real token, so that a left padding changes nothing.
+        positions = {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)} if takes_positions else {}
+        hidden = causal_lm.base_model(
+            input_ids=ids, attention_mask=mask, use_cache=False, **positions
+        ).last_hidden_state
         states = hidden[:, -response_length - 1 : -1]  # the state before each response token
         real = mask[:, -response_length:].bool()
         with torch.autocast(states.device.type, enabled=False):  # values are float32, whatever the policy computes in

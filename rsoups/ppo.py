@@ -84,6 +84,9 @@ class PPOConfig(GRPOConfig):
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Subtracted from the score of a response that was cut before its end token."}
     )
+    local_rollout_forward_batch_size: int | None = field(
+        default=None, metadata={"help": "Responses generated at one time on a process; the whole rollout's if unset."}
+    )
     adapter_init_seed: int = field(
         default=0,
         metadata={"help": "Seed of a fresh adapter's weights, the same for all runs that will share a soup."},
@@ -105,6 +108,10 @@ class PPOConfig(GRPOConfig):
             raise ValueError(f"kl_coef is {self.kl_coef}, must be at least 0")
         if self.min_completion_length and not 1 <= self.min_completion_length <= (self.max_completion_length or 0):
             raise ValueError("min_completion_length must be between 1 and max_completion_length")
+        if self.use_transformers_continuous_batching and (self.bf16 or self.fp16):
+            raise ValueError(
+                "use_transformers_continuous_batching casts the adapter to 16 bit in TRL: leave one of them out"
+            )
         self.beta = self.kl_coef or 1e-8  # not 0: makes TRL keep the reference of a continued adapter
         super().__post_init__()
         self.num_generations = responses
@@ -148,6 +155,8 @@ class PPOTrainer(GRPOTrainer):
         nn.init.zeros_(causal_lm.value_head.weight)
         nn.init.zeros_(causal_lm.value_head.bias)
         add_actor_critic_forward(causal_lm, self.temperature)
+        if self.use_vllm:
+            hide_value_head(self.vllm_generation)
         self._saving = False
         self.kl_controller = rl_math.KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         if not args.disable_tqdm:
@@ -183,11 +192,19 @@ class PPOTrainer(GRPOTrainer):
         return batch
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        responses, logps = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        size = len(prompt_ids) if self.use_vllm else self.args.local_rollout_forward_batch_size or len(prompt_ids)
+        # Prompts of one length together, where they are not all generated from at one time: less padding.
+        order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i])) if size < len(prompt_ids) else None
+        queue = prompt_ids if order is None else [prompt_ids[i] for i in order]
+        responses: list[list[int]] = []
+        for start in range(0, len(queue), size):
+            responses += super()._generate_single_turn(queue[start : start + size], *args, **kwargs)[0]
+        if order is not None:
+            responses = [ids for _, ids in sorted(zip(order, responses, strict=True), key=lambda pair: pair[0])]
         if (shortest := self.args.min_completion_length) is not None:
             limits = torch.randint(shortest, int(self.args.max_completion_length or 0) + 1, (len(responses),)).tolist()
             responses = [ids[:limit] for ids, limit in zip(responses, limits, strict=True)]
-        return responses, logps
+        return responses, None  # vLLM's log-probabilities are not used: the policy's own forward gives the old ones
 
     def _rollout_tensors(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> dict[str, Tensor]:
         """Padded ids and masks: prompts (B, P) to the left, responses (B, T) to the right; masks are 1 on real tokens."""
@@ -204,14 +221,19 @@ class PPOTrainer(GRPOTrainer):
         self, model: nn.Module, batch: dict[str, Tensor], chunk: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the response tokens and values of the states before them, both (B, T)."""
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        length = batch["completion_ids"].shape[1]
+        parts = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         outputs = []
-        for rows, attention in zip(ids.split(chunk or len(ids)), mask.split(chunk or len(ids)), strict=True):
+        for rows in zip(*(batch[name].split(chunk or len(batch["prompt_ids"])) for name in parts), strict=True):
+            asked, asked_mask, said, said_mask = rows
+            # Without the columns that only longer rows of the rollout need.
+            before, length = int(asked_mask.sum(dim=1).max()), max(1, int(said_mask.sum(dim=1).max()))
+            ids = torch.cat([asked[:, asked.shape[1] - before :], said[:, :length]], dim=1)
+            mask = torch.cat([asked_mask[:, asked.shape[1] - before :], said_mask[:, :length]], dim=1)
             with self.accelerator.autocast():
-                outputs.append(model(input_ids=rows, attention_mask=attention, response_length=length))
-        return torch.cat([o[0] for o in outputs]), torch.cat([o[1] for o in outputs])
+                pair = model(input_ids=ids, attention_mask=mask, response_length=length)
+            outputs.append([nn.functional.pad(values, (0, said.shape[1] - length)) for values in pair])
+        logps, values = (torch.cat(tensors) for tensors in zip(*outputs, strict=True))
+        return logps, values
 
     def _scores(self, inputs: list, prompts: list, responses: list, response_ids: list) -> Tensor:
         """Weighted score of each of this process's responses, (B,). Refuses scores that are not finite."""
@@ -451,6 +473,12 @@ class PPOProgress(ProgressCallback):
                 shown["tokens/s"] = f"{tokens / max(seconds, 1e-9):.0f}"
             self._last = now
         self.training_bar.set_postfix(shown)
+
+
+def hide_value_head(generation: Any) -> None:
+    """Leave the critic out of the weights that TRL's `VLLMGeneration` hands to vLLM, which knows no such parameter."""
+    every = generation._iter_named_params
+    generation._iter_named_params = lambda: (pair for pair in every() if not pair[0].startswith("value_head."))
 
 
 def reset_adapter(model: PeftModel, seed: int) -> None:

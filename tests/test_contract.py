@@ -5,6 +5,7 @@ import inspect
 import pytest
 from peft.tuners.lora import LoraLayer
 from trl import GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils
 
 METHODS = {
@@ -51,6 +52,12 @@ def test_what_generate_returns_starts_with_ids_and_texts():
         "tool_mask",
         "completions",
     ]
+
+
+def test_vllm_is_handed_the_weights_by_name():
+    assert list(inspect.signature(VLLMGeneration._iter_named_params).parameters) == ["self"]
+    assert "self._iter_named_params()" in inspect.getsource(VLLMGeneration.sync_weights)
+    assert "self.vllm_generation = VLLMGeneration(" in inspect.getsource(GRPOTrainer.__init__)
 
 
 def test_helpers_exist():

@@ -8,10 +8,13 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+from trl.generation.vllm_generation import VLLMGeneration
 
 from rsoups import PPOConfig, PPOTrainer, RewardError, TrainingError
 from rsoups.actor_critic import _token_logps, add_actor_critic_forward
 from rsoups.checkpoints import last_checkpoint
+from rsoups.ppo import hide_value_head
 
 WORDS = [f"w{i}" for i in range(20)]
 PROMPTS = Dataset.from_dict({"prompt": [f"{a} {b}" for a in WORDS[:8] for b in WORDS[:8]]})
@@ -83,6 +86,17 @@ def test_the_kl_penalty_holds_the_policy_back(tmp_path):
     assert last[1.0] < 1 < 5 < last[0.0]
 
 
+def test_kl_is_held_near_its_target(tmp_path):
+    """From a coefficient far too small and from one far too large."""
+    for start in (0.02, 1.0):
+        settings = {"kl_coef": start, "kl_target": 2.0, "kl_horizon": 64, "learning_rate": 5e-3}
+        run = trainer(tmp_path / str(start), max_steps=200, **settings)
+        run.train()
+        held = history(run, "kl")[-12:]
+        assert sum(held) / len(held) == pytest.approx(2.0, rel=0.25), start
+        assert history(run, "kl_coef")[-1] != pytest.approx(start, rel=0.5), "the coefficient had nothing to do"
+
+
 def test_one_forward_gives_the_log_probabilities_and_values_of_a_plain_one():
     torch.manual_seed(0)
     model = tiny_llama(vocab_size=50).eval()
@@ -103,6 +117,77 @@ def test_one_forward_gives_the_log_probabilities_and_values_of_a_plain_one():
     assert torch.allclose(values[real], model.value_head(states).squeeze(-1)[real], atol=1e-5)
     assert logps[~real].abs().max() == 0 and values[~real].abs().max() == 0
     assert torch.equal(again, plain.logits), "an ordinary call must stay as it was"
+
+
+@pytest.mark.parametrize("positions", ["absolute", "rotary"])
+def test_padding_changes_no_log_probability(tmp_path, positions):
+    """A rollout of prompts of unequal length, each row against itself alone; GPT-2 learns a vector for each position."""
+    tokenizer = tiny_tokenizer(WORDS)
+    shape = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    gpt2 = GPT2LMHeadModel(GPT2Config(initializer_range=0.3, **shape, **ends))
+    targets = lora() if positions == "rotary" else lora(target_modules=["c_attn"], fan_in_fan_out=True)
+    base = tiny_llama(vocab_size=len(tokenizer)) if positions == "rotary" else gpt2
+    run = PPOTrainer(
+        base,
+        pays_for_one_word,
+        config(tmp_path),
+        train_dataset=PROMPTS,
+        processing_class=tokenizer,
+        peft_config=targets,
+    )
+    torch.nn.init.normal_(run.model.get_base_model().value_head.weight)
+    prompts = [[4, 5, 6, 7, 8, 9], [4], [7, 5, 4]]
+    responses = [[9, 2], [5, 6, 7, 8], [8]]
+    batch = run._rollout_tensors(prompts, responses)
+    run.model.eval()
+    with torch.no_grad():
+        for chunk in (None, 2, 1):
+            logps, values = run._actor_critic(run.model, batch, chunk)
+            assert logps.shape == values.shape == (3, 4)
+            for row, (asked, said) in enumerate(zip(prompts, responses, strict=True)):
+                plain = run.model(input_ids=torch.tensor([asked + said]), output_hidden_states=True)
+                states = plain.hidden_states[-1][0, len(asked) - 1 : -1]
+                expected = plain.logits[0, len(asked) - 1 : -1].log_softmax(-1)[range(len(said)), said]
+                assert torch.allclose(logps[row, : len(said)], expected, atol=1e-5)
+                value = run.model.get_base_model().value_head(states).squeeze(-1)
+                assert torch.allclose(values[row, : len(said)], value, atol=1e-5)
+                assert not logps[row, len(said) :].any() and not values[row, len(said) :].any()
+
+
+def test_vllm_is_handed_the_merged_base_without_the_critic(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    generation = object.__new__(VLLMGeneration)
+    generation.model, generation._dist, generation.accelerator = run.model, run._dist, run.accelerator
+    hide_value_head(generation)
+    handed = {name: tensor.clone() for name, tensor in generation._iter_named_params()}
+    base = tiny_llama(vocab_size=24)
+    assert handed.keys() == dict(base.named_parameters()).keys()
+    model = tiny_llama(vocab_size=24)
+    model.load_state_dict(handed)
+    ids = torch.tensor([[4, 5, 6]])
+    with torch.no_grad():
+        run.model.eval()
+        assert torch.allclose(model(ids).logits, run.model(ids).logits, atol=1e-5)
+        assert not torch.allclose(model(ids).logits, base(ids).logits, atol=1e-3), "the adapter was not merged"
+
+
+def test_a_rollout_can_be_generated_in_parts(tmp_path):
+    """Greedily, so that a response depends on its prompt only; the rows must come back in the prompts' order."""
+    prompts = {"prompt": [" ".join(WORDS[i : i + 1 + i % 4]) for i in range(16)] * 2}
+    found = []
+    for part in (None, 5):
+        run = trainer(
+            tmp_path / str(part),
+            local_rollout_forward_batch_size=part,
+            max_steps=1,
+            generation_kwargs={"do_sample": False},
+        )
+        run.train_dataset = Dataset.from_dict(prompts)
+        found.append({tuple(a): b for ids, said, _ in rollouts(run) for a, b in zip(ids, said, strict=True)})
+    assert found[0] == found[1] and len(set(map(tuple, found[0].values()))) > 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,6 +221,33 @@ def test_models_with_unknown_logit_transforms_are_refused():
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         add_actor_critic_forward(model, 1.0)
+
+
+def adapter_after(run):
+    run.train()
+    return {key: value.detach().clone() for key, value in run.model.state_dict().items() if "lora_" in key}
+
+
+def test_gradient_checkpointing_changes_nothing_but_the_memory(tmp_path):
+    plain = adapter_after(trainer(tmp_path / "plain"))
+    run = trainer(tmp_path / "checkpointed", activation_checkpointing=True)
+    recomputed = adapter_after(run)
+    assert run.model.get_base_model().is_gradient_checkpointing
+    assert all(torch.equal(plain[key], recomputed[key]) for key in plain)
+    assert any(value.abs().max() > 0 for key, value in recomputed.items() if "lora_B" in key)
+
+
+def test_bf16_learns_with_float32_adapters_and_values(tmp_path):
+    tokenizer = tiny_tokenizer(WORDS)
+    base = tiny_llama(vocab_size=len(tokenizer)).to(torch.bfloat16)
+    run = trainer(tmp_path, model=base, bf16=True, max_steps=120)
+    weights = adapter_after(run)
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert run.model.get_base_model().value_head.weight.dtype == torch.float32
+    assert run.model.get_base_model().lm_head.weight.dtype == torch.bfloat16
+    rewards = history(run, "reward")
+    assert sum(rewards[-6:]) / 6 > sum(rewards[:4]) / 4 + 0.3
+    assert history(run, "kl")[0] == pytest.approx(0, abs=0.02), "rollout and reference in one precision"
 
 
 def test_fresh_adapters_start_alike_whatever_the_seed_of_the_run(tmp_path):
@@ -283,6 +395,8 @@ def test_settings_that_contradict_are_refused(tmp_path):
         config(tmp_path, per_device_train_batch_size=1, steps_per_generation=1)
     with pytest.raises(ValueError, match="kl_coef"):
         config(tmp_path, kl_coef=-1.0)
+    with pytest.raises(ValueError, match="continuous_batching"):
+        config(tmp_path, bf16=True, use_transformers_continuous_batching=True)
     assert config(tmp_path).num_generations == 1
 
 
