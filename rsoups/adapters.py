@@ -1,7 +1,8 @@
 """Read and check LoRA adapters: a folder, a Hub id or a live PeftModel in, an `Adapter` out; every refusal is here.
 
 Only safetensors are read, never a pickle. What cannot be part of an exact soup is refused with the reason, so that
-`rsoups.soup` is left with nothing but the maths.
+`rsoups.soup` is left with nothing but the maths. Tensors are read one at a time, so that a soup of many large adapters
+needs no memory for them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +22,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rsoups._errors import AdapterError, HubError
@@ -30,8 +33,11 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 BASE_EMBEDDING = ".base_layer.weight"  # PEFT saves an adapted embedding's own weights beside its factors
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+EMBEDDINGS = tuple(f".{name}.weight" for name in EMBEDDING_LAYER_NAMES)  # saved whole where the vocabulary was resized
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<subfolder>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?")
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<kind>weight|bias))?")
+_LONGEST_CONFIG = 2**24  # bytes; real ones have a few thousand
+_HASHING = ThreadPoolExecutor(max_workers=2, thread_name_prefix="rsoups-sha256")  # beside the reading
 
 # Fields that make an adapter more than θ0 + s·B·A, and why no soup can be made of it.
 _REFUSED = {
@@ -47,65 +53,93 @@ _REFUSED = {
     "layer_replication": "layer replication changes the shape of the base",
     "target_parameters": "adapters on bare parameters are not supported",
     "megatron_config": "Megatron's parallel layers are not supported",
+    "ensure_weight_tying": "adapters that are shared by tied layers are not supported",
 }
 # Initialisations that subtract the adapter's start from the base: B·A is then not the change from the published base.
-_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal", "mica")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LoraModule:
-    """The change of one module, Δ = scaling · B @ A.
+    """The change of one module, Δ = scaling · B @ A, as the adapter's file describes it.
 
     Attributes:
-        A: Shape (r, in) or, of a convolution, (r, in, ...).
-        B: Shape (out, r) or (out, r, 1, ...).
+        A: Name of a tensor of shape (r, in) or, of a convolution, (r, in / groups, ...).
+        B: Name of a tensor of shape (out, r) or (out, r, 1, ...).
+        rank: r.
+        shape: Of the base's weight as far as the factors tell it: (out, in, ...).
         scaling: alpha / r, or alpha / √r for rsLoRA.
-        bias: Shape (out,), what `lora_bias` adds (times `scaling`), or None.
+        bias: Name of what `lora_bias` adds (times `scaling`), shape (out,), or None.
         embedding: Whether A and B are those of an embedding.
     """
 
-    A: Tensor
-    B: Tensor
+    A: str
+    B: str
+    rank: int
+    shape: tuple[int, ...]
     scaling: float
-    bias: Tensor | None = None
+    bias: str | None = None
     embedding: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One LoRA, read and checked.
+    """One LoRA, checked, its tensors where they are.
 
     Attributes:
-        source: Where it was read from.
+        source: Where it is read from.
         config: PEFT's config.
-        tensors: As in the file, on the CPU, in the file's dtypes.
-        sha256: Of the file's bytes, or of names, shapes and values for a live model.
+        layout: Names, shapes and dtypes of its tensors (on the meta device, without values).
         revision: The Hub commit, None for a folder.
     """
 
     source: str
     config: LoraConfig
-    tensors: dict[str, Tensor]
-    sha256: str
+    layout: dict[str, Tensor]
+    _read: Callable[[str], Tensor]
+    _digest: Future[str]
     revision: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Of the file's bytes, or of names, shapes and values for a live model."""
+        try:
+            return self._digest.result()
+        except OSError as error:
+            raise AdapterError(f"{self.source}: cannot read its weights: {error}") from None
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, on the CPU, in the file's dtype.
+
+        Raises:
+            AdapterError: It is not finite, or the file is not what it was.
+        """
+        tensor = self._read(name)
+        # The smallest and the largest are NaN where anything is: a quarter of the time of torch.isfinite.
+        if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+            raise AdapterError(f"{self.source}: tensor {name} holds NaN or infinity: the run that made it diverged")
+        return tensor
 
     @cached_property
     def modules(self) -> dict[str, LoraModule]:
         """The adapted modules by their path in the base."""
-        return _modules(self.source, self.config, self.tensors)
+        try:
+            return _modules(self.source, self.config, self.layout)
+        except re.error as error:
+            raise AdapterError(f"{self.source}: a pattern in {CONFIG_FILE} is no regular expression: {error}") from None
 
     @cached_property
-    def full(self) -> dict[str, Tensor]:
-        """Whole parameters that were trained beside the LoRA (`modules_to_save`, biases), or saved with it."""
-        return {key: tensor for key, tensor in self.tensors.items() if not _FACTOR.fullmatch(key)}
+    def full(self) -> list[str]:
+        """Names of whole parameters that were trained beside the LoRA (`modules_to_save`, biases), or saved with it."""
+        return [name for name in self.layout if not _FACTOR.fullmatch(name)]
 
 
 def read_adapter(source: Any) -> Adapter:
-    """Read an adapter and check that it can be part of a soup.
+    """Open an adapter and check all but its values, which `Adapter.tensor` checks.
 
     Args:
-        source: A folder, a Hub id (``user/name`` or ``user/name@revision``), a PeftModel (its active adapter), or a
-            tuple ``(PeftModel, adapter name)``.
+        source: A folder, a Hub id (``user/name``, ``user/name@revision``, ``user/name/subfolder@revision``), a PeftModel
+            (its active adapter), or a tuple ``(PeftModel, adapter name)``.
 
     Raises:
         AdapterError: Missing, corrupt or contradictory files, or a kind of adapter that no exact soup can hold.
@@ -115,8 +149,10 @@ def read_adapter(source: Any) -> Adapter:
         adapter = _from_model(*source)
     elif isinstance(source, PeftModel):
         adapter = _from_model(source, source.active_adapter)
-    else:
+    elif isinstance(source, (str, Path)):
         adapter = _from_files(str(source))
+    else:
+        raise AdapterError(f"an adapter is a folder, a Hub id or a PeftModel, not {type(source).__name__}")
     _check(adapter)
     return adapter
 
@@ -130,12 +166,22 @@ def _from_model(model: PeftModel, name: str) -> Adapter:
     embeddings = any("lora_embedding_" in key for key, _ in model.named_parameters())
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
     tensors = {key: tensor.detach().cpu().clone() for key, tensor in state.items()}
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
-    return Adapter(f"adapter {name!r} of a live model", config, tensors, digest.hexdigest())
+    return adapter_of(f"adapter {name!r} of a live model", config, tensors)
+
+
+def adapter_of(source: str, config: LoraConfig, tensors: dict[str, Tensor]) -> Adapter:
+    """An adapter whose tensors are in memory."""
+
+    def digest() -> str:
+        total = hashlib.sha256()
+        for key in sorted(tensors):
+            tensor = tensors[key].contiguous()
+            total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(tensor.view(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    layout = {key: tensor.to("meta") for key, tensor in tensors.items()}
+    return Adapter(source, config, layout, tensors.__getitem__, _HASHING.submit(digest))
 
 
 def _from_files(source: str) -> Adapter:
@@ -155,40 +201,74 @@ def _from_files(source: str) -> Adapter:
                 else ": is this the folder of a PEFT adapter?"
             )
         )
+
+    def corrupt(error: Exception) -> AdapterError:
+        return AdapterError(f"{weights} is corrupt or not a safetensors file ({error}); copy it again")
+
     try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{weights} is corrupt or not a safetensors file ({error}); copy it again") from None
-    with weights.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Adapter(source, config, tensors, sha256, revision)
+        file = safe_open(weights, "pt", backend="pread")  # not mapped: a file cut short is an error, not a crash
+        layout = {name: _meta(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise corrupt(error) from None
+
+    def read(name: str) -> Tensor:
+        try:
+            return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise corrupt(error) from None
+
+    return Adapter(source, config, layout, read, _HASHING.submit(_sha256, weights), revision)
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+def _meta(view: Any) -> Tensor:
+    """A tensor of a file without its values; what is not floating-point is told by its kind only."""
+    return torch.empty(view.get_shape(), dtype=_DTYPES.get(view.get_dtype(), torch.int64), device="meta")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(source: str) -> tuple[Path, str]:
-    """The two files of a Hub repository, and the commit they are of."""
-    if not _HUB_ID.fullmatch(source):
+    """The two files of a Hub repository (or of a folder in it), and the commit they are of."""
+    found = _HUB_ID.fullmatch(source)
+    if not found or ".." in source:
         raise AdapterError(
-            f"no adapter folder {source!r}, and it is no Hub id (user/name or user/name@revision) either"
+            f"no adapter folder {source!r}, and it is no Hub id (user/name, user/name/subfolder, user/name@revision) either"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    repository, _, revision = source.partition("@")
+    inside = found["subfolder"].strip("/")
+    files = [f"{inside}/{name}" if inside else name for name in (CONFIG_FILE, WEIGHTS_FILE)]
     try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
+        folder = snapshot_download(found["repo"], revision=found["revision"], allow_patterns=files)
     except LocalEntryNotFoundError:
         raise HubError(f"no folder {source!r}; as a Hub id it is not in the cache and the Hub is not reached") from None
     except HfHubHTTPError as error:
         raise HubError(f"cannot fetch {source!r} from the Hub: {error}") from None
-    return Path(folder), Path(folder).name  # the cache keeps each commit in a folder of its name
+    return Path(folder) / inside, Path(folder).name  # the cache keeps each commit in a folder of its name
 
 
 def _read_config(path: Path) -> LoraConfig:
     try:
+        if path.stat().st_size > _LONGEST_CONFIG:
+            raise AdapterError(f"{path} has {path.stat().st_size} bytes: that is no adapter's config")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{path.parent} holds no {CONFIG_FILE}: is this the folder of a PEFT adapter?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(data, dict):
         raise AdapterError(f"{path} holds a {type(data).__name__}, not an object of fields")
@@ -197,9 +277,10 @@ def _read_config(path: Path) -> LoraConfig:
     if unknown := sorted(key for key in set(data) - known if data[key]):
         raise AdapterError(f"{path}: unknown field(s) {unknown}, perhaps of a newer PEFT: upgrade rsoups and PEFT")
     _check_numbers(path, data)
+    _check_types(path, data)
     try:
         return LoraConfig(**{key: value for key, value in data.items() if key in known})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{path}: {error}") from None
 
 
@@ -213,7 +294,7 @@ def _check_numbers(path: Path, data: dict[str, Any]) -> None:
     """Ranks are whole numbers above 0 and alphas are finite; PEFT loads an alpha of NaN without a word."""
 
     def is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
     ranks = {"r": data.get("r", 8)}
     alphas = {"lora_alpha": data.get("lora_alpha", 8)}
@@ -230,6 +311,40 @@ def _check_numbers(path: Path, data: dict[str, Any]) -> None:
             raise AdapterError(f"{path}: {field} is {value!r}, must be a finite number")
 
 
+def _check_types(path: Path, data: dict[str, Any]) -> None:
+    """PEFT takes any type for a field and acts on it: the text "false" would switch rsLoRA on."""
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        **dict.fromkeys(
+            ("use_rslora", "lora_bias", "fan_in_fan_out", "use_dora", "use_qalora", "inference_mode"),
+            (lambda value: isinstance(value, bool), "true or false"),
+        ),
+        **dict.fromkeys(
+            ("target_modules", "exclude_modules", "layers_pattern"),
+            (lambda value: isinstance(value, str) or texts(value), "a text or a list of texts"),
+        ),
+        "modules_to_save": (texts, "a list of texts"),
+        "layers_to_transform": (
+            lambda value: whole(value) or (isinstance(value, list) and all(map(whole, value))),
+            "a whole number or a list of them",
+        ),
+        "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+        "init_lora_weights": (lambda value: isinstance(value, (bool, str)), "true, false or a text"),
+        **dict.fromkeys(
+            ("base_model_name_or_path", "revision", "task_type"), (lambda value: isinstance(value, str), "a text")
+        ),
+    }
+    for field, (fits, wanted) in kinds.items():
+        if data.get(field) is not None and not fits(data[field]):
+            raise AdapterError(f"{path}: {field} is {data[field]!r}, must be {wanted}")
+
+
 def _check(adapter: Adapter) -> None:
     source, config = adapter.source, adapter.config
     for field, reason in _REFUSED.items():
@@ -241,48 +356,50 @@ def _check(adapter: Adapter) -> None:
             f"{source}: init_lora_weights is {start!r}, which also changes the base's weights; convert it to a plain LoRA "
             "first (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
-    if not adapter.tensors:
+    if not adapter.layout:
         raise AdapterError(f"{source}: {WEIGHTS_FILE} holds no tensors")
-    for key, tensor in adapter.tensors.items():
+    for key, tensor in adapter.layout.items():
         if not tensor.is_floating_point():
-            raise AdapterError(f"{source}: tensor {key} is {tensor.dtype}, must be floating-point")
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{source}: tensor {key} holds NaN or infinity: the run that made it diverged")
+            raise AdapterError(f"{source}: tensor {key} is not floating-point")
     if not adapter.modules:
-        raise AdapterError(f"{source}: no LoRA tensors among {sorted(adapter.tensors)[:3]}")
-    strange = sorted(key for key in adapter.full if not key.endswith(BASE_EMBEDDING))
-    if strange and not config.modules_to_save and config.bias == "none":
-        raise AdapterError(f"{source}: tensors that {CONFIG_FILE} does not account for: {strange[:3]}")
+        raise AdapterError(f"{source}: no LoRA tensors among {sorted(adapter.layout)[:3]}")
+    saved = tuple(f".{name}." for name in config.modules_to_save or ())
+    for key in adapter.full:
+        accounted = key.endswith((BASE_EMBEDDING, *EMBEDDINGS)) or any(name in f".{key}" for name in saved)
+        if not accounted and not (config.bias != "none" and key.endswith(".bias")):
+            raise AdapterError(f"{source}: tensor {key} is one that {CONFIG_FILE} does not account for")
 
 
-def _modules(source: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, LoraModule]:
+def _modules(source: str, config: LoraConfig, layout: Mapping[str, Tensor]) -> dict[str, LoraModule]:
     """Pair the factors, and check them against each other and the config."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, str]] = {}
     embeddings = set()
-    for key, tensor in tensors.items():
+    for key in layout:
         if not (match := _FACTOR.fullmatch(key)):
             continue
         path = match["module"].removeprefix(PREFIX)
-        parts.setdefault(path, {})[match["factor"] + (".bias" if match["kind"] == "bias" else "")] = tensor
+        parts.setdefault(path, {})[match["factor"] + (".bias" if match["kind"] == "bias" else "")] = key
         if match["embedding"]:
             embeddings.add(path)
     modules = {}
     for path, found in parts.items():
         if not {"A", "B"} <= set(found) or not set(found) <= {"A", "B", "B.bias"}:
             raise AdapterError(f"{source}: module {path} has factors {sorted(found)}, must have A and B")
-        a, b = found["A"], found["B"]
+        a, b = layout[found["A"]].shape, layout[found["B"]].shape
         rank = _by_pattern(config.rank_pattern, path, config.r)
-        if a.dim() < 2 or b.dim() < 2 or a.shape[0] != rank or b.shape[1] != rank:
+        if len(a) < 2 or len(b) != len(a) or a[0] != rank or b[1] != rank or any(size != 1 for size in b[2:]):
             raise AdapterError(
-                f"{source}: module {path} has A {tuple(a.shape)} and B {tuple(b.shape)}, but {CONFIG_FILE} says rank {rank}"
+                f"{source}: module {path} has A {tuple(a)} and B {tuple(b)}, but {CONFIG_FILE} says rank {rank}"
             )
         if config.target_modules not in (None, "all-linear") and not check_target_module_exists(config, path):
             raise AdapterError(f"{source}: tensors for module {path}, which {CONFIG_FILE} does not target")
-        if ("B.bias" in found) != bool(config.lora_bias):
+        bias = found.get("B.bias")
+        if (bias is not None) != bool(config.lora_bias) or (bias and tuple(layout[bias].shape) != (b[0],)):
             raise AdapterError(f"{source}: module {path} and lora_bias={config.lora_bias} in {CONFIG_FILE} disagree")
         alpha = _by_pattern(config.alpha_pattern, path, config.lora_alpha)
         scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        modules[path] = LoraModule(a, b, scaling, found.get("B.bias"), path in embeddings)
+        shape = (b[0], *a[1:])
+        modules[path] = LoraModule(found["A"], found["B"], int(rank), shape, scaling, bias, path in embeddings)
     return modules
 
 
@@ -290,6 +407,13 @@ def _by_pattern(pattern: Any, path: str, default: int) -> int:
     """A module's rank or alpha, found as PEFT finds it."""
     pattern = pattern or {}
     return pattern.get(get_pattern_key(list(pattern), path), default)
+
+
+def for_inference(config: LoraConfig) -> LoraConfig:
+    """A copy of a config as PEFT publishes it."""
+    config = deepcopy(config)
+    config.inference_mode = True
+    return config
 
 
 def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = False) -> None:
@@ -308,25 +432,27 @@ def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = Fa
                     "do not add up. If they are the same weights, say allow_base_mismatch=True"
                 )
         for path in first.modules.keys() & other.modules.keys():
-            ours, theirs = _base_shape(first.modules[path]), _base_shape(other.modules[path])
-            if ours != theirs:
+            one, two = first.modules[path], other.modules[path]
+            if one.shape != two.shape or one.embedding != two.embedding:
                 raise AdapterError(
-                    f"module {path} has shape {ours} in the base of {first.source} and {theirs} in the base of {other.source}"
+                    f"module {path} has shape {one.shape} in the base of {first.source} and {two.shape} in the base of "
+                    f"{other.source}"
                 )
         if first.config.fan_in_fan_out != other.config.fan_in_fan_out:
             raise AdapterError(f"fan_in_fan_out differs between {first.source} and {other.source}")
-        if difference := first.full.keys() ^ other.full.keys():
+        _check_full(first, other)
+
+
+def _check_full(first: Adapter, other: Adapter) -> None:
+    if difference := set(first.full) ^ set(other.full):
+        raise AdapterError(
+            f"{sorted(difference)[0]} was trained as a whole in only one of {first.source} and {other.source}: "
+            "whole parameters are interpolated only where every ingredient has them"
+        )
+    for key in first.full:
+        ours, theirs = tuple(first.layout[key].shape), tuple(other.layout[key].shape)
+        if ours != theirs:
             raise AdapterError(
-                f"{sorted(difference)[0]} was trained as a whole in only one of {first.source} and {other.source}: "
-                "whole parameters are interpolated only where every ingredient has them"
+                f"{key} has shapes {ours} in {first.source} and {theirs} in {other.source}: "
+                "of bases (or vocabularies) of different sizes"
             )
-        for key in first.full:
-            if first.full[key].shape != other.full[key].shape:
-                raise AdapterError(
-                    f"{key} has shapes {tuple(first.full[key].shape)} in {first.source} and "
-                    f"{tuple(other.full[key].shape)} in {other.source}: of bases (or vocabularies) of different sizes"
-                )
-
-
-def _base_shape(module: LoraModule) -> tuple[int, ...]:
-    return (module.B.shape[0], *module.A.shape[1:])

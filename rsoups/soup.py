@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rsoups._errors import AdapterError, LambdasError
 from rsoups._files import whole_folder
-from rsoups.adapters import BASE_EMBEDDING, PREFIX, WEIGHTS_FILE, Adapter, LoraModule, check_compatible, read_adapter
+from rsoups.adapters import (
+    BASE_EMBEDDING,
+    EMBEDDINGS,
+    PREFIX,
+    WEIGHTS_FILE,
+    Adapter,
+    adapter_of,
+    check_compatible,
+    for_inference,
+    read_adapter,
+)
+from rsoups.stacking import Kept, check_factors, exact, factors, finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +44,6 @@ if TYPE_CHECKING:
 SOUP_FILE = "soup.json"
 _METHODS = ("exact", "factors", "svd")
 _SUM_TOLERANCE = 1e-6  # λ in single precision still count as summing to 1
-_Modules = dict[str, LoraModule]
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,8 @@ class Soup:
         base_mismatch: Whether `allow_base_mismatch` let ingredients of differently named bases in.
         svd_error: Relative Frobenius error of Δ, of the whole soup; None unless the method is ``svd``.
         svd_errors: The same for each module.
+        factors_distance: ‖Δ of ``factors`` - exact Δ‖ / ‖exact Δ‖, measured where the ingredients of a ``factors`` soup
+            do not share their initialisation; None otherwise.
     """
 
     state_dict: dict[str, Tensor]
@@ -76,6 +88,8 @@ class Soup:
     base_mismatch: bool = False
     svd_error: float | None = None
     svd_errors: dict[str, float] = field(default_factory=dict)
+    factors_distance: float | None = None
+    _adapters: tuple[Adapter, ...] = field(default=(), repr=False)
 
     @property
     def lineage(self) -> dict[str, Any]:
@@ -89,6 +103,7 @@ class Soup:
             ],
             "method": self.method,
             "svd_error": self.svd_error,
+            "factors_distance": self.factors_distance,
             "versions": {name: version(name) for name in ("rsoups", "peft", "torch")},
         }
 
@@ -104,8 +119,48 @@ class Soup:
             deepcopy(self.config).save_pretrained(str(partial))
             (partial / SOUP_FILE).write_text(json.dumps(self.lineage, indent=2) + "\n", encoding="utf-8")
 
+    def truncate(self, rank: int | float) -> Soup:
+        """The best approximation of the soup at a rank, or within a relative error: see `interpolate`'s `rank`.
+
+        Made from the ingredients, whatever an ``svd`` soup has lost of them.
+
+        Raises:
+            AdapterError: A ``factors`` soup, which is no larger than its ingredients.
+        """
+        if self.method == "factors":
+            raise AdapterError("a soup of method 'factors' has its ingredients' rank: truncate an 'exact' one")
+        named = {i.name: adapter for i, adapter in zip(self.ingredients, self._adapters, strict=True)}
+        soup = interpolate(
+            named,
+            self.lambdas,
+            method="svd",
+            rank=rank,
+            normalize=True,
+            extrapolate=True,
+            allow_base_mismatch=self.base_mismatch,
+        )
+        assert isinstance(soup, Soup)
+        return replace(soup, lambdas=self.lambdas)
+
+    def merge(self, base: str | Path | PreTrainedModel, out: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the whole model, θ0 + Σ λi·Δi, as transformers saves it, with the base's tokenizer where there is one.
+
+        Args:
+            base: Hub id or folder, or a loaded model, which is left as it was found. One in 4 or 8 bit cannot take Δ
+                in: its full-precision weights are read again from where it came.
+            out: The folder.
+            dtype: Of the result; the base's own by default. Sums are in float32, rounded once.
+
+        Raises:
+            AdapterError: The soup does not fit the base.
+            OutputError: The folder holds something other than a merged soup, or cannot be written.
+        """
+        from rsoups.merging import merge
+
+        merge(self, base, out, dtype)
+
     def load(self, base: PreTrainedModel) -> PeftModel:
-        """Attach the soup to its base; `unload()` of what is returned gives the base back.
+        """Attach the soup to its base; `attached` does so for a while.
 
         Every tensor is checked to have arrived: PEFT only warns where a base is deeper or a module is missing.
 
@@ -114,14 +169,21 @@ class Soup:
         """
         if isinstance(base, PeftModel):
             raise AdapterError("the base already carries an adapter; load the soup on the plain model")
+        config = deepcopy(self.config)
+        config.base_model_name_or_path = None  # PEFT puts this base's in, and warns where there was another
         try:
-            model = get_peft_model(base, deepcopy(self.config))
+            model = get_peft_model(base, config)
         except ValueError as error:
             raise AdapterError(f"the soup does not fit this base: {error}") from None
         finally:
             if getattr(base, "peft_config", None) is not None:
                 del base.peft_config  # PEFT leaves it behind and would warn at the next load
-        with_embeddings = any(key.endswith(BASE_EMBEDDING) for key in self.state_dict)
+        model.peft_config["default"].base_model_name_or_path = self.config.base_model_name_or_path
+        saved = self.config.modules_to_save or ()
+        with_embeddings = any(
+            key.endswith(BASE_EMBEDDING) or (key.endswith(EMBEDDINGS) and key.split(".")[-2] not in saved)
+            for key in self.state_dict
+        )
         try:
             tensors = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings)
             self._check_fit({key: tuple(tensor.shape) for key, tensor in tensors.items()})
@@ -133,6 +195,34 @@ class Soup:
             model.unload()
             raise
         return model
+
+    @contextmanager
+    def attached(self, base: PreTrainedModel) -> Iterator[PeftModel]:
+        """A context in which the soup is on its base, which is left exactly as it was found (PEFT's `unload` leaves whole
+        parameters of the adapter behind).
+
+        Raises:
+            AdapterError: As `load`.
+        """
+        trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+        names = [key.removeprefix(PREFIX).replace(BASE_EMBEDDING, ".weight") for key in self.state_dict]
+        overwritten = {name: base.get_parameter(name).detach().clone() for name in names if name in trainable}
+        model = self.load(base)
+        originals = {
+            name: module.original_module
+            for name, module in base.named_modules()
+            if isinstance(module, ModulesToSaveWrapper)
+        }
+        try:
+            yield model
+        finally:
+            model.unload()
+            for name, module in originals.items():
+                base.set_submodule(name, module)
+            for name, parameter in base.named_parameters():
+                parameter.requires_grad_(trainable[name])
+                if name in overwritten:
+                    parameter.data.copy_(overwritten[name])
 
     def _check_fit(self, wanted: dict[str, tuple[int, ...]]) -> None:
         if absent := sorted(self.state_dict.keys() - wanted.keys()):
@@ -170,7 +260,7 @@ def interpolate(
     lambdas: Any = None,
     *,
     method: str = "exact",
-    rank: int | None = None,
+    rank: int | float | None = None,
     normalize: bool = False,
     extrapolate: bool = False,
     dtype: torch.dtype | None = None,
@@ -179,12 +269,15 @@ def interpolate(
     """Interpolate adapters of one base.
 
     Args:
-        adapters: N folders, Hub ids, PeftModels, or tuples (PeftModel, adapter name); or a dict of them by name.
+        adapters: N folders, Hub ids, PeftModels, tuples (PeftModel, adapter name) or Soups; or a dict of them by name. A
+            Soup stands for its ingredients (one of method ``factors`` only in a soup of that method: elsewhere it is an
+            adapter of its own).
         lambdas: N weights, or a K × N matrix for a list of K soups (every ingredient is read once). Uniform by default.
         method: ``exact``: Σ λi·si·Bi·Ai as one LoRA of rank Σ ri. ``factors``: Σ λi·Ai and Σ λi·Bi apart, as the paper's
-            code did: the rank stays, and it is right only for adapters from one initialisation. ``svd``: the best
-            approximation of exact at `rank` (Eckart-Young), its relative error recorded.
-        rank: Of an svd soup; the largest rank among the ingredients by default.
+            code did: the rank stays, and it is right only for adapters from one initialisation (of others it warns). ``svd``:
+            the best approximation of exact at `rank` (Eckart-Young), its relative error recorded.
+        rank: Of an svd soup: an int, or a float below 1 that bounds each module's relative error (.01: 1%). The largest
+            rank among the ingredients by default.
         normalize: Divide the weights by their sum.
         extrapolate: Allow weights outside [0, 1].
         dtype: Of the soup's tensors. By default float32, and for a soup of one ingredient (λ one-hot, or an adapter
@@ -195,54 +288,44 @@ def interpolate(
         A Soup, or a list of them for a matrix.
 
     Raises:
-        AdapterError: As `read_adapter`, and for ingredients that do not fit together.
+        AdapterError: As `read_adapter`; for tensors that are not finite, or no longer are in `dtype`; and for
+            ingredients that do not fit together.
         LambdasError: Not one finite weight per adapter, not summing to 1, or outside [0, 1].
         ValueError: An unknown method, or a rank that the method does not use.
     """
     if method not in _METHODS:
         raise ValueError(f"method is {method!r}, must be one of {list(_METHODS)}")
-    if rank is not None and (method != "svd" or rank < 1):
-        raise ValueError(f"rank={rank} with method={method!r}: rank is that of an svd soup, at least 1")
+    if rank is not None and (method != "svd" or not (0 < rank < 1 or (rank >= 1 and rank == int(rank)))):
+        raise ValueError(
+            f"rank={rank} with method={method!r}: rank is that of an svd soup, at least 1, or an error below 1"
+        )
     named = _named(adapters)
-    weights = _weights(lambdas, len(named), normalize, extrapolate)
+    rows = _weights(lambdas, len(named), normalize, extrapolate)
+    named, rows = _flattened(named, rows, method)
     read = {name: source if isinstance(source, Adapter) else read_adapter(source) for name, source in named.items()}
     check_compatible(read.values(), allow_base_mismatch)
     if method == "factors":
-        _check_factors(list(read.values()))
-
-    def soup(row: Sequence[float]) -> Soup:
-        kept = _distinct(read.values(), row)
-        ingredients = tuple(_ingredient(name, adapter) for name, adapter in read.items())
-        whole: dict[str, Any] = {
-            "lambdas": tuple(row),
-            "ingredients": ingredients,
-            "method": method,
-            "base_mismatch": allow_base_mismatch,
-        }
-        if len(kept) == 1 and math.isclose(kept[0][1], 1, abs_tol=1e-12) and (method != "svd" or rank is None):
-            alone = kept[0][0]
-            state = {key: tensor if dtype is None else tensor.to(dtype) for key, tensor in alone.tensors.items()}
-            error = 0.0 if method == "svd" else None
-            return Soup(state, _for_inference(alone.config), **whole, svd_error=error)
-        full = {key: _sum(kept, key, dtype) for key in kept[0][0].full}
-        if method == "factors":
-            state = {key: _sum(kept, key, dtype) for key in kept[0][0].tensors}
-            return Soup(state, _for_inference(kept[0][0].config), **whole)
-        modules = _exact(kept)
-        errors: dict[str, float] = {}
-        error = None
-        if method == "svd":
-            largest = max(module.A.shape[0] for adapter, _ in kept for module in adapter.modules.values())
-            modules, errors, error = _truncate(modules, rank or largest)
-        state = _state_dict(modules, dtype or torch.float32) | full
-        return Soup(state, _config([a for a, _ in kept], modules), **whole, svd_error=error, svd_errors=errors)
-
-    soups = [soup(row) for row in weights]
+        check_factors(list(read.values()))
+    same = _same(list(read.values()))
+    kept = [_kept(list(read.values()), same, row) for row in rows]
+    several = [row for row in kept if not _is_alone(row, rank)]
+    made = iter(factors(several, dtype) if method == "factors" else exact(several, method == "svd", rank, dtype))
+    for adapter in set(read.values()) - {adapter for row in kept for adapter, _ in row}:
+        for name in adapter.layout:  # of weight 0, but refused where it is broken
+            adapter.tensor(name)
+    parts = [_alone(row[0][0], method, dtype) if _is_alone(row, rank) else next(made) for row in kept]
+    whole: dict[str, Any] = {
+        "ingredients": tuple(_ingredient(name, adapter) for name, adapter in read.items()),
+        "method": method,
+        "base_mismatch": allow_base_mismatch,
+        "_adapters": tuple(read.values()),
+    }
+    soups = [Soup(lambdas=tuple(row), **part, **whole) for row, part in zip(rows, parts, strict=True)]
     return soups if lambdas is not None and np.ndim(lambdas) == 2 else soups[0]
 
 
 def _named(adapters: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(adapters, (str, Path, PeftModel, Adapter)):
+    if isinstance(adapters, (str, Path, PeftModel, Adapter, Soup)):
         raise AdapterError("interpolate takes a list or a dict of adapters, this is one adapter")
     if not adapters:
         raise LambdasError("no adapters to interpolate")
@@ -279,118 +362,83 @@ def _weights(lambdas: Any, count: int, normalize: bool, extrapolate: bool) -> li
     return [[float(value) for value in row] for row in rows]
 
 
-def _distinct(adapters: Any, row: Sequence[float]) -> list[tuple[Adapter, float]]:
+def _flattened(named: dict[str, Any], rows: list[list[float]], method: str) -> tuple[dict[str, Any], list[list[float]]]:
+    """Soups among the ingredients exchanged for their own ingredients, one that is in several soups once."""
+    out: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
+    from_soups: dict[str, str] = {}  # hash -> name
+    for (name, source), column in zip(named.items(), np.array(rows).T, strict=True):
+        if not isinstance(source, Soup):
+            inner: list[tuple[str, Any, float]] = [(name, source, 1.0)]
+        elif source.method == "factors" and method != "factors":
+            inner = [(name, adapter_of(f"soup {name!r}", source.config, source.state_dict), 1.0)]
+        else:
+            inner = [
+                (
+                    from_soups.setdefault(ingredient.sha256, _unused(ingredient.name, name, {**named, **out})),
+                    adapter,
+                    weight,
+                )
+                for ingredient, adapter, weight in zip(
+                    source.ingredients, source._adapters, source.lambdas, strict=True
+                )
+            ]
+        for key, adapter, weight in inner:
+            out.setdefault(key, adapter)
+            columns[key] = columns.get(key, 0) + weight * column
+    return out, np.stack(list(columns.values()), axis=1).tolist()
+
+
+def _unused(name: str, outer: str, taken: Mapping[str, Any]) -> str:
+    while name in taken:
+        name = f"{outer}/{name}"
+    return name
+
+
+def _same(adapters: list[Adapter]) -> list[int]:
+    """For each adapter the first one that it equals. Weights are told apart by one tensor, and where that is the same by
+    their hashes, which take longer."""
+    found: list[int] = []
+    for i, adapter in enumerate(adapters):
+        name = next(iter(adapter.modules.values())).B
+        scalings = {path: module.scaling for path, module in adapter.modules.items()}
+
+        def equals(other: Adapter, name: str = name, scalings: dict = scalings, adapter: Adapter = adapter) -> bool:
+            return (
+                name in other.layout
+                and other.layout[name].shape == adapter.layout[name].shape
+                and scalings == {path: module.scaling for path, module in other.modules.items()}
+                and torch.equal(adapter.tensor(name), other.tensor(name))
+                and adapter.sha256 == other.sha256
+            )
+
+        found.append(next((j for j in range(i) if found[j] == j and equals(adapters[j])), i))
+    return found
+
+
+def _kept(adapters: list[Adapter], same: list[int], row: Sequence[float]) -> Kept:
     """Adapters of non-zero weight, each once: an adapter given twice is itself with the sum of its weights."""
-    found: dict[str, tuple[Adapter, list[float]]] = {}
-    for adapter, weight in zip(adapters, row, strict=True):
-        key = adapter.sha256 + json.dumps({path: m.scaling for path, m in adapter.modules.items()})
-        found.setdefault(key, (adapter, []))[1].append(weight)
-    kept = [(adapter, math.fsum(weights)) for adapter, weights in found.values()]
-    return [(adapter, weight) for adapter, weight in kept if weight] or kept[:1]
+    totals = {i: math.fsum(w for j, w in zip(same, row, strict=True) if j == i) for i in dict.fromkeys(same)}
+    kept = [(adapters[i], total) for i, total in totals.items() if total]
+    return kept or [(adapters[0], 0.0)]
+
+
+def _is_alone(kept: Kept, rank: int | float | None) -> bool:
+    """Whether the soup is one of its ingredients, as it is."""
+    return len(kept) == 1 and math.isclose(kept[0][1], 1, abs_tol=1e-12) and rank is None
+
+
+def _alone(adapter: Adapter, method: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    state = {key: adapter.tensor(key) for key in adapter.layout}
+    if dtype is not None:
+        state = {key: finite(key, tensor.to(dtype)) for key, tensor in state.items()}
+    return {
+        "state_dict": state,
+        "config": for_inference(adapter.config),
+        "svd_error": 0.0 if method == "svd" else None,
+    }
 
 
 def _ingredient(name: str, adapter: Adapter) -> Ingredient:
     source = Path(adapter.source)
     return Ingredient(name, source.name if source.is_absolute() else adapter.source, adapter.revision, adapter.sha256)
-
-
-def _sum(kept: list[tuple[Adapter, float]], key: str, dtype: torch.dtype | None) -> Tensor:
-    """Σ λi·Ti of one tensor in float64, rounded once."""
-    total = torch.zeros_like(kept[0][0].tensors[key], dtype=torch.float64)
-    for adapter, weight in kept:
-        total += weight * adapter.tensors[key].double()
-    return total.to(dtype or torch.float32)
-
-
-def _exact(kept: list[tuple[Adapter, float]]) -> _Modules:
-    """Each module's Δ = Σ λi·si·Bi·Ai as one pair of stacked factors; λi·si goes into B, in float64."""
-    modules = {}
-    with_bias = any(module.bias is not None for adapter, _ in kept for module in adapter.modules.values())
-    for path in dict.fromkeys(path for adapter, _ in kept for path in adapter.modules):
-        parts = [(a.modules[path], weight) for a, weight in kept if path in a.modules]
-        A = torch.cat([module.A.double() for module, _ in parts], dim=0)
-        B = torch.cat([weight * module.scaling * module.B.double() for module, weight in parts], dim=1)
-        bias = None
-        if with_bias:
-            bias = torch.zeros(B.shape[0], dtype=torch.float64)
-            for module, weight in parts:
-                if module.bias is not None:
-                    bias += weight * module.scaling * module.bias.double()
-        modules[path] = LoraModule(A, B, 1.0, bias, parts[0][0].embedding)
-    return modules
-
-
-def _truncate(modules: _Modules, rank: int) -> tuple[_Modules, dict[str, float], float]:
-    """The best approximation of each Δ of at most `rank`, with its relative Frobenius error, per module and in all.
-
-    From the factors: QR of B and of Aᵀ leaves an SVD of a Σr × Σr core; the dense Δ is never formed.
-    """
-    out, errors = {}, {}
-    lost_in_all = total_in_all = 0.0
-    for path, module in modules.items():
-        q_b, r_b = torch.linalg.qr(module.B.flatten(1))
-        q_a, r_a = torch.linalg.qr(module.A.flatten(1).T)
-        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-        k = min(rank, len(s))
-        root = s[:k].sqrt()
-        A = (root[:, None] * (vh[:k] @ q_a.T)).reshape(k, *module.A.shape[1:])
-        B = ((q_b @ u[:, :k]) * root).reshape(module.B.shape[0], k, *module.B.shape[2:])
-        out[path] = LoraModule(A, B, 1.0, module.bias, module.embedding)
-        lost, total = float((s[k:] ** 2).sum()), float((s**2).sum())
-        errors[path] = math.sqrt(lost / total) if total else 0.0
-        lost_in_all, total_in_all = lost_in_all + lost, total_in_all + total
-    return out, errors, math.sqrt(lost_in_all / total_in_all) if total_in_all else 0.0
-
-
-def _check_factors(adapters: list[Adapter]) -> None:
-    first, *others = adapters
-    for other in others:
-        if first.tensors.keys() != other.tensors.keys():
-            raise AdapterError(
-                f"method 'factors' needs the same modules in all ingredients; "
-                f"{first.source} and {other.source} differ: use 'exact'"
-            )
-        for path, module in first.modules.items():
-            ranks = module.A.shape[0], other.modules[path].A.shape[0]
-            scalings = module.scaling, other.modules[path].scaling
-            if ranks[0] != ranks[1] or scalings[0] != scalings[1]:
-                raise AdapterError(
-                    f"method 'factors' needs one rank and one alpha; module {path} has ranks {ranks} and scalings {scalings} "
-                    f"in {first.source} and {other.source}: use 'exact'"
-                )
-
-
-def _state_dict(modules: _Modules, dtype: torch.dtype) -> dict[str, Tensor]:
-    """PEFT's names for the factors."""
-    state = {}
-    for path, module in modules.items():
-        kind, suffix = ("lora_embedding_", "") if module.embedding else ("lora_", ".weight")
-        state[f"{PREFIX}{path}.{kind}A{suffix}"] = module.A.to(dtype)
-        state[f"{PREFIX}{path}.{kind}B{suffix}"] = module.B.to(dtype)
-        if module.bias is not None:
-            state[f"{PREFIX}{path}.{kind}B.bias"] = module.bias.to(dtype)
-    return state
-
-
-def _for_inference(config: LoraConfig) -> LoraConfig:
-    config = deepcopy(config)
-    config.inference_mode = True
-    return config
-
-
-def _config(adapters: list[Adapter], modules: _Modules) -> LoraConfig:
-    """A config of the stacked factors: alpha equal to the rank, so that PEFT scales by 1, module by module."""
-    config = _for_inference(adapters[0].config)
-    ranks = {path: module.A.shape[0] for path, module in modules.items()}
-    config.r = config.lora_alpha = Counter(ranks.values()).most_common(1)[0][0]
-    config.rank_pattern = {f"^{re.escape(path)}": r for path, r in ranks.items() if r != config.r}
-    config.alpha_pattern = dict(config.rank_pattern)
-    config.use_rslora = False
-    config.lora_bias = any(module.bias is not None for module in modules.values())
-    config.lora_dropout = 0.0
-    config.init_lora_weights = True
-    selection = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    if any(getattr(a.config, name) != getattr(config, name) for a in adapters for name in selection):
-        config.target_modules = "|".join(re.escape(path) for path in modules)  # PEFT matches a string as a whole
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    return config

@@ -232,13 +232,12 @@ class _Generator:
         if soup is None:
             yield
             return
-        model = soup.load(self._base)
-        self._model = model.eval()
-        try:
-            yield
-        finally:
-            model.unload()
-            self._model = self._base
+        with soup.attached(self._base) as model:
+            self._model = model.eval()
+            try:
+                yield
+            finally:
+                self._model = self._base
 
     def __call__(self, prompts: list[str], seed: int) -> list[str]:
         import torch

@@ -1,5 +1,6 @@
 """Every adapter that cannot be part of an exact soup is refused, with the file, tensor or field named."""
 
+import hashlib
 import json
 import struct
 
@@ -31,15 +32,18 @@ def retouch(folder, change):
 
 def refuses(folder, words):
     with pytest.raises(rsoups.AdapterError, match=words):
-        read_adapter(folder)
+        rsoups.interpolate([folder])
 
 
 def test_an_adapter_is_read_as_it_was_saved(adapter):
     read = read_adapter(adapter)
     assert len(read.modules) == 4
     module = read.modules["model.layers.0.self_attn.q_proj"]
-    assert (module.A.shape, module.B.shape, module.scaling) == ((4, 32), (32, 4), 2.0)
-    assert read.full == {}
+    assert (module.rank, module.shape, module.scaling) == (4, (32, 32), 2.0)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert read.full == [] and read.layout.keys() == saved.keys()
+    assert all(torch.equal(read.tensor(name), saved[name]) for name in saved)
+    assert read.sha256 == hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 DAMAGE = {
@@ -131,9 +135,9 @@ def test_tensors_and_config_must_agree(adapter):
     retouch(adapter, lambda tensors: tensors.pop(key))
     refuses(adapter, r"model\.layers\.0\.self_attn\.q_proj has factors \['B'\]")
     retouch(adapter, lambda tensors: tensors.update({key: torch.zeros(4, 32, dtype=torch.int8)}))
-    refuses(adapter, "int8")
+    refuses(adapter, "q_proj.lora_A.weight is not floating-point")
     retouch(adapter, lambda tensors: tensors.update({key: torch.zeros(4, 32), "stray.weight": torch.zeros(1)}))
-    refuses(adapter, "does not account for.*stray")
+    refuses(adapter, "stray.weight is one that adapter_config.json does not account for")
 
 
 def test_a_config_without_tensors(adapter):
@@ -141,7 +145,7 @@ def test_a_config_without_tensors(adapter):
     refuses(adapter, "no tensors")
 
 
-@pytest.mark.parametrize("name", ["../../no-such", "/no/such/folder", "user/na me", "a/b/c", "user/name@"])
+@pytest.mark.parametrize("name", ["../../no-such", "/no/such/folder", "user/na me", "a/../b", "a/b/../c", "user/name@"])
 def test_names_that_are_neither_folders_nor_hub_ids(name):
     with pytest.raises(rsoups.AdapterError, match="no adapter folder"):
         read_adapter(name)
@@ -151,3 +155,22 @@ def test_a_hub_id_that_is_not_cached_says_so_when_offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(rsoups.HubError, match="not in the cache"):
         read_adapter("no-such-user/no-such-adapter")
+    with pytest.raises(rsoups.HubError, match="not in the cache"):
+        read_adapter("no-such-user/no-such-front/lambda-0.3@v1")
+
+
+def test_a_broken_ingredient_is_refused_at_any_weight(adapter, tmp_path):
+    whole = tiny_adapter(tmp_path / "whole", seed=1)
+    retouch(adapter, lambda tensors: tensors[sorted(tensors)[-1]].view(-1).__setitem__(-1, float("nan")))
+    for row in ([0.0, 1.0], [0.5, 0.5], [[0.0, 1.0], [0.0, 1.0]]):
+        with pytest.raises(rsoups.AdapterError, match="NaN or infinity"):
+            rsoups.interpolate([adapter, whole], row)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(adapter):
+    read = read_adapter(adapter)
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(rsoups.AdapterError, match="corrupt"):
+        for name in read.layout:
+            read.tensor(name)

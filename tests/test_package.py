@@ -18,16 +18,18 @@ SOURCES = sorted((ROOT / "rsoups").glob("*.py"))
 ORDER = [
     {"_errors"},
     {"_files"},
-    {"actor_critic", "adapters", "checkpoints", "rl_math", "front", "tasks"},
+    {"actor_critic", "adapters", "checkpoints", "low_rank", "rl_math", "front", "tasks"},
+    {"stacking"},
     {"_resources"},
     {"soup", "scoring", "hub"},
+    {"merging"},
     {"ppo", "sweeps"},
     {"report"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-# `Soup.push_to_hub` is a method as users expect it; its work is in hub, which is imported when it is called.
-ALLOWED = {("soup", "hub")}
+# `Soup.push_to_hub` and `.merge` are methods as users expect them; their work is in modules imported when they are called.
+ALLOWED = {("soup", "hub"), ("soup", "merging")}
 
 
 def imports_of(path: Path) -> set[str]:

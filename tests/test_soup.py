@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_adapter, tiny_llama
 from torch import nn
@@ -170,12 +170,37 @@ def test_half_precision_ingredients_are_summed_in_more(tmp_path):
     assert {tensor.dtype for tensor in half.state_dict.values()} == {torch.bfloat16}
 
 
+def one_start(folders):
+    """Give all adapters the A of the first, a little moved, as training from one initialisation does."""
+    first = load_file(folders[0] / "adapter_model.safetensors")
+    for i, folder in enumerate(folders):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for key in tensors:
+            if "lora_A" in key:
+                tensors[key] = first[key] * (1 + 0.01 * i) + 0.01 * tensors[key]
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 def test_factors_averages_a_and_b_apart(two):
+    one_start(two)
     soup = rsoups.interpolate(two, [0.3, 0.7], method="factors")
+    assert soup.factors_distance is None
     first, second = (load_file(f / "adapter_model.safetensors") for f in two)
     for key, tensor in soup.state_dict.items():
         assert torch.allclose(tensor.double(), 0.3 * first[key].double() + 0.7 * second[key].double(), rtol=1e-6)
     assert soup.config.r == 4
+
+
+def test_factors_of_unlike_starts_warns_with_the_distance_it_has_measured(two):
+    with pytest.warns(UserWarning, match=r"do not start from one initialisation.* \d+% of the exact"):
+        soup = rsoups.interpolate(two, [0.3, 0.7], method="factors")
+    first, second = map(dense, two)
+    apart = total = 0.0
+    for path, delta in delta_of(soup).items():
+        exact = 0.3 * first[path] + 0.7 * second[path]
+        apart, total = apart + float((2 * delta - exact).norm() ** 2), total + float(exact.norm() ** 2)
+    assert soup.factors_distance == pytest.approx(math.sqrt(apart / total), rel=1e-6)
+    assert soup.lineage["factors_distance"] == soup.factors_distance > 0.1
 
 
 def test_factors_is_refused_where_it_has_no_meaning(tmp_path, two):
@@ -206,6 +231,69 @@ def test_svd_is_the_best_approximation(two):
     assert rsoups.interpolate(two, [0.3, 0.7], method="svd").config.r == 4
 
 
+def test_svd_by_an_error_bound_takes_the_smallest_rank_that_keeps_it(two):
+    bound = 0.4
+    soup = rsoups.interpolate(two, [0.3, 0.7], method="svd", rank=bound)
+    first, second = map(dense, two)
+    ranks = set()
+    for path in first:
+        s = torch.linalg.svdvals(0.3 * first[path] + 0.7 * second[path])
+        errors = [float(s[k:].norm() / s.norm()) for k in range(len(s) + 1)]
+        rank = soup.state_dict[f"{PREFIX}{path}.lora_A.weight"].shape[0]
+        assert errors[rank] <= bound < errors[rank - 1]
+        assert soup.svd_errors[path] == pytest.approx(errors[rank], rel=1e-6)
+        ranks.add(rank)
+    assert max(ranks) < 8
+    model = soup.load(tiny_llama())  # ranks that differ from module to module are in its config
+    assert {m.r["default"] for m in model.modules() if hasattr(m, "lora_A")} == ranks
+
+
+def test_a_soup_is_truncated_from_its_ingredients(two):
+    exact = rsoups.interpolate(two, [1.3, -0.3], extrapolate=True)
+    for soup in (exact, exact.truncate(2)):
+        cut = soup.truncate(3)
+        assert (cut.method, cut.lambdas, cut.ingredients) == ("svd", (1.3, -0.3), exact.ingredients)
+        direct = rsoups.interpolate(two, [1.3, -0.3], method="svd", rank=3, extrapolate=True)
+        assert cut.svd_error == direct.svd_error > 0
+        assert all(torch.equal(cut.state_dict[key], direct.state_dict[key]) for key in direct.state_dict)
+    one_start(two)
+    with pytest.raises(rsoups.AdapterError, match="truncate an 'exact' one"):
+        rsoups.interpolate(two, method="factors").truncate(2)
+
+
+def test_soups_of_soups_are_soups_of_their_ingredients(tmp_path, two):
+    third = tiny_adapter(tmp_path / "c", seed=2, r=2)
+    first = rsoups.interpolate({"a": two[0], "b": two[1]}, [0.2, 0.8], method="svd", rank=1)
+    second = rsoups.interpolate({"b": two[1], "c": third}, [0.5, 0.5])
+    soup = rsoups.interpolate({"first": first, "second": second, "a": two[0]}, [0.4, 0.5, 0.1])
+    assert [i.name for i in soup.ingredients] == ["first/a", "b", "c", "a"]
+    assert soup.lambdas == pytest.approx((0.08, 0.57, 0.25, 0.1))
+    direct = rsoups.interpolate([two[0], two[1], third], [0.18, 0.57, 0.25])
+    for path, delta in delta_of(direct).items():
+        assert torch.allclose(delta_of(soup)[path], delta, atol=1e-7)
+    one_start(two)
+    averaged = rsoups.interpolate(two, [0.5, 0.5], method="factors")
+    again = rsoups.interpolate([averaged, two[0]], [0.5, 0.5], method="factors")
+    assert again.lambdas == (0.25, 0.25, 0.5)
+    stacked = rsoups.interpolate(
+        [averaged, third], [0.5, 0.5]
+    )  # an adapter of its own: its Δ is not the ingredients' sum
+    assert stacked.lambdas == (0.5, 0.5) and stacked.ingredients[0].source == "soup 'adapter 0'"
+    for path, delta in delta_of(stacked).items():
+        assert torch.allclose(delta, delta_of(averaged)[path] * 2 * 0.5 + 0.5 * dense(third)[path], atol=1e-7)
+
+
+def test_what_does_not_fit_the_dtype_is_refused(tmp_path):
+    folder = tiny_adapter(tmp_path / "large")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = {key: tensor * (1e6 if "lora_B" in key else 1) for key, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    for method in ("exact", "svd", "factors"):
+        with pytest.raises(rsoups.AdapterError, match="does not fit into torch.float16"):
+            rsoups.interpolate([folder], [1.0], method=method, dtype=torch.float16)
+    rsoups.interpolate([folder], [1.0], dtype=torch.bfloat16)
+
+
 def test_whole_parameters_are_interpolated_where_all_have_them(tmp_path, two):
     folders = [tiny_adapter(tmp_path / f"whole{i}", seed=i, modules_to_save=["lm_head"]) for i in range(2)]
     soup = rsoups.interpolate(folders, [0.3, 0.7])
@@ -213,9 +301,40 @@ def test_whole_parameters_are_interpolated_where_all_have_them(tmp_path, two):
     first, second = (load_file(f / "adapter_model.safetensors")[key].double() for f in folders)
     assert torch.allclose(soup.state_dict[key].double(), 0.3 * first + 0.7 * second, rtol=1e-6, atol=1e-9)
     assert not torch.equal(first, second)
-    soup.load(tiny_llama()).unload()
+    base = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with soup.attached(base) as model:
+        assert torch.equal(model.get_base_model().lm_head.modules_to_save["default"].weight, soup.state_dict[key])
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    assert all(parameter.requires_grad for parameter in base.parameters())
     with pytest.raises(rsoups.AdapterError, match=r"lm_head.weight was trained as a whole in only one"):
         rsoups.interpolate([folders[0], two[0]])
+
+
+def test_embeddings_saved_whole_for_a_larger_vocabulary(tmp_path, two):
+    """PEFT saves them beside a LoRA where the vocabulary was resized, without a word in the config."""
+    folders = []
+    for i in range(2):
+        model = get_peft_model(
+            tiny_llama(vocab_size=70, initializer_range=0.1 * (i + 1)), LoraConfig(target_modules=["q_proj"], r=2)
+        )
+        folders.append(tmp_path / f"wide{i}")
+        model.save_pretrained(folders[-1], save_embedding_layers=True)
+    soup = rsoups.interpolate(folders, [0.25, 0.75])
+    expected = sum(
+        w * load_file(f / "adapter_model.safetensors")[f"{PREFIX}lm_head.weight"].double()
+        for w, f in zip((0.25, 0.75), folders, strict=True)
+    )
+    base = tiny_llama(vocab_size=70)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with soup.attached(base) as model:
+        assert not torch.equal(model.get_base_model().lm_head.weight, before["lm_head.weight"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    loaded = soup.load(base)
+    assert torch.allclose(loaded.get_base_model().lm_head.weight.double(), expected, atol=1e-7)
+    with pytest.raises(rsoups.AdapterError, match=r"\(70, 32\) in the soup, the base needs \(64, 32\)"):
+        soup.load(tiny_llama())
 
 
 def test_a_matrix_of_lambdas_gives_a_soup_for_each_row(two):

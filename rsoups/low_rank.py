@@ -1,0 +1,69 @@
+"""The maths of low-rank changes Δ = B·A: stacked, truncated, measured, all from their factors, never from the dense Δ.
+
+Factors of convolutions are (r, in, ...) and (out, r, 1, ...); where it says B·A they are flattened to (r, in·...) and
+(out, r).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_Part = tuple[Tensor, Tensor, float]  # A, B and what multiplies them
+
+
+def empty(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors without values, views of one block: the system hands out one large block several times faster."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    block = torch.from_numpy(np.empty(sum(sizes) * dtype.itemsize, np.uint8)).view(dtype)
+    parts = block.split(sizes)
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def stack(parts: Sequence[_Part], A: Tensor, B: Tensor) -> None:
+    """Write Σ si·Bi·Ai as one pair of factors: A = [A1; A2; ...], B = [s1·B1, s2·B2, ...].
+
+    Args:
+        parts: (A, B, s) of each summand.
+        A, B: Where to; shapes (Σ ri, in, ...) and (out, Σ ri, ...). Each product is rounded once, to their dtype.
+    """
+    at = 0
+    for a, b, scale in parts:
+        to = at + len(a)
+        A[at:to].copy_(a)
+        B[:, at:to].copy_(b.double().mul_(scale))
+        at = to
+
+
+def truncate(A: Tensor, B: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float, float]:
+    """The best approximation of B·A in the Frobenius norm (Eckart and Young 1936).
+
+    QR of B and of Aᵀ leaves an SVD of a core of r × r.
+
+    Args:
+        A, B: float64 (r, in) and (out, r).
+        rank: An int, the largest rank; or a float below 1, the largest relative error, which decides the rank.
+
+    Returns:
+        A and B of the approximation, and the squared norms of what was cut off and of B·A.
+    """
+    q_b, r_b = torch.linalg.qr(B)
+    q_a, r_a = torch.linalg.qr(A.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+    # Squared norm of what is left out where k singular values are kept, k = 0, 1, ...
+    lost = torch.cat([(s**2).flip(0).cumsum(0).flip(0), s.new_zeros(1)])
+    total = float(lost[0])
+    k = int(rank) if rank >= 1 else int((lost > rank**2 * total).sum())
+    k = max(1, min(k, len(s)))
+    root = s[:k].sqrt()
+    return root[:, None] * (vh[:k] @ q_a.T), (q_b @ u[:, :k]) * root, float(lost[k]), total
+
+
+def inner(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> float:
+    """⟨B1·A1, B2·A2⟩ in the Frobenius sense, in float64: Σ (B1ᵀ·B2) ∘ (A1·A2ᵀ)."""
+    (a1, b1), (a2, b2) = ((a.flatten(1).double(), b.flatten(1).double()) for a, b in (one, two))
+    return float(((b1.T @ b2) * (a1 @ a2.T)).sum())
