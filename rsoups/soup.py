@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,6 @@ class Soup:
         state_dict: Tensors by PEFT's names.
         config: PEFT's config.
         lambdas: One weight for each ingredient.
-        ingredients: What was interpolated.
         method: ``exact``, ``factors`` or ``svd``.
         base_mismatch: Whether `allow_base_mismatch` let ingredients of differently named bases in.
         svd_error: Relative Frobenius error of Δ, of the whole soup; None unless the method is ``svd``.
@@ -83,13 +83,17 @@ class Soup:
     state_dict: dict[str, Tensor]
     config: LoraConfig
     lambdas: tuple[float, ...]
-    ingredients: tuple[Ingredient, ...]
     method: str
     base_mismatch: bool = False
     svd_error: float | None = None
     svd_errors: dict[str, float] = field(default_factory=dict)
     factors_distance: float | None = None
-    _adapters: tuple[Adapter, ...] = field(default=(), repr=False)
+    _adapters: dict[str, Adapter] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def ingredients(self) -> tuple[Ingredient, ...]:
+        """What was interpolated, one for each λ. (Their weights are hashed beside the other work: here it is waited for.)"""
+        return tuple(_ingredient(name, adapter) for name, adapter in self._adapters.items())
 
     @property
     def lineage(self) -> dict[str, Any]:
@@ -129,9 +133,8 @@ class Soup:
         """
         if self.method == "factors":
             raise AdapterError("a soup of method 'factors' has its ingredients' rank: truncate an 'exact' one")
-        named = {i.name: adapter for i, adapter in zip(self.ingredients, self._adapters, strict=True)}
         soup = interpolate(
-            named,
+            self._adapters,
             self.lambdas,
             method="svd",
             rank=rank,
@@ -311,15 +314,9 @@ def interpolate(
     several = [row for row in kept if not _is_alone(row, rank)]
     made = iter(factors(several, dtype) if method == "factors" else exact(several, method == "svd", rank, dtype))
     for adapter in set(read.values()) - {adapter for row in kept for adapter, _ in row}:
-        for name in adapter.layout:  # of weight 0, but refused where it is broken
-            adapter.tensor(name)
+        adapter.check_values()  # of weight 0, but refused where it is broken; the others' show in the soup
     parts = [_alone(row[0][0], method, dtype) if _is_alone(row, rank) else next(made) for row in kept]
-    whole: dict[str, Any] = {
-        "ingredients": tuple(_ingredient(name, adapter) for name, adapter in read.items()),
-        "method": method,
-        "base_mismatch": allow_base_mismatch,
-        "_adapters": tuple(read.values()),
-    }
+    whole: dict[str, Any] = {"method": method, "base_mismatch": allow_base_mismatch, "_adapters": read}
     soups = [Soup(lambdas=tuple(row), **part, **whole) for row, part in zip(rows, parts, strict=True)]
     return soups if lambdas is not None and np.ndim(lambdas) == 2 else soups[0]
 
@@ -380,7 +377,7 @@ def _flattened(named: dict[str, Any], rows: list[list[float]], method: str) -> t
                     weight,
                 )
                 for ingredient, adapter, weight in zip(
-                    source.ingredients, source._adapters, source.lambdas, strict=True
+                    source.ingredients, source._adapters.values(), source.lambdas, strict=True
                 )
             ]
         for key, adapter, weight in inner:
@@ -429,9 +426,7 @@ def _is_alone(kept: Kept, rank: int | float | None) -> bool:
 
 
 def _alone(adapter: Adapter, method: str, dtype: torch.dtype | None) -> dict[str, Any]:
-    state = {key: adapter.tensor(key) for key in adapter.layout}
-    if dtype is not None:
-        state = {key: finite(key, tensor.to(dtype)) for key, tensor in state.items()}
+    state = {key: finite(key, adapter.tensor(key), [adapter], dtype) for key in adapter.layout}
     return {
         "state_dict": state,
         "config": for_inference(adapter.config),

@@ -10,6 +10,7 @@ import math
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from rsoups import low_rank
 from rsoups._errors import AdapterError
-from rsoups.adapters import PREFIX, Adapter, LoraModule, for_inference
+from rsoups.adapters import PREFIX, Adapter, LoraModule, for_inference, is_finite
 
 _ONE_START = 0.5  # cosine of two ingredients' A above which they are taken to share their initialisation
 Kept = list[tuple[Adapter, float]]  # what a soup is made of: adapters that differ, with weights that are not 0
@@ -90,17 +91,17 @@ class _Stack:
                 bias += weight * part.scaling * own_bias.double()
         low_rank.stack(parts, self.state[module.A], self.state[module.B])
         for name in (module.A, module.B):
-            finite(name, self.state[name])
+            finite(name, self.state[name], (adapter for adapter, _ in self.kept))
         if module.bias:
-            self.state[module.bias].copy_(bias)
+            finite(module.bias, self.state[module.bias].copy_(bias), (adapter for adapter, _ in self.kept))
 
     def truncate(self, path: str, rank: int | float, dtype: torch.dtype) -> None:
         module = self.modules[path]
         a, b = self.state[module.A], self.state[module.B]
         A, B, lost, total = low_rank.truncate(a.flatten(1), b.flatten(1), rank)
         self.lost[path] = lost, total
-        self.state[module.A] = finite(module.A, A.reshape(len(A), *a.shape[1:]).to(dtype))
-        self.state[module.B] = finite(module.B, B.reshape(len(b), -1, *b.shape[2:]).to(dtype))
+        self.state[module.A] = finite(module.A, A.reshape(len(A), *a.shape[1:]), (), dtype)
+        self.state[module.B] = finite(module.B, B.reshape(len(b), -1, *b.shape[2:]), (), dtype)
         self.modules[path] = replace(module, rank=len(A))
 
     def finish(self, full: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
@@ -138,13 +139,11 @@ def cosine_of_starts(one: Adapter, other: Adapter) -> float:
     """Cosine between the A of two adapters, over all modules that both have; training from one start leaves it near 1."""
     dot = norms = other_norms = 0.0
     for path in one.modules.keys() & other.modules.keys():
-        a, b = one.tensor(one.modules[path].A).double(), other.tensor(other.modules[path].A).double()
+        a, b = (adapter.tensor(adapter.modules[path].A).float().flatten() for adapter in (one, other))
         if a.shape == b.shape:
-            dot, norms, other_norms = (
-                dot + float((a * b).sum()),
-                norms + float((a**2).sum()),
-                other_norms + float((b**2).sum()),
-            )
+            dot += float(torch.dot(a, b))
+            norms += float(torch.dot(a, a))
+            other_norms += float(torch.dot(b, b))
     return dot / math.sqrt(norms * other_norms) if norms and other_norms else 0.0
 
 
@@ -173,12 +172,12 @@ def _sums(rows: list[Kept], names: list[str], dtype: torch.dtype) -> list[dict[s
     for name in names:
         read: dict[Adapter, Tensor] = {}
         for kept, state in zip(rows, states, strict=True):
-            total = torch.zeros(state[name].shape, dtype=torch.float64)
-            for adapter, weight in kept:
-                if adapter not in read:
-                    read[adapter] = adapter.tensor(name)
-                total.add_(read[adapter], alpha=weight)
-            finite(name, state[name].copy_(total))
+            read |= {adapter: adapter.tensor(name) for adapter, _ in kept if adapter not in read}
+            (first, weight), *rest = kept
+            total = read[first].double().mul_(weight)
+            for adapter, weight in rest:
+                total.add_(read[adapter].double(), alpha=weight)
+            finite(name, state[name].copy_(total), (adapter for adapter, _ in kept))
     return states
 
 
@@ -186,8 +185,12 @@ def _full(rows: list[Kept], dtype: torch.dtype) -> list[dict[str, Tensor]]:
     return _sums(rows, rows[0][0][0].full, dtype) if rows and rows[0][0][0].full else [{} for _ in rows]
 
 
-def finite(name: str, tensor: Tensor) -> Tensor:
-    if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+def finite(name: str, tensor: Tensor, adapters: Iterable[Adapter], dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of a soup, in `dtype`; where it is not finite, either an ingredient is not, or the dtype is too narrow."""
+    tensor = tensor if dtype is None else tensor.to(dtype)
+    if not is_finite(tensor):
+        for adapter in adapters:
+            adapter.check_values()
         raise AdapterError(f"the soup's tensor {name} does not fit into {tensor.dtype}: choose a wider dtype")
     return tensor
 
