@@ -2,7 +2,7 @@
 
 RsoupsError
 ├── AdapterError          an adapter folder, its config or its tensors (also a ValueError)
-├── LambdasError          interpolation weights (also a ValueError)
+├── LambdasError          interpolation weights, method or rank (also a ValueError)
 ├── RewardError           a reward card, its model or its scores (also a ValueError)
 ├── DatasetError          prompts and datasets (also a ValueError)
 ├── FrontError            records and fronts (also a ValueError)
@@ -21,7 +21,7 @@ class AdapterError(RsoupsError, ValueError):
 
 
 class LambdasError(RsoupsError, ValueError):
-    """Interpolation weights of the wrong number, not finite, not summing to 1, or outside [0, 1]."""
+    """Interpolation weights of the wrong number, not finite, not summing to 1, or outside [0, 1]; no such method or rank."""
 
 
 class RewardError(RsoupsError, ValueError):

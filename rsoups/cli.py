@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rsoups import __version__
-from rsoups._errors import RsoupsError
+from rsoups._errors import AdapterError, RsoupsError
 from rsoups._resources import shipped
 
 _RECIPES = {
@@ -50,10 +50,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     interpolate.add_argument("--out", required=True, type=Path, help="folder of the soup")
     interpolate.add_argument("--method", default="exact", choices=("exact", "factors", "svd"))
-    interpolate.add_argument("--rank", type=int, help="rank of an svd soup")
+    interpolate.add_argument(
+        "--rank", type=_rank, help="of an svd soup; below 1 the largest relative error, which decides the rank"
+    )
     interpolate.add_argument("--normalize", action="store_true", help="divide the weights by their sum")
     interpolate.add_argument("--extrapolate", action="store_true", help="allow weights outside [0, 1]")
     interpolate.set_defaults(run=_interpolate)
+
+    inspect = commands.add_parser("inspect", help="what adapters are, how far apart, whether they can be souped")
+    inspect.add_argument("adapters", nargs="+", help="folders or Hub ids (id@revision)")
+    inspect.set_defaults(run=_inspect)
+
+    merge = commands.add_parser("merge", help="write an adapter or a soup into its base: a whole model")
+    merge.add_argument("adapter", help="folder or Hub id (id@revision)")
+    merge.add_argument("--base", help="folder or Hub id; the one that the adapter names if left out")
+    merge.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the model; the base's if left out"
+    )
+    merge.add_argument("--out", required=True, type=Path, help="folder of the model")
+    merge.set_defaults(run=_merge)
 
     report = commands.add_parser("report", help="draw the front of a records file and write its report")
     report.add_argument("records", type=Path, help="records.jsonl of a sweep")
@@ -84,6 +99,31 @@ def _interpolate(args: argparse.Namespace) -> None:
     )
     assert isinstance(soup, Soup)
     soup.save_pretrained(args.out)
+    print(args.out)
+
+
+def _rank(text: str) -> int | float:
+    return int(text) if text.isdigit() else float(text)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from rsoups.adapters import read_adapter
+    from rsoups.inspection import inspect_adapters
+
+    print(inspect_adapters({source: read_adapter(source) for source in args.adapters}).to_text())
+
+
+def _merge(args: argparse.Namespace) -> None:
+    import torch
+
+    from rsoups.soup import Soup, interpolate
+
+    soup = interpolate([args.adapter], [1.0])
+    assert isinstance(soup, Soup)
+    base = args.base or soup.config.base_model_name_or_path
+    if not base:
+        raise AdapterError(f"{args.adapter} does not name its base: say --base")
+    soup.merge(base, args.out, dtype=getattr(torch, args.dtype) if args.dtype else None)
     print(args.out)
 
 

@@ -34,6 +34,7 @@ from rsoups import rl_math
 from rsoups._errors import OutputError, TrainingError
 from rsoups.actor_critic import add_actor_critic_forward
 from rsoups.checkpoints import finish_checkpoint, last_checkpoint, only_run_in
+from rsoups.sampling import fast_sampling
 from rsoups.scoring import check_scores, named_failures
 
 _VALUE_HEAD = "value_head.safetensors"
@@ -197,8 +198,9 @@ class PPOTrainer(GRPOTrainer):
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i])) if size < len(prompt_ids) else None
         queue = prompt_ids if order is None else [prompt_ids[i] for i in order]
         responses: list[list[int]] = []
-        for start in range(0, len(queue), size):
-            responses += super()._generate_single_turn(queue[start : start + size], *args, **kwargs)[0]
+        with fast_sampling(self.accelerator.device):
+            for start in range(0, len(queue), size):
+                responses += super()._generate_single_turn(queue[start : start + size], *args, **kwargs)[0]
         if order is not None:
             responses = [ids for _, ids in sorted(zip(order, responses, strict=True), key=lambda pair: pair[0])]
         if (shortest := self.args.min_completion_length) is not None:

@@ -293,13 +293,13 @@ def interpolate(
     Raises:
         AdapterError: As `read_adapter`; for tensors that are not finite, or no longer are in `dtype`; and for
             ingredients that do not fit together.
-        LambdasError: Not one finite weight per adapter, not summing to 1, or outside [0, 1].
-        ValueError: An unknown method, or a rank that the method does not use.
+        LambdasError: Not one finite weight per adapter, not summing to 1, or outside [0, 1]; an unknown method, or a rank
+            that the method does not use.
     """
     if method not in _METHODS:
-        raise ValueError(f"method is {method!r}, must be one of {list(_METHODS)}")
+        raise LambdasError(f"method is {method!r}, must be one of {list(_METHODS)}")
     if rank is not None and (method != "svd" or not (0 < rank < 1 or (rank >= 1 and rank == int(rank)))):
-        raise ValueError(
+        raise LambdasError(
             f"rank={rank} with method={method!r}: rank is that of an svd soup, at least 1, or an error below 1"
         )
     named = _named(adapters)

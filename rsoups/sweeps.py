@@ -21,6 +21,7 @@ from rsoups._errors import DatasetError, OutputError, RewardError
 from rsoups._resources import resolve
 from rsoups.adapters import Adapter, read_adapter
 from rsoups.front import Front
+from rsoups.sampling import fast_sampling
 from rsoups.scoring import check_scores
 from rsoups.soup import Soup, interpolate
 
@@ -245,7 +246,7 @@ class _Generator:
         inputs = self._tokenizer(prompts, return_tensors="pt", padding=True).to(self._model.device)
         inputs.pop("token_type_ids", None)
         torch.manual_seed(seed)
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_sampling(self._model.device):
             ids = self._model.generate(**inputs, **self._settings)
         return self._tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from test_front import records
-from tiny import tiny_adapter
+from tiny import tiny_adapter, tiny_llama
 
 import rsoups
 from rsoups.cli import main
@@ -31,6 +31,37 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     assert not (tmp_path / "soup").exists()
 
 
+def test_inspect_tells_what_can_be_souped(tmp_path, capsys):
+    a, b = (str(tiny_adapter(tmp_path / name, seed=seed)) for seed, name in enumerate("ab"))
+    other = str(tiny_adapter(tmp_path / "c", r=2))
+    assert main(["inspect", a, b, other]) == 0
+    shown = capsys.readouterr().out
+    assert "rank     4 (4 modules); alpha 8" in shown and "q_proj x2, v_proj x2" in shown
+    assert "different initialisations" in shown and "method exact: yes" in shown
+    assert "method factors: no: method 'factors' needs one rank" in shown
+    assert main(["inspect", a]) == 0
+    assert "method" not in capsys.readouterr().out
+
+
+def test_merge_writes_a_model(tmp_path, capsys):
+    adapter = str(tiny_adapter(tmp_path / "a"))
+    assert main(["merge", adapter, "--out", str(tmp_path / "model")]) == 2
+    assert "does not name its base: say --base" in capsys.readouterr().err
+    tiny_llama().save_pretrained(tmp_path / "base")
+    command = [
+        "merge",
+        adapter,
+        "--base",
+        str(tmp_path / "base"),
+        "--dtype",
+        "bfloat16",
+        "--out",
+        str(tmp_path / "model"),
+    ]
+    assert main(command) == 0
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_report_draws_from_records_alone(tmp_path, capsys):
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in records(n=5)[0]))
@@ -39,7 +70,7 @@ def test_report_draws_from_records_alone(tmp_path, capsys):
     assert "| MORL |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [[], ["interpolate"], ["report"], ["sweep"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["interpolate"], ["inspect"], ["merge"], ["report"], ["sweep"], ["demo"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])

@@ -18,11 +18,11 @@ SOURCES = sorted((ROOT / "rsoups").glob("*.py"))
 ORDER = [
     {"_errors"},
     {"_files"},
-    {"actor_critic", "adapters", "checkpoints", "low_rank", "rl_math", "front", "tasks"},
+    {"actor_critic", "adapters", "checkpoints", "low_rank", "rl_math", "sampling", "front", "tasks"},
     {"stacking"},
     {"_resources"},
     {"soup", "scoring", "hub"},
-    {"merging"},
+    {"inspection", "merging"},
     {"ppo", "sweeps"},
     {"report"},
     {"cli"},

@@ -89,11 +89,11 @@ def test_the_kl_penalty_holds_the_policy_back(tmp_path):
 def test_kl_is_held_near_its_target(tmp_path):
     """From a coefficient far too small and from one far too large."""
     for start in (0.02, 1.0):
-        settings = {"kl_coef": start, "kl_target": 2.0, "kl_horizon": 64, "learning_rate": 5e-3}
-        run = trainer(tmp_path / str(start), max_steps=200, **settings)
+        settings = {"kl_coef": start, "kl_target": 2.0, "kl_horizon": 100, "learning_rate": 5e-3}
+        run = trainer(tmp_path / str(start), max_steps=320, **settings)
         run.train()
-        held = history(run, "kl")[-12:]
-        assert sum(held) / len(held) == pytest.approx(2.0, rel=0.25), start
+        held = history(run, "kl")[-40:]
+        assert sum(held) / len(held) == pytest.approx(2.0, rel=0.15), start
         assert history(run, "kl_coef")[-1] != pytest.approx(start, rel=0.5), "the coefficient had nothing to do"
 
 

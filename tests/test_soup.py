@@ -411,10 +411,11 @@ def test_opting_in(two):
         rsoups.interpolate([])
     with pytest.raises(rsoups.AdapterError, match="one adapter"):
         rsoups.interpolate(str(two[0]))
-    with pytest.raises(ValueError, match="method"):
+    with pytest.raises(rsoups.LambdasError, match="method"):
         rsoups.interpolate(two, method="linear")
-    with pytest.raises(ValueError, match="rank"):
-        rsoups.interpolate(two, rank=4)
+    for rank, method in ((4, "exact"), (0, "svd"), (1.5, "svd"), (-0.1, "svd")):
+        with pytest.raises(rsoups.LambdasError, match="rank"):
+            rsoups.interpolate(two, method=method, rank=rank)
 
 
 def test_load_leaves_the_base_as_it_was_found(two):

@@ -1,0 +1,134 @@
+"""What adapters are, how far apart, and whether they can be souped: `rsoups inspect A B ...`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rsoups import low_rank
+from rsoups._errors import AdapterError
+from rsoups.adapters import Adapter, check_compatible
+from rsoups.stacking import check_factors, cosine_of_starts
+
+_LAYER = re.compile(r"(.*?\.\d+)\.")
+_ONE_START = 0.5
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Of N adapters, by name.
+
+    Attributes:
+        adapters: What was read.
+        products: For each layer ⟨Δi, Δj⟩ in the Frobenius sense, N × N; the diagonal holds squared norms.
+        starts: Cosine of the A factors, N × N: near 1 where two were trained from one initialisation, near 0 otherwise.
+        refusals: For the methods ``exact`` and ``factors``, why these adapters cannot be souped so; None where they can.
+    """
+
+    adapters: dict[str, Adapter]
+    products: dict[str, list[list[float]]]
+    starts: list[list[float]]
+    refusals: dict[str, str | None]
+
+    def norm(self, name: str, layer: str | None = None) -> float:
+        """‖Δ‖ of one adapter, of one layer or of all."""
+        i = list(self.adapters).index(name)
+        return math.sqrt(max(0.0, self._sum(i, i, layer)))
+
+    def cosine(self, one: str, other: str, layer: str | None = None) -> float:
+        """Cosine between the Δ of two adapters, of one layer or of all; NaN where one of them does not change it."""
+        i, j = (list(self.adapters).index(name) for name in (one, other))
+        norms = self.norm(one, layer) * self.norm(other, layer)
+        return self._sum(i, j, layer) / norms if norms else math.nan
+
+    def _sum(self, i: int, j: int, layer: str | None) -> float:
+        chosen = self.products.values() if layer is None else [self.products[layer]]
+        return math.fsum(matrix[i][j] for matrix in chosen)
+
+    def to_text(self) -> str:
+        """For people: what each is, then each pair, then what can be made of them."""
+        lines = [line for name, adapter in self.adapters.items() for line in (*_about(name, adapter), "")]
+        names = list(self.adapters)
+        pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+        width = max(map(len, [*self.products, "all layers"]))
+        heads = [f"‖Δ‖ {name}" for name in names] + [f"cos {a}, {b}" for a, b in pairs]
+        lines.append(" ".join([" " * width, *heads]))
+        for layer in (*self.products, None):
+            norms = [f"{self.norm(name, layer):.4g}" for name in names]
+            cosines = [f"{self.cosine(a, b, layer):+.3f}" for a, b in pairs]
+            cells = [cell.rjust(len(head)) for cell, head in zip(norms + cosines, heads, strict=True)]
+            lines.append(" ".join([(layer or "all layers").ljust(width), *cells]))
+        if pairs:
+            lines.append("")
+        for a, b in pairs:
+            start = self.starts[names.index(a)][names.index(b)]
+            kind = "one initialisation" if start > _ONE_START else "different initialisations"
+            lines.append(f"{a}, {b}: {kind} (cosine of A {start:+.3f})")
+        for method, reason in self.refusals.items() if pairs else ():
+            lines.append(f"method {method}: {'yes' if reason is None else f'no: {reason}'}")
+        return "\n".join(lines)
+
+
+def inspect_adapters(adapters: Mapping[str, Adapter]) -> Inspection:
+    """Compare adapters that were read.
+
+    Raises:
+        AdapterError: A tensor that is not finite.
+    """
+    for adapter in adapters.values():
+        adapter.check_values()
+    several = list(adapters.values())
+    refusals: dict[str, str | None] = {}
+    for method, checks in (("exact", (check_compatible,)), ("factors", (check_compatible, check_factors))):
+        try:
+            for check in checks:
+                check(several)
+            refusals[method] = None
+        except AdapterError as error:
+            refusals[method] = str(error)
+    starts = [[cosine_of_starts(a, b) for b in several] for a in several]
+    return Inspection(dict(adapters), _products(several), starts, refusals)
+
+
+def _products(adapters: list[Adapter]) -> dict[str, list[list[float]]]:
+    found: dict[str, list[list[float]]] = {}
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter.modules):
+        match = _LAYER.match(path)
+        matrix = found.setdefault(match[1] if match else path, [[0.0] * len(adapters) for _ in adapters])
+        factors = [_scaled(adapter, path) if path in adapter.modules else None for adapter in adapters]
+        for i, one in enumerate(factors):
+            for j, other in enumerate(factors[: i + 1]):
+                if one and other and one[0].shape[1:] == other[0].shape[1:] and len(one[1]) == len(other[1]):
+                    value = low_rank.inner(one, other)
+                    matrix[i][j] += value
+                    matrix[j][i] += value * (i != j)
+    return found
+
+
+def _scaled(adapter: Adapter, path: str) -> tuple:
+    module = adapter.modules[path]
+    return adapter.tensor(module.A), adapter.tensor(module.B).double() * module.scaling
+
+
+def _about(name: str, adapter: Adapter) -> list[str]:
+    config = adapter.config
+    ranks = Counter(module.rank for module in adapter.modules.values())
+    leaves = Counter(path.rsplit(".", 1)[-1] for path in adapter.modules)
+    parameters = sum(tensor.numel() for tensor in adapter.layout.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.layout.values()) / 1e6
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.layout.values()})
+    base = config.base_model_name_or_path or "not recorded"
+    kind = "rsLoRA" if config.use_rslora else "LoRA"
+    return [
+        f"{name}: {kind} of {base}{'@' + config.revision if config.revision else ''}",
+        f"  source   {adapter.source}{'@' + adapter.revision if adapter.revision else ''}",
+        f"  rank     {', '.join(f'{rank} ({count} modules)' for rank, count in sorted(ranks.items()))}; "
+        f"alpha {config.lora_alpha}{', patterns' if config.alpha_pattern else ''}{', lora_bias' if config.lora_bias else ''}",
+        f"  targets  {', '.join(f'{leaf} x{count}' for leaf, count in sorted(leaves.items()))}",
+        *([f"  whole    {', '.join(adapter.full)}"] if adapter.full else []),
+        f"  size     {parameters:,} numbers, {size:.1f} MB, {', '.join(dtypes)}",
+        f"  sha256   {adapter.sha256}",
+    ]

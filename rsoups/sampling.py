@@ -1,0 +1,39 @@
+"""Sampling on a CPU at the price of one random number a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+def fast_sampling(device: torch.device | str) -> AbstractContextManager[Any]:
+    """A context for `generate()`, in which a CPU draws tokens by inverting their distribution function.
+
+    `torch.multinomial` draws an exponential number for every token of the vocabulary instead, one after the other: a fifth
+    of the time of a whole PPO run with the embedded policy. Other devices draw in parallel and are left alone.
+    """
+    return _InverseTransform() if torch.device(device).type == "cpu" else nullcontext()
+
+
+class _InverseTransform(TorchFunctionMode):
+    """Answers `torch.multinomial(probabilities, num_samples=1)`, of this thread, in this context; all else as ever."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.multinomial and kwargs.keys() <= {"num_samples"} and (*args[1:], *kwargs.values()) == (1,):
+            return draw(args[0])
+        return func(*args, **kwargs)
+
+
+def draw(probabilities: Tensor) -> Tensor:
+    """One index for each row of (B, V) probabilities (or weights), (B, 1); one of weight 0 is never drawn."""
+    cumulative = probabilities.double().cumsum(-1)
+    whole = cumulative[:, -1:].contiguous()
+    at = torch.rand_like(whole) * whole
+    at = torch.minimum(at, torch.nextafter(whole, torch.zeros_like(whole)))  # the product may round up to the whole
+    return torch.searchsorted(cumulative, at, right=True)  # the first index whose sum is above
