@@ -424,6 +424,7 @@ def for_inference(config: LoraConfig) -> LoraConfig:
     """A copy of a config as PEFT publishes it."""
     config = deepcopy(config)
     config.inference_mode = True
+    config.init_lora_weights = True  # whatever it was drawn from, its values are in the file
     return config
 
 

@@ -233,7 +233,6 @@ def _config(adapters: list[Adapter], modules: dict[str, LoraModule]) -> LoraConf
     config.use_rslora = False
     config.lora_bias = any(module.bias is not None for module in modules.values())
     config.lora_dropout = 0.0
-    config.init_lora_weights = True
     selection = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     if any(getattr(a.config, name) != getattr(config, name) for a in adapters for name in selection):
         config.target_modules = "|".join(re.escape(path) for path in modules)  # PEFT matches a string as a whole

@@ -101,6 +101,7 @@ def expected_changes(folder):
         (folder / CONFIG_FILE).write_text(json.dumps(config))
         return dense(folder)
     known = {key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
+    known["init_lora_weights"] = True
     model = get_peft_model(tiny_llama(), LoraConfig(**known))
     scalings = {n: m.scaling["default"] for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
     found = {}
