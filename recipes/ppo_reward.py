@@ -18,7 +18,9 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 from datasets import Dataset
@@ -37,9 +39,10 @@ from trl.trainer.utils import use_adapter
 
 from rsoups import PPOConfig, PPOTrainer, load_reward
 from rsoups._resources import load_rows, resolve
+from rsoups.adapters import read_adapter
 from rsoups.ppo import reset_adapter
 from rsoups.scoring import reward_function
-from rsoups.tasks import TASKS, fit_prompts
+from rsoups.tasks import TASKS, fit_prompts, with_prefixes
 
 # A soup does not care how its ingredients were trained: same cards, tasks, adapters and outputs for each.
 ALGORITHMS = {"ppo": (PPOConfig, PPOTrainer), "grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
@@ -69,6 +72,13 @@ class ScriptArguments:
         default="refuse",
         metadata={"help": "Prompts that leave no room in the context: refuse, or drop.", "choices": ["refuse", "drop"]},
     )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens; what the context leaves beside a response if unset."}
+    )
+    prefix_tokens: list[int] | None = field(
+        default=None,
+        metadata={"help": "Two numbers: begin responses with so many tokens of a reference, as the paper does (2 8)."},
+    )
     eval_prompts: int = field(
         default=64, metadata={"help": "Held-out prompts of the summary at the end, before and after training; 0: none."}
     )
@@ -85,9 +95,30 @@ def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, GRPOConfig | 
     name = flags.get("--algorithm", file.get("algorithm", "ppo"))
     settings, _ = ALGORITHMS.get(name, ALGORITHMS["ppo"])  # an unknown one is refused by the parser, by its choices
     script, training, model = TrlParser((ScriptArguments, settings, ModelConfig)).parse_args_and_config(argv)
+    if script.prefix_tokens and (
+        len(script.prefix_tokens) != 2 or not 0 <= script.prefix_tokens[0] <= script.prefix_tokens[1]
+    ):
+        raise SystemExit(f"--prefix_tokens takes two numbers, the smaller first; got {script.prefix_tokens}")
     if training.output_dir in (None, "trainer_output"):
         training.output_dir = f"runs/{name}-" + "-".join(Path(name).stem for name in script.reward)
     return script, training, model
+
+
+def prompts(script: ScriptArguments, training: GRPOConfig | RLOOConfig, tokenizer: Any, room: int) -> list[list[str]]:
+    """Prompts to train on and held-out ones, as the policy reads them and no longer than `room` tokens."""
+    found = []
+    for split, limit in (("train", None), ("test", script.eval_prompts)):
+        rows = load_rows(TASKS[script.task], script.dataset, split, limit) if limit != 0 else []
+        texts = [row["prompt"] for row in rows]
+        if script.prefix_tokens:
+            ids = partial(tokenizer.encode, add_special_tokens=False)
+            texts = with_prefixes(rows, ids, tokenizer.decode, *script.prefix_tokens, seed=training.seed)
+        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]] if texts else []
+        kept = fit_prompts(texts, lengths, room, script.long_prompts) if texts else []
+        if len(kept) < len(texts):
+            print(f"{len(texts) - len(kept)} of {len(texts)} {split} prompts dropped: longer than {room} tokens")
+        found.append(kept)
+    return found
 
 
 def policy(script: ScriptArguments, model: ModelConfig) -> tuple:
@@ -98,9 +129,12 @@ def policy(script: ScriptArguments, model: ModelConfig) -> tuple:
         dtype=model.dtype,
         attn_implementation=model.attn_implementation,
         quantization_config=get_quantization_config(model),
+        use_safetensors=True,  # never a pickle
     )
     if script.adapter_name_or_path:
-        return PeftModel.from_pretrained(base, resolve(script.adapter_name_or_path), is_trainable=True), None
+        source = resolve(script.adapter_name_or_path)
+        read_adapter(source)  # PEFT would open a pickle; and what no soup can hold is better known before the training
+        return PeftModel.from_pretrained(base, source, is_trainable=True), None
     return base, LoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_r,
@@ -139,28 +173,21 @@ def summary(trainer: GRPOTrainer) -> None:
 def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig) -> None:
     # PEFT looks for the base's config under its published name, to see whether the vocabulary grew. It did not.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
-    task = TASKS[script.task]
-    prompts = [row["prompt"] for row in load_rows(task, script.dataset, "train")]
-    held_out = [row["prompt"] for row in load_rows(task, script.dataset, "test", script.eval_prompts)]
-    device = script.reward_device or str(training.device)
-    rewards = [reward_function(load_reward(name, device), task.cut) for name in script.reward]
     tokenizer = AutoTokenizer.from_pretrained(
         resolve(model.model_name_or_path), revision=model.model_revision, padding_side="left"
     )
     actor, lora = policy(script, model)
     room = actor.config.get_text_config().max_position_embeddings - training.max_completion_length
-    for name, texts in (("train", prompts), ("held-out", held_out)):
-        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]] if texts else []
-        kept = fit_prompts(texts, lengths, room, script.long_prompts) if texts else []
-        if len(kept) < len(texts):
-            print(f"{len(texts) - len(kept)} of {len(texts)} {name} prompts dropped: longer than {room} tokens")
-        texts[:] = kept
+    train, held_out = prompts(script, training, tokenizer, min(room, script.max_prompt_length or room))
+    device = script.reward_device or str(training.device)
+    cut = TASKS[script.task].cut
+    rewards = [reward_function(load_reward(name, device), cut, tokenizer) for name in script.reward]
     _, kind = ALGORITHMS[script.algorithm]
     trainer = kind(
         model=actor,
         reward_funcs=rewards,
         args=training,
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        train_dataset=Dataset.from_dict({"prompt": train}),
         eval_dataset=Dataset.from_dict({"prompt": held_out}) if held_out else None,
         processing_class=tokenizer,
         peft_config=lora,

@@ -59,9 +59,12 @@ def load_rows(task: Task, dataset: str | None, split: str, limit: int | None = N
     else:
         from datasets import load_dataset
 
-        raw = load_dataset(source, split=split)
-    rows = task.rows(raw)
-    return rows if limit is None else rows[:limit]
+        subset = task.subset if dataset is None or dataset == task.dataset else None
+        # Streamed where a limit is known: stack-exchange-paired has 26 GB, of which the paper uses 40,000 rows.
+        most = task.most.get(split)
+        raw = load_dataset(source, subset, split=task.splits.get(split, split), streaming=most is not None)
+        limit = min(filter(None, (limit, most)), default=None)
+    return task.rows(raw, limit)
 
 
 def template(name: str) -> Template:

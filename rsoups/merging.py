@@ -60,7 +60,7 @@ def _load(source: str) -> PreTrainedModel:
     kind = getattr(transformers, (config.architectures or [""])[0], None)
     if kind is None:
         raise AdapterError(f"transformers has no class {config.architectures} for the base {source!r}")
-    return kind.from_pretrained(source, dtype="auto")
+    return kind.from_pretrained(source, dtype="auto", use_safetensors=True)
 
 
 def _merged(soup: Soup, model: PreTrainedModel, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], bool]:

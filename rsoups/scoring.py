@@ -7,7 +7,9 @@ question is always in the input: `question_of` finds it in the prompt (the paper
 from __future__ import annotations
 
 import inspect
+import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,13 +19,19 @@ import yaml
 
 from rsoups._errors import RewardError, RsoupsError
 from rsoups._resources import resolve, shipped
-from rsoups.tasks import question_of
+from rsoups.tasks import first_sentence, question_of, response_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _INPUTS = ("pair", "reversed_pair")
+_FIELD = re.compile(r"\{(\w+)\}")  # in templates
+_FIELDS = {"question", "response", "bos", "eos", "sep"}
+_RESPONSES: dict[str, Callable[[str], str]] = {"whole": str, "first_sentence": first_sentence}
+_NO_ROOM = "a response fills all %d tokens that a reward model reads: its end is not seen"
 _BATCH_TOKENS = 8_192  # per scoring batch, padding included
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,10 @@ class RewardCard:
         name: Names the reward in records, logs and plots.
         model: Hub id, folder, or ``rsoups/...`` for an embedded one: a sequence classifier.
         revision: Hub revision, None for the newest.
-        input: ``pair``: tokenizer(question, response); ``reversed_pair``: tokenizer(response, question).
+        input: ``pair``: tokenizer(question, response); ``reversed_pair``: tokenizer(response, question); or one text, a
+            template with ``{response}`` and, where the model reads them, ``{question}``, ``{bos}``, ``{eos}``, ``{sep}``.
+        question: Template of the question before it goes in, such as a chat's turn.
+        response: ``whole``, or ``first_sentence`` of it.
         logit: Index or label of the logit that is the score.
         minus: Index or label of a logit to subtract from it, None for none.
         sign: 1, or -1 where a higher logit is worse.
@@ -49,6 +60,8 @@ class RewardCard:
     model: str
     revision: str | None = None
     input: str = "pair"
+    question: str = "{question}"
+    response: str = "whole"
     logit: int | str = 0
     minus: int | str | None = None
     sign: int = 1
@@ -60,8 +73,15 @@ class RewardCard:
     licence: str = ""
 
     def __post_init__(self) -> None:
-        if self.input not in _INPUTS:
-            raise RewardError(f"reward card {self.name!r}: input is {self.input!r}, must be one of {list(_INPUTS)}")
+        if self.input not in _INPUTS and "{response}" not in self.input:
+            raise RewardError(
+                f"reward card {self.name!r}: input is {self.input!r}, must be one of {list(_INPUTS)} or a template with "
+                "{response}"
+            )
+        if unknown := {*_FIELD.findall(self.input)} - _FIELDS or {*_FIELD.findall(self.question)} - {"question"}:
+            raise RewardError(f"reward card {self.name!r}: no field {sorted(unknown)} for templates; {sorted(_FIELDS)}")
+        if self.response not in _RESPONSES:
+            raise RewardError(f"reward card {self.name!r}: response is {self.response!r}, not of {sorted(_RESPONSES)}")
         if self.sign not in (1, -1):
             raise RewardError(f"reward card {self.name!r}: sign is {self.sign!r}, must be 1 or -1")
         for field in ("mean", "std"):
@@ -115,9 +135,13 @@ class Reward:
             self._tokenizer = AutoTokenizer.from_pretrained(source, revision=card.revision)
             # The embedded weights are stored in half precision to be small, and computed with in float32.
             dtype = torch.float32 if source != card.model else "auto"
-            model = AutoModelForSequenceClassification.from_pretrained(source, revision=card.revision, dtype=dtype)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source, revision=card.revision, dtype=dtype, use_safetensors=True
+            )
         except OSError as error:
-            raise RewardError(f"reward {card.name!r}: cannot load {card.model!r}: {error}") from error
+            raise RewardError(
+                f"reward {card.name!r}: cannot load {card.model!r} (only safetensors are read, never a pickle): {error}"
+            ) from error
         self._pad(model)
         self._columns = [self._column(model.config, label) for label in (card.logit, card.minus) if label is not None]
         self._model = model.eval().requires_grad_(False).to(device)
@@ -137,13 +161,14 @@ class Reward:
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, list[int]]]:
         """The model's input for each sample, unpadded."""
-        return encode_pairs(
-            self._tokenizer,
-            [question_of(prompt) for prompt in prompts],
-            responses,
-            self.card.max_length,
-            reverse=self.card.input == "reversed_pair",
-        )
+        card = self.card
+        questions = [_filled(card.question, question=question_of(prompt)) for prompt in prompts]
+        said = [_RESPONSES[card.response](response) for response in responses]
+        if card.input in _INPUTS:
+            return encode_pairs(
+                self._tokenizer, questions, said, card.max_length, reverse=card.input == "reversed_pair"
+            )
+        return encode_texts(self._tokenizer, card.input, questions, said, card.max_length)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Score each response to its prompt.
@@ -187,13 +212,61 @@ def encode_pairs(
 ) -> list[dict[str, list[int]]]:
     """Tokenize (question, response) pairs as a sequence classifier reads them; `reverse` puts the response first.
 
-    Where a pair is longer than `max_length` tokens, the question loses its end.
+    Where a pair is longer than `max_length` tokens, the question loses its end, and where all of it is not enough, the
+    response does.
     """
-    first, second = (responses, questions) if reverse else (questions, responses)
-    batch = tokenizer(
-        list(first), list(second), truncation="only_second" if reverse else "only_first", max_length=max_length
-    )
-    return [{key: batch[key][i] for key in batch} for i in range(len(questions))]
+
+    def encode(question: str, response: str, lost: str) -> dict[str, list[int]]:
+        pair = (response, question) if reverse else (question, response)
+        side = "only_second" if reverse == (lost == "question") else "only_first"
+        return dict(tokenizer(*pair, truncation=side, max_length=max_length))
+
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    sizes = [len(ids) for ids in tokenizer(list(responses), add_special_tokens=False)["input_ids"]]
+    encoded = []
+    for question, response, size in zip(questions, responses, sizes, strict=True):
+        if size < room:
+            encoded.append(encode(question, response, "question"))
+        else:
+            logger.warning(_NO_ROOM, max_length)
+            encoded.append(encode("", response, "response"))
+    return encoded
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    questions: Sequence[str],
+    responses: Sequence[str],
+    max_length: int,
+) -> list[dict[str, list[int]]]:
+    """Tokenize texts made by a template; where one is longer than `max_length` tokens, its question loses its end."""
+    special = {name: getattr(tokenizer, f"{name}_token") or "" for name in ("bos", "eos", "sep")}
+
+    def encode(question: str, response: str) -> dict[str, list[int]]:
+        return dict(tokenizer(_filled(template, question=question, response=response, **special)))
+
+    encoded = []
+    for question, response in zip(questions, responses, strict=True):
+        one = encode(question, response)
+        while (over := len(one["input_ids"]) - max_length) > 0 and question:
+            ends = [
+                end
+                for _, end in tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)[
+                    "offset_mapping"
+                ]
+            ]
+            question = question[: ends[-over - 1]] if over < len(ends) else ""
+            one = encode(question, response)
+        if over > 0:
+            logger.warning(_NO_ROOM, max_length)
+            one = {key: ids[:max_length] for key, ids in one.items()}
+        encoded.append(one)
+    return encoded
+
+
+def _filled(template: str, **values: str) -> str:
+    return _FIELD.sub(lambda match: values[match[1]], template)
 
 
 def check_scores(name: str, scores: Sequence[float], prompts: Sequence[str], responses: Sequence[str]) -> None:
@@ -226,11 +299,28 @@ def load_reward(name: str | Path, device: str = "cpu") -> Reward:
     return Reward(RewardCard.read(path), device)
 
 
-def reward_function(reward: Callable[..., Any], cut: Callable[[str], str]) -> Callable[..., list[float]]:
-    """A reward in TRL's signature, ``f(prompts, completions, **columns)``, that sees what `cut` leaves of a response."""
+def reward_function(
+    reward: Callable[..., Any], cut: Callable[[str], str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> Callable[..., list[float]]:
+    """A reward in TRL's signature, ``f(prompts, completions, **columns)``, that sees what `cut` leaves of a response.
+
+    Where the prompt holds the response's first words, it sees them too; with the policy's `tokenizer`, joined as the tokens
+    say (a word that goes on has no space before it).
+    """
+
+    def whole(prompt: str, completion: str, ids: list[int] | None) -> str:
+        if not (start := response_start(prompt)):
+            return completion
+        if tokenizer is None or ids is None:
+            return f"{start} {completion}"
+        started = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        before, after = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (started, [*started, *ids]))
+        return start + after[len(before) :]
 
     def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        return list(reward(prompts, [cut(completion) for completion in completions]))
+        ids = columns.get("completion_ids") or [None] * len(prompts)
+        rows = zip(prompts, completions, ids, strict=True)
+        return list(reward(prompts, [cut(whole(*row)) for row in rows]))
 
     function.__name__ = getattr(reward, "__name__", type(reward).__name__)
     return function

@@ -213,7 +213,7 @@ class _Generator:
             embedded = source != base  # stored in half precision to be small, computed with in float32
             dtype = torch.float32 if embedded or device == "cpu" else torch.bfloat16
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-            base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
             base.to(device)
         tokenizer = deepcopy(tokenizer or AutoTokenizer.from_pretrained(base.config.name_or_path))
         tokenizer.padding_side = "left"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,34 @@ def question_of(prompt: str) -> str:
     return (input or instruction).strip()
 
 
+def response_start(prompt: str) -> str:
+    """What a policy prompt already holds of the response: the text after its last ``### Response:``, if any."""
+    marker = _RESPONSE.strip()
+    return prompt.rpartition(marker)[2].strip() if marker in prompt else ""
+
+
+def with_prefixes(
+    rows: list[dict[str, Any]], tokenize: Callable[[str], list[int]], decode: Callable[[list[int]], str], shortest: int,
+    longest: int, seed: int,
+) -> list[str]:  # fmt: skip
+    """Prompts followed by the first tokens of a reference response, as the paper trains with.
+
+    Args:
+        rows: ``{"prompt", "references"}``; one without references keeps its prompt.
+        tokenize, decode: Of the policy's tokenizer, without special tokens.
+        shortest, longest: Tokens; how many is drawn for each row from `seed` and its place.
+    """
+    prompts = []
+    for place, row in enumerate(rows):
+        draw = random.Random(f"{seed} {place}")
+        if references := row["references"]:
+            ids = tokenize(_one_line(draw.choice(references)))[: draw.randint(shortest, longest)]
+            prompts.append(row["prompt"] + decode(ids).strip())
+        else:
+            prompts.append(row["prompt"])
+    return prompts
+
+
 def first_sentence(text: str) -> str:
     """The text up to and with its first full stop, question or exclamation mark (all of it where there is none)."""
     text = _one_line(text)
@@ -59,6 +88,10 @@ class Task:
     Attributes:
         name: What ``--task`` calls it.
         dataset: Default data: a Hub id, or ``rsoups/...`` for the embedded prompts.
+        subset: Name of a Hub dataset's configuration.
+        splits: What the dataset calls "train" and "test", where it has other names (or, as for news, the paper swaps them).
+        most: Rows at most of each split, after the filters; None for all.
+        key: Row -> what may occur once only; None where every row counts.
         columns: The columns that a dataset must have.
         prompt: Row -> policy prompt, or None where the paper filters the row out.
         references: Row -> reference responses (empty where the data has none).
@@ -71,23 +104,37 @@ class Task:
     prompt: Callable[[dict[str, Any]], str | None]
     references: Callable[[dict[str, Any]], list[str]]
     cut: Callable[[str], str]
+    key: Callable[[dict[str, Any]], Any] | None = None
+    subset: str | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+    most: dict[str, int] = field(default_factory=dict)
 
-    def rows(self, dataset: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    def rows(self, dataset: Iterable[dict[str, Any]], most: int | None = None) -> list[dict[str, Any]]:
         """Rows of a dataset as ``{"prompt": str, "references": list[str]}``; filtered rows are left out.
+
+        Args:
+            dataset: Rows.
+            most: How many to return at most; the rest is not read.
 
         Raises:
             DatasetError: A column is missing (those present are listed), or no row is left.
         """
-        out = []
+        out: list[dict[str, Any]] = []
+        seen = set()
         for row in dataset:
+            if most is not None and len(out) >= most:
+                break
             missing = [c for c in self.columns if c not in row]
             if missing:
                 raise DatasetError(
                     f"task {self.name!r} needs the column(s) {missing}, the dataset has {sorted(row)}; "
                     f"rename them, or choose another --task"
                 )
-            if (prompt := self.prompt(row)) is not None:
-                out.append({"prompt": prompt, "references": self.references(row)})
+            key = self.key(row) if self.key else None
+            if (key is not None and key in seen) or (prompt := self.prompt(row)) is None:
+                continue
+            seen.add(key)
+            out.append({"prompt": prompt, "references": [text for text in self.references(row) if text]})
         if not out:
             raise DatasetError(f"the dataset holds no row that task {self.name!r} can use")
         return out
@@ -136,8 +183,39 @@ def _concepts_prompt(row: dict[str, Any]) -> str:
     return format_prompt("Write one sentence that uses these words.", ", ".join(row["concepts"]))
 
 
+_SUMMARISE = "Generate a one-sentence summary of this post."
+
+
+def _between(text: Any, least: int, most: float) -> bool:
+    """Whether it is a text of a length within these bounds, which the paper excludes."""
+    return isinstance(text, str) and least < len(text) < most
+
+
+def _news_article(row: dict[str, Any]) -> str:
+    """The text after the agency's mark."""
+    return row["text"].rpartition("(Reuters) -")[2].strip()
+
+
+def _news_prompt(row: dict[str, Any]) -> str | None:
+    return format_prompt(_SUMMARISE, _news_article(row)) if _between(row["text"], 100, 1500) else None
+
+
+def _reddit_prompt(row: dict[str, Any]) -> str | None:
+    post = row["info"].get("post")  # None for the dataset's news part
+    return format_prompt(_SUMMARISE, post) if _between(post, 100, 1200) else None
+
+
+def _stack_prompt(row: dict[str, Any]) -> str | None:
+    question = row["question"]
+    return format_prompt(question) if isinstance(question, str) and 0 < len(question.strip()) < 300 else None
+
+
+def _review_prompt(row: dict[str, Any]) -> str | None:
+    return format_prompt("Generate a movie review.") if _between(row["text"], 200, float("inf")) else None
+
+
 def _assistant_turns(row: dict[str, Any]) -> tuple[str, str]:
-    _, _, rest = row["chosen"].partition("Human:")
+    _, _, rest = (row["chosen"] or "").partition("Human:")
     question, _, answer = rest.partition("Assistant:")
     return _one_line(question), _one_line(answer.partition("Human:")[0])
 
@@ -157,6 +235,45 @@ TASKS: dict[str, Task] = {
             prompt=_concepts_prompt,
             references=lambda row: list(row.get("sentences", [])),
             cut=first_sentence,
+        ),
+        Task(
+            name="news",
+            dataset="argilla/news-summary",
+            columns=("text", "prediction", "id"),
+            prompt=_news_prompt,
+            references=lambda row: [_one_line(guess["text"]) for guess in (row["prediction"] or [])[:1]],
+            cut=first_sentence,
+            key=lambda row: row["id"],
+            splits={"train": "test", "test": "train"},  # the larger one is called test
+        ),
+        Task(
+            name="reddit",
+            dataset="openai/summarize_from_feedback",
+            subset="comparisons",
+            columns=("info", "summaries", "choice"),
+            prompt=_reddit_prompt,
+            references=lambda row: [_one_line(row["summaries"][row["choice"]]["text"])],
+            cut=first_sentence,
+            key=lambda row: row["info"]["id"],
+            splits={"test": "validation"},
+        ),
+        Task(
+            name="stack",
+            dataset="lvwerra/stack-exchange-paired",
+            columns=("question", "response_k", "qid"),
+            prompt=_stack_prompt,
+            references=lambda row: [_one_line(row["response_k"] or "")],
+            cut=_one_line,
+            key=lambda row: row["qid"],
+            most={"train": 40_000, "test": 1_000},
+        ),
+        Task(
+            name="review",
+            dataset="imdb",
+            columns=("text",),
+            prompt=_review_prompt,
+            references=lambda row: [_one_line(row["text"])],
+            cut=_one_line,
         ),
         Task(
             name="assistant",

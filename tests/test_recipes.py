@@ -44,9 +44,10 @@ def test_flags_override_the_file():
     assert (training.learning_rate, training.kl_coef, training.output_dir) == (1e-5, 0.3, "x")
 
 
-def test_the_papers_set_up_parses():
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("llama7b-*.yaml")), ids=lambda path: path.stem)
+def test_the_papers_set_up_parses(path):
     """Batch 128 in mini-batches of 4, 4 epochs, lr 1.41e-5, adaptive KL .2 (target 6, horizon 10,000): FACTS of the paper."""
-    script, training, model = parse_ppo("--config", str(CONFIGS / "llama7b-assistant.yaml"), "--bf16", "false")
+    script, training, model = parse_ppo("--config", str(path), "--bf16", "false")
     assert (model.model_name_or_path, model.load_in_8bit) == ("huggyllama/llama-7b", True)
     assert script.adapter_name_or_path == "tloen/alpaca-lora-7b"
     assert all(name in cards() for name in script.reward)
@@ -60,6 +61,65 @@ def test_the_papers_set_up_parses():
     )
     assert (training.gamma, training.lam, training.cliprange, training.cliprange_value) == (1, 0.95, 0.2, 0.2)
     assert training.vf_coef == 0.1
+    assert (training.min_completion_length, training.max_completion_length, script.prefix_tokens) == (16, 32, [2, 8])
+    assert training.save_steps == 10 * 4 * 128 // 4
+    _, task, *reward = path.stem.split("-", 2)
+    assert (script.task, script.dataset) == (task, TASKS[task].dataset)
+    assert script.reward == (reward or ["deberta-v3-large-v2"])
+
+
+def test_there_is_a_config_for_each_of_the_papers_tasks_and_rewards():
+    found = {path.stem.removeprefix("llama7b-") for path in CONFIGS.glob("llama7b-*.yaml")}
+    summaries = {
+        f"{task}-{reward}" for task in ("news", "reddit") for reward in ("gpt2-summarization", "bart-faithful")
+    }
+    answers = {f"{task}-{reward}" for task in ("stack", "review") for reward in ("deberta-v3-base", "electra-large")}
+    assistants = {"assistant"} | {f"assistant-{r}" for r in ("deberta-v3-base", "electra-large", "deberta-v3-base-v2")}
+    assert found == summaries | answers | assistants
+
+
+def test_a_pickled_adapter_is_not_trained_on(tmp_path, bomb):
+    command = [sys.executable, str(RECIPES / "ppo_reward.py"), "--config", str(CONFIGS / "embedded.yaml")]
+    command += ["--adapter_name_or_path", str(bomb.parent), "--output_dir", str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode and "a pickle, which rsoups never opens" in run.stderr
+    assert not (tmp_path / "opened").exists()
+
+
+def test_responses_begin_with_tokens_of_a_reference(tmp_path):
+    rows = [{"concepts": [f"dog{i}", "run"], "sentences": ["a dog runs home in the rain today."]} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = runpy.run_path(str(RECIPES / "ppo_reward.py"))
+    flags = ["--dataset", str(tmp_path / "rows.jsonl"), "--prefix_tokens", "2", "5", "--bf16", "false"]
+    tokenizer = AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama"))
+
+    def made(*more):
+        script, training, _ = recipe["parse"](["--config", str(CONFIGS / "embedded.yaml"), *flags, *more])
+        return recipe["prompts"](script, training, tokenizer, 100)[0]
+
+    starts = [text.partition("### Response: ")[2] for text in made()]
+    whole = "a dog runs home in the rain today."
+    assert set(starts) == {"a dog", "a dog runs", "a dog runs home", "a dog runs home in"} and whole.startswith(
+        starts[0]
+    )
+    assert made() == made() != made("--seed", "1")
+    with pytest.raises(SystemExit, match="takes two numbers"):
+        made("--prefix_tokens", "3")
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    """An adapter's pickle that would leave a trace."""
+
+    class Bomb:
+        def __reduce__(self):
+            return ((tmp_path / "opened").touch, ())
+
+    (tmp_path / "adapter").mkdir()
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "r": 4}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    torch.save(Bomb(), tmp_path / "adapter" / "adapter_model.bin")
+    return tmp_path / "adapter" / "adapter_model.bin"
 
 
 def test_unknown_keys_are_refused(tmp_path):

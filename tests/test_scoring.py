@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_classifier
+from tiny import tiny_classifier, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rsoups
@@ -69,7 +69,74 @@ def test_a_long_question_loses_its_end_and_never_the_response(tmp_path):
     assert encoded["input_ids"][-4:-1] == [6, 7, 8]
 
 
+def test_one_text_made_by_a_template_is_what_the_model_reads(tmp_path):
+    """gpt2_reward_summarization's recipe: the response, the bos token and the post, in one string."""
+    folder = tiny_classifier(tmp_path / "m", "gpt2")
+    card = write_card(tmp_path, name="r", model=folder, input='"{response} {bos} {question}"', max_length=9)
+    reward = load_reward(card)
+    prompt = "### Instruction: w9 ### Input: w1 {response} w2 ### Response: "  # a field's name in a text is text
+    (encoded,) = reward.encode([prompt], ["w3 w4"])
+    assert encoded["input_ids"] == [7, 8, 1, 5, 3, 6]
+    long = "### Instruction: w9 ### Input: " + "w1 w2 " * 9 + "### Response: "
+    (encoded,) = reward.encode([long], ["w3 w4"])
+    assert encoded["input_ids"] == [7, 8, 1, 5, 6, 5, 6, 5, 6]
+    expected = alone(folder, "w3 w4 <s> w1 w2 w1 w2 w1 w2", None)[0].item()
+    assert reward([long], ["w3 w4"]) == pytest.approx([expected], abs=1e-5)
+    assert reward([long, prompt], ["w3 w4", "w5"])[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_questions_and_responses_are_prepared_as_the_card_says(tmp_path):
+    folder = tiny_classifier(tmp_path / "m", "electra")
+    chat = {"question": '"w0 {question} w19"', "response": "first_sentence"}
+    (encoded,) = load_reward(write_card(tmp_path, name="r", model=folder, **chat)).encode(["w1"], ["w2. w3"])
+    assert encoded["input_ids"] == [1, 4, 5, 23, 2, 3, 2]  # "w2." is no word of this tokenizer
+    humor = {"input": '"{response}"'}
+    (encoded,) = load_reward(write_card(tmp_path, name="r", model=folder, **humor)).encode(["w1"], ["w2 w3"])
+    assert encoded["input_ids"] == [1, 6, 7, 2]
+
+
+@pytest.mark.parametrize("kind", ["pair", "reversed_pair", '"{question} {response}"'])
+def test_a_response_that_leaves_no_room_keeps_its_beginning(tmp_path, caplog, kind):
+    folder = tiny_classifier(tmp_path / "m", "electra")
+    reward = load_reward(write_card(tmp_path, name="r", model=folder, input=kind, max_length=10))
+    short, long = reward.encode(["w1 w2", "w1 w2"], ["w3", "w4 " * 30])
+    assert len(short["input_ids"]) < 10 and len(long["input_ids"]) == 10
+    assert long["input_ids"].count(8) >= 7 and "its end is not seen" in caplog.text
+
+
+def test_a_response_that_the_prompt_began_is_scored_whole():
+    seen = []
+    tokenizer = tiny_tokenizer([*(f"w{i}" for i in range(9)), "###", "Instruction:", "Response:"])
+
+    def score(prompts, responses):
+        seen.extend(responses)
+        return [0.0] * len(responses)
+
+    prompts = ["### Instruction: w1 ### Response: w2 w3", "### Instruction: w1 ### Response: "]
+    ids = [tokenizer("w4 w5")["input_ids"] + [2], tokenizer("w6")["input_ids"]]
+    reward_function(score, str.upper, tokenizer)(prompts, ["w4 w5", "w6"], completion_ids=ids)
+    reward_function(score, str.upper)(prompts, ["w4 w5", "w6"])
+    assert seen == ["W2 W3 W4 W5", "W6"] * 2
+
+
+def test_a_pickled_reward_is_never_opened(tmp_path):
+    folder = tiny_classifier(tmp_path / "m", "electra")
+
+    class Bomb:
+        def __reduce__(self):
+            return ((tmp_path / "opened").touch, ())
+
+    (folder / "model.safetensors").unlink()
+    torch.save(Bomb(), folder / "pytorch_model.bin")
+    with pytest.raises(rsoups.RewardError, match="never a pickle"):
+        load_reward(write_card(tmp_path, name="r", model=folder))
+    assert not (tmp_path / "opened").exists()
+
+
 BAD_CARDS = [
+    ("name: x\nmodel: y\ninput: '{response} {nothing}'", r"no field \['nothing'\]"),
+    ("name: x\nmodel: y\nquestion: '{response}'", r"no field \['response'\]"),
+    ("name: x\nmodel: y\nresponse: last", "response is 'last'"),
     ("[1, 2]", "mapping"),
     ("name: x", r"missing field\(s\) \['model'\]"),
     ("name: x\nmodel: y\ntemplate: z", r"unknown field\(s\) \['template'\]"),

@@ -57,6 +57,84 @@ def test_assistant_rows_keep_short_first_questions():
     assert rows == [{"prompt": "### Instruction: How do I boil an egg? ### Response: ", "references": ["In water."]}]
 
 
+SUMMARISE = "### Instruction: Generate a one-sentence summary of this post. ### Input: "
+ARTICLE = "A bank " + "in town " * 20 + "closed."
+ROWS = {
+    "news": (
+        [
+            {"text": f"LONDON (Reuters) - {ARTICLE}\nMore.", "prediction": [{"text": "Bank\ncloses."}], "id": "a"},
+            {"text": f"LONDON (Reuters) - {ARTICLE}", "prediction": [{"text": "Again."}], "id": "a"},  # one per id
+            {"text": "too short", "prediction": [{"text": "x"}], "id": "b"},
+            {"text": "w" * 1500, "prediction": [{"text": "x"}], "id": "c"},
+            {"text": None, "prediction": None, "id": "d"},
+            {"text": f"No agency. {ARTICLE}", "prediction": None, "id": "e"},
+        ],
+        [
+            (f"{SUMMARISE}{ARTICLE} More. ### Response: ", ["Bank closes."]),
+            (f"{SUMMARISE}No agency. {ARTICLE} ### Response: ", []),
+        ],
+    ),
+    "reddit": (
+        [
+            {"info": {"id": "t3_1", "post": f"{ARTICLE}\n\nHelp!"}, "summaries": [{"text": "a"}, {"text": " Good."}], "choice": 1},
+            {"info": {"id": "t3_1", "post": ARTICLE}, "summaries": [{"text": "bad"}, {"text": "x"}], "choice": 0},
+            {"info": {"id": "t3_2", "post": None, "article": "news"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0},
+            {"info": {"id": "t3_3", "post": "w" * 1200}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0},
+        ],
+        [(f"{SUMMARISE}{ARTICLE} Help! ### Response: ", ["Good."])],
+    ),
+    "stack": (
+        [
+            {"qid": 1, "question": "Why does\n`é` break?", "response_j": "It does.", "response_k": "It\ndoes not."},
+            {"qid": 1, "question": "Why does `é` break?", "response_j": "It does.", "response_k": "Again."},
+            {"qid": 2, "question": "w" * 300, "response_j": "x", "response_k": "y"},
+            {"qid": 3, "question": None, "response_j": "x", "response_k": "y"},
+        ],
+        [("### Instruction: Why does `é` break? ### Response: ", ["It does not."])],
+    ),
+    "review": (
+        [{"text": "Great film. " * 20, "label": 1}, {"text": "Short.", "label": 0}, {"text": None, "label": 0}],
+        [("### Instruction: Generate a movie review. ### Response: ", [("Great film. " * 20).strip()])],
+    ),
+    "assistant": (
+        [{"chosen": "\n\nHuman: What is it?\n\nAssistant: A dog.", "rejected": "x"}, {"chosen": None}],
+        [("### Instruction: What is it? ### Response: ", ["A dog."])],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_prompts_of_the_papers_tasks(name):
+    rows, expected = ROWS[name]
+    assert [(row["prompt"], row["references"]) for row in TASKS[name].rows(rows)] == expected
+    assert TASKS[name].rows(rows, most=1) == TASKS[name].rows(rows)[:1]
+
+
+def test_datasets_of_the_hub_are_asked_for_the_papers_splits(monkeypatch):
+    asked = []
+
+    def load_dataset(path, subset, split, streaming):
+        asked.append((path, subset, split, streaming))
+        return iter(ROWS[task][0])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for task, split in (
+        ("news", "train"),
+        ("news", "test"),
+        ("reddit", "test"),
+        ("stack", "train"),
+        ("review", "test"),
+    ):
+        load_rows(TASKS[task], None, split)
+    assert asked == [
+        ("argilla/news-summary", None, "test", False),
+        ("argilla/news-summary", None, "train", False),
+        ("openai/summarize_from_feedback", "comparisons", "validation", False),
+        ("lvwerra/stack-exchange-paired", None, "train", True),
+        ("imdb", None, "test", False),
+    ]
+
+
 def test_missing_columns_and_empty_datasets_are_named():
     with pytest.raises(DatasetError, match=r"needs the column\(s\) \['concepts'\].*\['text'\]"):
         TASKS["concepts"].rows([{"text": "x"}])
