@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rsoups._errors import (
         AdapterError,
+        CheckpointError,
         DatasetError,
         FrontError,
         HubError,
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
         RsoupsError,
         TrainingError,
     )
+    from rsoups.averaging import EMACallback, greedy, moving_average
     from rsoups.front import Front
+    from rsoups.full_weights import interpolate_checkpoints
     from rsoups.ppo import PPOConfig, PPOTrainer
     from rsoups.report import write_report
     from rsoups.scoring import Reward, RewardCard, load_reward
@@ -30,6 +33,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "_errors": (
         "AdapterError",
+        "CheckpointError",
         "DatasetError",
         "FrontError",
         "HubError",
@@ -39,7 +43,9 @@ _HOMES = {
         "RsoupsError",
         "TrainingError",
     ),
+    "averaging": ("EMACallback", "greedy", "moving_average"),
     "front": ("Front",),
+    "full_weights": ("interpolate_checkpoints",),
     "ppo": ("PPOConfig", "PPOTrainer"),
     "report": ("write_report",),
     "scoring": ("Reward", "RewardCard", "load_reward"),
@@ -50,7 +56,9 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdapterError",
+    "CheckpointError",
     "DatasetError",
+    "EMACallback",
     "Front",
     "FrontError",
     "HubError",
@@ -64,8 +72,11 @@ __all__ = [
     "RsoupsError",
     "Soup",
     "TrainingError",
+    "greedy",
     "interpolate",
+    "interpolate_checkpoints",
     "load_reward",
+    "moving_average",
     "simplex",
     "sweep",
     "write_report",

@@ -2,6 +2,7 @@
 
 RsoupsError
 ├── AdapterError          an adapter folder, its config or its tensors (also a ValueError)
+├── CheckpointError       a model's full weights (also a ValueError)
 ├── LambdasError          interpolation weights, method or rank (also a ValueError)
 ├── RewardError           a reward card, its model or its scores (also a ValueError)
 ├── DatasetError          prompts and datasets (also a ValueError)
@@ -18,6 +19,10 @@ class RsoupsError(Exception):
 
 class AdapterError(RsoupsError, ValueError):
     """An adapter that cannot be read, or cannot be part of an exact soup."""
+
+
+class CheckpointError(RsoupsError, ValueError):
+    """Full weights that cannot be read, or do not add up with others."""
 
 
 class LambdasError(RsoupsError, ValueError):

@@ -1,14 +1,18 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders: that appear whole or not at all, their hashes, those of the Hub."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rsoups._errors import OutputError
+from rsoups._errors import HubError, OutputError
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<subfolder>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?")
 
 
 @contextmanager
@@ -59,3 +63,38 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def from_hub(source: str, names: Iterable[str]) -> tuple[Path, str] | None:
+    """Files of a Hub repository, fetched or from the cache.
+
+    Args:
+        source: ``user/name``, ``user/name@revision``, ``user/name/subfolder@revision``.
+        names: Names or patterns of the files, in the subfolder.
+
+    Returns:
+        Their folder and the commit; None where `source` is no Hub id.
+
+    Raises:
+        HubError: The Hub cannot be reached or refuses.
+    """
+    found = _HUB_ID.fullmatch(source)
+    if not found or ".." in source:
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    inside = found["subfolder"].strip("/")
+    wanted = [f"{inside}/{name}" if inside else name for name in names]
+    try:
+        folder = Path(snapshot_download(found["repo"], revision=found["revision"], allow_patterns=wanted))
+    except LocalEntryNotFoundError:
+        raise HubError(f"no folder {source!r}; as a Hub id it is not in the cache and the Hub is not reached") from None
+    except HfHubHTTPError as error:
+        raise HubError(f"cannot fetch {source!r} from the Hub: {error}") from None
+    return folder / inside, folder.name  # the cache keeps each commit in a folder of its name

@@ -27,14 +27,14 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rsoups._errors import AdapterError, HubError
+from rsoups._errors import AdapterError
+from rsoups._files import from_hub, sha256_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 BASE_EMBEDDING = ".base_layer.weight"  # PEFT saves an adapted embedding's own weights beside its factors
 EMBEDDINGS = tuple(f".{name}.weight" for name in EMBEDDING_LAYER_NAMES)  # saved whole where the vocabulary was resized
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<subfolder>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?")
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<kind>weight|bias))?")
 _LONGEST_CONFIG = 2**24  # bytes; real ones have a few thousand
 _HASHING = ThreadPoolExecutor(max_workers=2, thread_name_prefix="rsoups-sha256")  # beside the reading
@@ -198,7 +198,11 @@ def adapter_of(source: str, config: LoraConfig, tensors: dict[str, Tensor]) -> A
 def _from_files(source: str) -> Adapter:
     folder, revision = Path(source).expanduser(), None
     if not folder.is_dir():
-        folder, revision = _download(source)
+        if (found := from_hub(source, (CONFIG_FILE, WEIGHTS_FILE))) is None:
+            raise AdapterError(
+                f"no adapter folder {source!r}, and it is no Hub id (user/name, user/name/subfolder, user/name@revision) either"
+            )
+        folder, revision = found
     config = _read_config(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
@@ -228,7 +232,7 @@ def _from_files(source: str) -> Adapter:
         except (SafetensorError, OSError) as error:
             raise corrupt(error) from None
 
-    return Adapter(source, config, layout, read, _HASHING.submit(_sha256, weights), revision)
+    return Adapter(source, config, layout, read, _HASHING.submit(sha256_of, weights), revision)
 
 
 _DTYPES = {
@@ -244,32 +248,6 @@ _DTYPES = {
 def _meta(view: Any) -> Tensor:
     """A tensor of a file without its values; what is not floating-point is told by its kind only."""
     return torch.empty(view.get_shape(), dtype=_DTYPES.get(view.get_dtype(), torch.int64), device="meta")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _download(source: str) -> tuple[Path, str]:
-    """The two files of a Hub repository (or of a folder in it), and the commit they are of."""
-    found = _HUB_ID.fullmatch(source)
-    if not found or ".." in source:
-        raise AdapterError(
-            f"no adapter folder {source!r}, and it is no Hub id (user/name, user/name/subfolder, user/name@revision) either"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    inside = found["subfolder"].strip("/")
-    files = [f"{inside}/{name}" if inside else name for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    try:
-        folder = snapshot_download(found["repo"], revision=found["revision"], allow_patterns=files)
-    except LocalEntryNotFoundError:
-        raise HubError(f"no folder {source!r}; as a Hub id it is not in the cache and the Hub is not reached") from None
-    except HfHubHTTPError as error:
-        raise HubError(f"cannot fetch {source!r} from the Hub: {error}") from None
-    return Path(folder) / inside, Path(folder).name  # the cache keeps each commit in a folder of its name
 
 
 def _read_config(path: Path) -> LoraConfig:

@@ -303,7 +303,7 @@ def interpolate(
             f"rank={rank} with method={method!r}: rank is that of an svd soup, at least 1, or an error below 1"
         )
     named = _named(adapters)
-    rows = _weights(lambdas, len(named), normalize, extrapolate)
+    rows = weights_of(lambdas, len(named), normalize, extrapolate)
     named, rows = _flattened(named, rows, method)
     read = {name: source if isinstance(source, Adapter) else read_adapter(source) for name, source in named.items()}
     check_compatible(read.values(), allow_base_mismatch)
@@ -334,7 +334,7 @@ def _named(adapters: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(names, adapters, strict=True))
 
 
-def _weights(lambdas: Any, count: int, normalize: bool, extrapolate: bool) -> list[list[float]]:
+def weights_of(lambdas: Any, count: int, normalize: bool, extrapolate: bool) -> list[list[float]]:
     """Checked weights, K rows of `count`."""
     if lambdas is None:
         return [[1 / count] * count]

@@ -22,7 +22,7 @@ ORDER = [
     {"stacking"},
     {"_resources"},
     {"soup", "scoring", "hub"},
-    {"inspection", "merging"},
+    {"averaging", "full_weights", "inspection", "merging"},
     {"ppo", "sweeps"},
     {"report"},
     {"cli"},

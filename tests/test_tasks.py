@@ -76,12 +76,12 @@ ROWS = {
     ),
     "reddit": (
         [
-            {"info": {"id": "t3_1", "post": f"{ARTICLE}\n\nHelp!"}, "summaries": [{"text": "a"}, {"text": " Good."}], "choice": 1},
+            {"info": {"id": "t3_1", "post": f"{ARTICLE}\nHelp!"}, "summaries": [{"text": "a"}, {"text": " B."}], "choice": 1},
             {"info": {"id": "t3_1", "post": ARTICLE}, "summaries": [{"text": "bad"}, {"text": "x"}], "choice": 0},
             {"info": {"id": "t3_2", "post": None, "article": "news"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0},
             {"info": {"id": "t3_3", "post": "w" * 1200}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0},
         ],
-        [(f"{SUMMARISE}{ARTICLE} Help! ### Response: ", ["Good."])],
+        [(f"{SUMMARISE}{ARTICLE} Help! ### Response: ", ["B."])],
     ),
     "stack": (
         [
