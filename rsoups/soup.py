@@ -97,7 +97,7 @@ class Soup:
 
     @property
     def lineage(self) -> dict[str, Any]:
-        """What soup.json holds: base, ingredients with their hashes and λ, method, error, versions."""
+        """What soup.json holds: base, ingredients with their hashes and λ, method, largest rank, error, versions."""
         return {
             "base": {"model": self.config.base_model_name_or_path, "revision": self.config.revision},
             "base_mismatch_allowed": self.base_mismatch,
@@ -106,6 +106,9 @@ class Soup:
                 for ingredient, weight in zip(self.ingredients, self.lambdas, strict=True)
             ],
             "method": self.method,
+            "rank": max(
+                (t.shape[0] for key, t in self.state_dict.items() if ".lora_" in key and "A" in key[-8:]), default=0
+            ),
             "svd_error": self.svd_error,
             "factors_distance": self.factors_distance,
             "versions": {name: version(name) for name in ("rsoups", "peft", "torch")},

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl.generation.vllm_generation import VLLMGeneration
@@ -388,6 +389,17 @@ def test_sample_responses_are_shown_as_a_table_on_request(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "pays_for_one_word" in shown and "Completion" in shown
     assert any(text in shown for text in run._logs["completion"] if text)
+
+
+def test_trackers_of_transformers_get_the_metrics(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    run = trainer(tmp_path, max_steps=4, report_to="tensorboard")
+    run.train()
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    written = [event.value for event in board.Scalars("train/reward")]
+    assert written == pytest.approx(history(run, "reward"))
+    assert {"train/kl", "train/value_loss", "train/rewards/pays_for_one_word"} <= set(board.Tags()["scalars"])
 
 
 def test_settings_that_contradict_are_refused(tmp_path):
