@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SOUP_FILE = "soup.json"
+_A = re.compile(r"\.lora_(embedding_)?A")
 _METHODS = ("exact", "factors", "svd")
 _SUM_TOLERANCE = 1e-6  # λ in single precision still count as summing to 1
 
