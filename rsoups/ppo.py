@@ -11,7 +11,6 @@ import math
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -33,6 +32,7 @@ from trl.trainer.utils import RepeatSampler, pad, use_adapter
 from rsoups import rl_math
 from rsoups._errors import OutputError, TrainingError
 from rsoups.actor_critic import add_actor_critic_forward
+from rsoups.callbacks import Interrupt, PPOProgress
 from rsoups.checkpoints import finish_checkpoint, last_checkpoint, only_run_in
 from rsoups.sampling import fast_sampling
 from rsoups.scoring import check_scores, named_failures
@@ -133,6 +133,10 @@ class PPOTrainer(GRPOTrainer):
     limit; ``terminated``: of those that ended by themselves), ``num_tokens`` (prompts and responses so far). Of each step of
     the optimizer: ``policy_loss`` and ``value_loss`` (means over its response tokens), ``clip_fraction`` (tokens whose ratio
     was clipped), ``loss``, ``grad_norm`` (before clipping), ``learning_rate``, ``step_time`` (seconds).
+
+    Differs by design from TRL 1.12's PPOTrainer, whose advantages, returns and losses it has on the same rollout: the critic
+    is a head on the policy, not a second model; an episode ends at its end token, not a state later; every token of a
+    rollout weighs the same, in whatever minibatch it is; responses are scored as texts, by any tokenizer; β adapts; no dropout.
     """
 
     _tag_names = ["trl", "ppo", "rsoups"]
@@ -434,47 +438,6 @@ class EpochSampler(RepeatSampler):
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + epoch)
-
-
-class Interrupt(TrainerCallback):
-    """Saves and stops after the step in which Ctrl-C was pressed, on all processes at once."""
-
-    def __init__(self, accelerator: Any):
-        self.accelerator = accelerator
-        self.asked = False
-
-    def handle(self, signum: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self.accelerator.num_processes > 1:  # a signal may reach one process a step later than another
-            asked = torch.tensor(float(self.asked), device=self.accelerator.device)
-            self.asked = bool(self.accelerator.reduce(asked, reduction="sum") > 0)
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-        return control
-
-
-class PPOProgress(ProgressCallback):
-    """The progress bar with the last rollout's figures beside it, instead of a printed dictionary at each log."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last: tuple[float, float] | None = None  # moment and tokens of the last log
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not (state.is_world_process_zero and self.training_bar is not None and logs):
-            return
-        shown = {key: f"{logs[key]:.2f}" for key in ("reward", "kl", "value_loss") if key in logs}
-        if "num_tokens" in logs:
-            now = (time.monotonic(), logs["num_tokens"])
-            if self._last is not None:
-                seconds, tokens = now[0] - self._last[0], now[1] - self._last[1]
-                shown["tokens/s"] = f"{tokens / max(seconds, 1e-9):.0f}"
-            self._last = now
-        self.training_bar.set_postfix(shown)
 
 
 def hide_value_head(generation: Any) -> None:

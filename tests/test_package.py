@@ -18,7 +18,7 @@ SOURCES = sorted((ROOT / "rsoups").glob("*.py"))
 ORDER = [
     {"_errors"},
     {"_files"},
-    {"actor_critic", "adapters", "checkpoints", "low_rank", "rl_math", "sampling", "front", "tasks"},
+    {"actor_critic", "adapters", "callbacks", "checkpoints", "low_rank", "rl_math", "sampling", "front", "tasks"},
     {"stacking"},
     {"_resources"},
     {"soup", "scoring", "hub"},
