@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rsoups.averaging import EMACallback, greedy, moving_average
     from rsoups.front import Front
     from rsoups.full_weights import interpolate_checkpoints
+    from rsoups.live import LiveSoup
     from rsoups.ppo import PPOConfig, PPOTrainer
     from rsoups.report import write_report
     from rsoups.scoring import Reward, RewardCard, load_reward
@@ -46,6 +47,7 @@ _HOMES = {
     "averaging": ("EMACallback", "greedy", "moving_average"),
     "front": ("Front",),
     "full_weights": ("interpolate_checkpoints",),
+    "live": ("LiveSoup",),
     "ppo": ("PPOConfig", "PPOTrainer"),
     "report": ("write_report",),
     "scoring": ("Reward", "RewardCard", "load_reward"),
@@ -63,6 +65,7 @@ __all__ = [
     "FrontError",
     "HubError",
     "LambdasError",
+    "LiveSoup",
     "OutputError",
     "PPOConfig",
     "PPOTrainer",

@@ -307,7 +307,7 @@ def interpolate(
         raise LambdasError(
             f"rank={rank} with method={method!r}: rank is that of an svd soup, at least 1, or an error below 1"
         )
-    named = _named(adapters)
+    named = named_adapters(adapters)
     rows = weights_of(lambdas, len(named), normalize, extrapolate)
     named, rows = _flattened(named, rows, method)
     read = {name: source if isinstance(source, Adapter) else read_adapter(source) for name, source in named.items()}
@@ -326,7 +326,7 @@ def interpolate(
     return soups if lambdas is not None and np.ndim(lambdas) == 2 else soups[0]
 
 
-def _named(adapters: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+def named_adapters(adapters: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(adapters, (str, Path, PeftModel, Adapter, Soup)):
         raise AdapterError("interpolate takes a list or a dict of adapters, this is one adapter")
     if not adapters:

@@ -22,7 +22,7 @@ ORDER = [
     {"stacking"},
     {"_resources"},
     {"soup", "scoring", "hub"},
-    {"averaging", "full_weights", "inspection", "merging"},
+    {"averaging", "full_weights", "inspection", "live", "merging"},
     {"ppo", "sweeps"},
     {"report"},
     {"cli"},

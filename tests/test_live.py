@@ -1,0 +1,187 @@
+"""LiveSoup: every row of a batch against the soup of its λ, made and loaded by itself."""
+
+import threading
+
+import pytest
+import torch
+from test_merging import gpt2
+from test_soup import IDS, VARIETIES
+from tiny import tiny_adapter, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import rsoups
+from rsoups import LiveSoup
+
+ROWS = [[1.0, 0.0], [0.3, 0.7], [0.0, 1.0], [0.5, 0.5]]
+FOUR = torch.cat([IDS, IDS.flip(0)])
+
+
+def alone(make, folders, lambdas, ids, method="exact"):
+    """Logits of one row by the soup of its λ."""
+    model = rsoups.interpolate(folders, lambdas, method=method).load(make()).eval()
+    with torch.no_grad():
+        return model(ids[None]).logits[0]
+
+
+KINDS = {name: (tiny_llama, kinds) for name, kinds in VARIETIES.items()}
+KINDS |= {
+    "gpt2": (gpt2, [{"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}] * 2),
+    "embeddings": (tiny_llama, [{"target_modules": ["embed_tokens", "q_proj"]}] * 2),
+    "head": (tiny_llama, [{"target_modules": ["lm_head"]}, {"target_modules": ["up_proj"]}]),
+    "bias": (lambda: tiny_llama(attention_bias=True), [{"lora_bias": True}, {}]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:.*invalid shape.*lora_B.bias")
+def test_each_row_is_the_soup_of_its_lambdas(tmp_path, kind):
+    make, loras = KINDS[kind]
+    folders = [tiny_adapter(tmp_path / str(i), make(), seed=i, **lora) for i, lora in enumerate(loras)]
+    live = LiveSoup(make(), folders)
+    with torch.no_grad():
+        base = make()(FOUR).logits
+        with live.at(ROWS) as model:
+            found = model(FOUR).logits
+        for row, lambdas in enumerate(ROWS):
+            expected = alone(make, folders, lambdas, FOUR[row])
+            assert torch.allclose(found[row], expected, atol=2e-5), lambdas
+            assert not torch.allclose(expected, base[row], atol=1e-3)
+        with live.at([0.3, 0.7]) as model:
+            shared = model(FOUR).logits
+        assert torch.allclose(shared[1], found[1], atol=1e-5)
+        assert torch.equal(live.model(FOUR).logits, base), "outside of `at`, the base is itself"
+        live.remove()
+        with live.at([0.3, 0.7]) as model:
+            assert torch.equal(model(FOUR).logits, base)
+
+
+@pytest.mark.filterwarnings("ignore:these ingredients do not start")
+def test_factors_too(tmp_path):
+    folders = [tiny_adapter(tmp_path / str(i), seed=i) for i in range(3)]
+    rows = [[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [0.4, 0.4, 0.2], [0.0, 0.5, 0.5]]
+    live = LiveSoup(tiny_llama(), folders, method="factors")
+    with torch.no_grad(), live.at(rows) as model:
+        found = model(FOUR).logits
+    for row, lambdas in enumerate(rows):
+        assert torch.allclose(found[row], alone(tiny_llama, folders, lambdas, FOUR[row], "factors"), atol=2e-5)
+    soup = live.to_soup(rows[0])
+    assert soup.method == "factors" and soup.lambdas == (0.2, 0.3, 0.5)
+
+
+def pretrained(tmp_path):
+    tokenizer = tiny_tokenizer([f"w{i}" for i in range(20)])
+    base = tiny_llama(vocab_size=len(tokenizer), initializer_range=0.5)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    folders = {n: tiny_adapter(tmp_path / n, tiny_llama(vocab_size=len(tokenizer)), seed=i) for i, n in enumerate("ab")}
+    return str(tmp_path / "base"), folders
+
+
+def test_greedy_generations_are_those_of_the_soups(tmp_path):
+    base, folders = pretrained(tmp_path)
+    live = LiveSoup.from_pretrained(base, folders)
+    prompts = ["w1 w2 w3", "w4", "w5 w6", "w7"]
+    found = live.generate(prompts, ROWS, max_new_tokens=12, do_sample=False)
+    assert len(set(found)) == 4
+    for prompt, row, text in zip(prompts, ROWS, found, strict=True):
+        model = live.to_soup(row).load(AutoModelForCausalLM.from_pretrained(base)).eval()
+        inputs = live.tokenizer(prompt, return_tensors="pt")
+        ids = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=12, do_sample=False
+        )
+        assert text == live.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_rows_repeat_for_several_sequences_and_beams(tmp_path):
+    base, folders = pretrained(tmp_path)
+    live = LiveSoup.from_pretrained(base, folders)
+    prompts, rows = ["w1 w2", "w4 w5"], [[1, 0], [0, 1]]
+    together = live.generate(prompts, rows, max_new_tokens=8, num_beams=3, num_return_sequences=2, do_sample=False)
+    apart = [
+        text
+        for prompt, row in zip(prompts, rows, strict=True)
+        for text in live.generate([prompt], row, max_new_tokens=8, num_beams=3, num_return_sequences=2, do_sample=False)
+    ]
+    assert together == apart and len(together) == 4
+    sampled = live.generate(prompts, rows, max_new_tokens=8, do_sample=True, num_return_sequences=3, seed=1)
+    assert sampled == live.generate(prompts, rows, max_new_tokens=8, do_sample=True, num_return_sequences=3, seed=1)
+    assert len(sampled) == 6
+
+
+def test_calls_of_several_threads_never_mix(tmp_path):
+    folders = [tiny_adapter(tmp_path / str(i), seed=i) for i in range(2)]
+    live = LiveSoup(tiny_llama(), folders)
+    expected = [alone(tiny_llama, folders, row, FOUR[0]) for row in ROWS]
+    wrong = []
+
+    def work(number):
+        for _ in range(20):
+            with torch.no_grad(), live.at(ROWS[number]) as model:
+                found = model(FOUR[:1]).logits[0]
+            if not torch.allclose(found, expected[number], atol=2e-5):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "settings",
+    [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}],
+    ids=["8", "4"],
+)
+def test_over_quantised_bases(tmp_path, settings):
+    pytest.importorskip("bitsandbytes")
+    size = {"hidden_size": 64, "intermediate_size": 128}
+    tiny_llama(**size).save_pretrained(tmp_path / "base")
+    folders = [tiny_adapter(tmp_path / str(i), tiny_llama(**size), seed=i) for i in range(2)]
+
+    def make():
+        quantised = BitsAndBytesConfig(**settings)
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=quantised, dtype=torch.float32
+        )
+
+    live = LiveSoup(make(), folders)
+    for row, lambdas in enumerate(ROWS):
+        # one row at a time: 8-bit activations are rounded by the largest of their batch
+        with torch.no_grad(), live.at(lambdas) as model:
+            found = model(FOUR[row : row + 1]).logits[0]
+        assert torch.allclose(found, alone(make, folders, lambdas, FOUR[row]), atol=1e-3)
+
+
+def test_bfloat16_to_its_rounding(tmp_path):
+    folders = [tiny_adapter(tmp_path / str(i), seed=i) for i in range(2)]
+    live = LiveSoup(tiny_llama().bfloat16(), folders)
+    with torch.no_grad(), live.at(ROWS) as model:
+        found = model(FOUR).logits
+    assert found.dtype == torch.bfloat16
+    for row, lambdas in enumerate(ROWS):
+        expected = alone(tiny_llama, folders, lambdas, FOUR[row])
+        assert (found[row].float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_what_cannot_be_live_is_refused(tmp_path):
+    folders = [tiny_adapter(tmp_path / str(i), seed=i, modules_to_save=["lm_head"]) for i in range(2)]
+    with pytest.raises(rsoups.AdapterError, match="lm_head.weight was trained as a whole"):
+        LiveSoup(tiny_llama(), folders)
+    plain = [tiny_adapter(tmp_path / f"p{i}", seed=i) for i in range(2)]
+    with pytest.raises(rsoups.AdapterError, match=r"has no layer model.layers.1"):
+        LiveSoup(tiny_llama(num_hidden_layers=1), plain)
+    with pytest.raises(rsoups.AdapterError, match=r"\(64, 64\) in the base.*\(32, 32\)"):
+        LiveSoup(tiny_llama(hidden_size=64), plain)
+    live = LiveSoup(tiny_llama(), plain)
+    for lambdas, words in (([0.5, 0.6], "sum to"), ([1.0], "shape"), ([1.5, -0.5], "extrapolate")):
+        with pytest.raises(rsoups.LambdasError, match=words), live.at(lambdas):
+            pass
+    with pytest.raises(rsoups.LambdasError, match="3 rows of λ for a batch of 4"), live.at(ROWS[:3]) as model:
+        model(FOUR)
+    with pytest.raises(rsoups.LambdasError, match="method"):
+        LiveSoup(tiny_llama(), plain, method="svd")
+    with pytest.raises(rsoups.LambdasError, match="without a tokenizer"):
+        live.generate(["x"], [1, 0])
