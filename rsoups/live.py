@@ -280,7 +280,8 @@ def _check_shape(layer: nn.Module, path: str, adapters: list[Adapter]) -> None:
     elif isinstance(layer, nn.Embedding):
         shape = layer.embedding_dim, layer.num_embeddings
     else:
-        shape = tuple(reversed(layer.weight.shape))
+        weight: Any = layer.weight
+        shape = tuple(reversed(weight.shape))
     for adapter in adapters:
         if (module := adapter.modules.get(path)) and module.shape != shape:
             raise AdapterError(f"{path} is {shape} in the base, and the one of {adapter.source} is {module.shape}")
