@@ -70,6 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, type=Path, help="folder of the model")
     merge.set_defaults(run=_merge)
 
+    rewards = commands.add_parser("rewards", help="the reward cards that ship with rsoups")
+    rewards.set_defaults(run=_rewards)
+
+    score = commands.add_parser("score", help="score one response, and show what the reward model reads")
+    score.add_argument("--reward", required=True, help="a card's name or path, a classifier's Hub id, module:function")
+    score.add_argument("--prompt", required=True, help="a policy's prompt, or a bare question")
+    score.add_argument("--response", required=True)
+    score.add_argument("--device", default="cpu")
+    score.set_defaults(run=_score)
+
     report = commands.add_parser("report", help="draw the front of a records file and write its report")
     report.add_argument("records", type=Path, help="records.jsonl of a sweep")
     report.add_argument("--out", type=Path, help="folder of the report; beside the records if left out")
@@ -125,6 +135,30 @@ def _merge(args: argparse.Namespace) -> None:
         raise AdapterError(f"{args.adapter} does not name its base: say --base")
     soup.merge(base, args.out, dtype=getattr(torch, args.dtype) if args.dtype else None)
     print(args.out)
+
+
+def _rewards(args: argparse.Namespace) -> None:
+    from rsoups.scoring import RewardCard, cards
+
+    for name, path in cards().items():
+        card = RewardCard.read(path)
+        logit = f"{'-' if card.sign < 0 else ''}logit {card.logit}" + (
+            f" - logit {card.minus}" if card.minus is not None else ""
+        )
+        print(f"{name:20} {card.model:50} {card.input:28} {logit}")
+
+
+def _score(args: argparse.Namespace) -> None:
+    from rsoups.scoring import Reward, load_reward
+
+    reward = load_reward(args.reward, args.device)
+    if isinstance(reward, Reward):
+        found = reward.explain(args.prompt, args.response)
+        print(f"input   {found['text']}\nids     {found['ids']}")
+        print("logits  " + ", ".join(f"{label} {value:.6g}" for label, value in found["logits"].items()))
+        print(f"score   {found['score']:.6g}")
+    else:
+        print(f"score   {reward([args.prompt], [args.response])[0]:.6g}")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -6,10 +6,12 @@ question is always in the input: `question_of` finds it in the prompt (the paper
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,6 +30,7 @@ _INPUTS = ("pair", "reversed_pair")
 _FIELD = re.compile(r"\{(\w+)\}")  # in templates
 _FIELDS = {"question", "response", "bos", "eos", "sep"}
 _RESPONSES: dict[str, Callable[[str], str]] = {"whole": str, "first_sentence": first_sentence}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NO_ROOM = "a response fills all %d tokens that a reward model reads: its end is not seen"
 _BATCH_TOKENS = 8_192  # per scoring batch, padding included
 
@@ -170,12 +173,29 @@ class Reward:
             )
         return encode_texts(self._tokenizer, card.input, questions, said, card.max_length)
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def explain(self, prompt: str, response: str) -> dict[str, Any]:
+        """What the model reads of one sample, and what it says: ``text``, ``ids``, ``logits`` by label, ``score``."""
+        import torch
+
+        (encoded,) = self.encode([prompt], [response])
+        with torch.inference_mode():
+            inputs = {key: torch.tensor([value], device=self._model.device) for key, value in encoded.items()}
+            logits = self._model(**inputs).logits[0].float().tolist()
+        names = self._model.config.id2label
+        return {
+            "text": self._tokenizer.decode(encoded["input_ids"]),
+            "ids": encoded["input_ids"],
+            "logits": {str(names[i]): value for i, value in enumerate(logits)},
+            "score": self([prompt], [response])[0],
+        }
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
         """Score each response to its prompt.
 
         Args:
             prompts: Policy prompts (the question is taken out of the prompt format) or bare questions.
             responses: As many responses.
+            columns: Of a dataset; a model does not look at them.
 
         Raises:
             RewardError: Unequal numbers, or a score that is not finite (the sample is shown).
@@ -282,21 +302,76 @@ def check_scores(name: str, scores: Sequence[float], prompts: Sequence[str], res
             raise RewardError(f"reward {name!r} returned {score} for prompt {prompt!r}, response {response!r}")
 
 
-def load_reward(name: str | Path, device: str = "cpu") -> Reward:
-    """Load a reward by a shipped card's name or a card's path.
+class FunctionReward:
+    """A function as a reward: ``reward(prompts, responses, **columns) -> list[float]``.
+
+    Takes ``f(prompts, responses)`` and TRL's ``f(prompts, completions, **columns)`` alike; a function gets those of the
+    dataset's columns that it names, or all where it takes any.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None):
+        self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
+        self.__name__ = self.name
+        self._function = function
+        parameters = inspect.signature(function).parameters
+        self._any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._known = set(parameters)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
+        """Score each response to its prompt.
+
+        Raises:
+            RewardError: Not one finite score for each response (the sample is shown).
+        """
+        passed = {key: value for key, value in columns.items() if self._any or key in self._known}
+        if "completions" in self._known:
+            scores = self._function(prompts=list(prompts), completions=list(responses), **passed)
+        else:
+            scores = self._function(list(prompts), list(responses), **passed)
+        scores = [float(score) for score in scores]
+        check_scores(self.name, scores, prompts, responses)
+        return scores
+
+
+def load_reward(source: str | Path | Callable[..., Any], device: str = "cpu") -> Reward | FunctionReward:
+    """Load a reward.
 
     Args:
-        name: ``"naturalness"``, ``"deberta-v3-large-v2"``, ..., or the path of a YAML card.
-        device: Where the model runs.
+        source: A shipped card's name (``"naturalness"``, ``"deberta-v3-large-v2"``, ...), the path of a YAML card, a sequence
+            classifier's Hub id or folder (read as ``tokenizer(question, response)``, score logits[0]), ``"module:function"``
+            (also of a file beside you), or a function.
+        device: Where a model runs.
 
     Raises:
-        RewardError: No such card (those known are listed), or an invalid one.
+        RewardError: No such reward (the shipped ones are listed), or an invalid one.
     """
-    known = cards()
-    path = known.get(str(name), Path(name))
-    if not path.is_file():
-        raise RewardError(f"no reward card {str(name)!r}; shipped: {sorted(known)}, or give the path of a YAML card")
-    return Reward(RewardCard.read(path), device)
+    if callable(source):
+        return FunctionReward(source)
+    text, known = str(source), cards()
+    path = known.get(text, Path(text))
+    if path.is_file():
+        return Reward(RewardCard.read(path), device)
+    if path.is_dir() or _HUB_ID.fullmatch(text):
+        logger.info("%s is no card: scored as tokenizer(question, response), logits[0]", text)
+        return Reward(RewardCard(name=path.name, model=text), device)
+    module, separator, name = text.partition(":")
+    if separator:
+        return FunctionReward(_imported(module, name), name)
+    raise RewardError(
+        f"no reward {text!r}; shipped cards: {sorted(known)}, or give a YAML card, a classifier's Hub id or module:function"
+    )
+
+
+def _imported(module: str, name: str) -> Callable[..., Any]:
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise RewardError(f"no reward function {module}:{name}: {error}") from None
+    if not callable(found):
+        raise RewardError(f"{module}:{name} is {type(found).__name__}, not a function")
+    return found
 
 
 def reward_function(
@@ -307,6 +382,8 @@ def reward_function(
     Where the prompt holds the response's first words, it sees them too; with the policy's `tokenizer`, joined as the tokens
     say (a word that goes on has no space before it).
     """
+
+    scored = reward if isinstance(reward, (Reward, FunctionReward)) else FunctionReward(reward)
 
     def whole(prompt: str, completion: str, ids: list[int] | None) -> str:
         if not (start := response_start(prompt)):
@@ -320,9 +397,9 @@ def reward_function(
     def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         ids = columns.get("completion_ids") or [None] * len(prompts)
         rows = zip(prompts, completions, ids, strict=True)
-        return list(reward(prompts, [cut(whole(*row)) for row in rows]))
+        return scored(prompts, [cut(whole(*row)) for row in rows], **columns)
 
-    function.__name__ = getattr(reward, "__name__", type(reward).__name__)
+    function.__name__ = scored.name
     return function
 
 

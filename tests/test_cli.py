@@ -6,10 +6,11 @@ import sys
 
 import pytest
 from test_front import records
-from tiny import tiny_adapter, tiny_llama
+from tiny import tiny_adapter, tiny_classifier, tiny_llama
 
 import rsoups
 from rsoups.cli import main
+from rsoups.scoring import cards
 
 
 def test_interpolate_writes_a_soup(tmp_path, capsys):
@@ -62,6 +63,29 @@ def test_merge_writes_a_model(tmp_path, capsys):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_rewards_are_listed(capsys):
+    assert main(["rewards"]) == 0
+    shown = capsys.readouterr().out
+    assert "bart-faithful" in shown and "reversed_pair" in shown and "logit 1 - logit 0" in shown
+    assert len(shown.splitlines()) == len(cards())
+
+
+def test_score_shows_what_the_model_reads(tmp_path, capsys, monkeypatch):
+    folder = tiny_classifier(tmp_path / "model", "electra", labels=2)
+    card = tmp_path / "card.yaml"
+    card.write_text(f"name: r\nmodel: {folder}\nlogit: 1\nmean: 1\nstd: 2")
+    prompt = "### Instruction: w1 ### Input: w2 w3 ### Response: "
+    assert main(["score", "--reward", str(card), "--prompt", prompt, "--response", "w4"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["input"] == "<s> w2 w3 </s> w4 </s>" and lines["ids"] == "[1, 6, 7, 2, 8, 2]"
+    logit = float(lines["logits"].split("LABEL_1 ")[1])
+    assert float(lines["score"]) == pytest.approx((logit - 1) / 2, abs=1e-5)
+    (tmp_path / "mine.py").write_text("def words(prompts, responses): return [len(r.split()) for r in responses]")
+    monkeypatch.chdir(tmp_path)
+    assert main(["score", "--reward", "mine:words", "--prompt", "p", "--response", "a b c"]) == 0
+    assert capsys.readouterr().out == "score   3\n"
+
+
 def test_report_draws_from_records_alone(tmp_path, capsys):
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in records(n=5)[0]))
@@ -70,7 +94,9 @@ def test_report_draws_from_records_alone(tmp_path, capsys):
     assert "| MORL |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [[], ["interpolate"], ["inspect"], ["merge"], ["report"], ["sweep"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["interpolate"], ["inspect"], ["merge"], ["rewards"], ["score"], ["report"], ["sweep"], ["demo"]]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])

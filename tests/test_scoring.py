@@ -179,6 +179,40 @@ def test_scores_that_would_poison_a_run_are_refused(scores):
         check_scores("r", scores, ["p", "q"], ["a", "b"])
 
 
+def test_functions_are_rewards(tmp_path, monkeypatch):
+    def plain(prompts, responses):
+        return [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+
+    def trls(prompts, completions, references, **kwargs):
+        assert kwargs == {"other": [2]}
+        return [float(c in r) for c, r in zip(completions, references, strict=True)]
+
+    assert load_reward(plain)(["ab"], ["c"], references=[["x"]]) == [3.0]
+    assert load_reward(trls)(["p"], ["c"], references=[["c"]], other=[2]) == [1.0]
+    (tmp_path / "my_rewards.py").write_text("def short(prompts, responses): return [-len(r) for r in responses]\nx = 1")
+    monkeypatch.chdir(tmp_path)
+    reward = load_reward("my_rewards:short")
+    assert reward(["p"], ["four"]) == [-4.0] and reward.name == "short"
+    for source, words in (
+        ("my_rewards:tall", "no reward function"),
+        ("my_rewards:x", "is int, not a function"),
+        ("no_such:f", "no_such"),
+    ):
+        with pytest.raises(rsoups.RewardError, match=words):
+            load_reward(source)
+    with pytest.raises(rsoups.RewardError, match=r"'bad' returned 1 scores for 2 responses"):
+        rsoups.scoring.FunctionReward(lambda prompts, responses: [1.0], "bad")(["p"] * 2, ["r"] * 2)
+    with pytest.raises(rsoups.RewardError, match="'nan' returned nan"):
+        rsoups.scoring.FunctionReward(lambda prompts, responses: [math.nan], "nan")(["p"], ["r"])
+
+
+def test_a_classifiers_folder_is_a_reward(tmp_path):
+    folder = tiny_classifier(tmp_path / "judge", "electra")
+    reward = load_reward(folder)
+    assert reward.name == "judge"
+    assert reward(["w1 w2"], ["w3"]) == pytest.approx([alone(folder, "w1 w2", "w3")[0].item()], abs=1e-5)
+
+
 def test_trl_sees_a_named_function_of_cut_responses():
     seen = []
 
