@@ -7,10 +7,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 _CHUNK = 4_096  # response tokens whose logits exist at one time
+
+
+class ValueHead(nn.Linear):
+    """The critic: V(s) = start + w·s + b, float32, (..., hidden) -> (..., 1); w and b start at 0.
+
+    Attributes:
+        start: What a score is before any training. A head that must first grow towards it, a clip of the value per rollout,
+            passes through values that differ from token to token for no reason, and its advantages with them.
+    """
+
+    def __init__(self, hidden_size: int, device: torch.device | str | None = None):
+        super().__init__(hidden_size, 1, device=device)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.start = 0.0
+
+    def forward(self, states: Tensor) -> Tensor:
+        return super().forward(states) + self.start
 
 
 def add_actor_critic_forward(causal_lm: Any, temperature: float) -> None:

@@ -31,7 +31,7 @@ from trl.trainer.utils import RepeatSampler, pad, use_adapter
 
 from rsoups import rl_math
 from rsoups._errors import OutputError, TrainingError
-from rsoups.actor_critic import add_actor_critic_forward
+from rsoups.actor_critic import ValueHead, add_actor_critic_forward
 from rsoups.callbacks import Interrupt, PPOProgress
 from rsoups.checkpoints import finish_checkpoint, last_checkpoint, only_run_in
 from rsoups.sampling import fast_sampling
@@ -135,8 +135,9 @@ class PPOTrainer(GRPOTrainer):
     was clipped), ``loss``, ``grad_norm`` (before clipping), ``learning_rate``, ``step_time`` (seconds).
 
     Differs by design from TRL 1.12's PPOTrainer, whose advantages, returns and losses it has on the same rollout: the critic
-    is a head on the policy, not a second model; an episode ends at its end token, not a state later; every token of a
-    rollout weighs the same, in whatever minibatch it is; responses are scored as texts, by any tokenizer; β adapts; no dropout.
+    is a head on the policy, not a second model, and starts at the first rollout's mean score; an episode ends at its end
+    token, not a state later; every token of a rollout weighs the same, in whatever minibatch it is; responses are scored as
+    texts, by any tokenizer; β adapts; no dropout.
     """
 
     _tag_names = ["trl", "ppo", "rsoups"]
@@ -156,9 +157,8 @@ class PPOTrainer(GRPOTrainer):
         if kwargs.get("peft_config") is not None:
             reset_adapter(self.model, args.adapter_init_seed)
         # On the base, where the adapter's own files never include it; checkpoints hold it beside them.
-        causal_lm.value_head = nn.Linear(causal_lm.config.get_text_config().hidden_size, 1, device=self.model.device)
-        nn.init.zeros_(causal_lm.value_head.weight)
-        nn.init.zeros_(causal_lm.value_head.bias)
+        causal_lm.value_head = ValueHead(causal_lm.config.get_text_config().hidden_size, self.model.device)
+        self._first_rollout = True
         add_actor_critic_forward(causal_lm, self.temperature)
         if self.use_vllm:
             hide_value_head(self.vllm_generation)
@@ -187,6 +187,10 @@ class PPOTrainer(GRPOTrainer):
                 ref_logps, _ = self._actor_critic(self.model, batch, chunk)
 
         scores = self._scores(inputs, prompts, responses, response_ids)
+        if self._first_rollout and mode == "train":
+            self._first_rollout = False
+            self._value_head.start = self.accelerator.gather(scores).mean().item()
+            values = values + self._value_head.start * mask
         rewards = rl_math.kl_penalised_rewards(scores, logps, ref_logps, mask, self.kl_controller.coef)
         advantages, returns = rl_math.gae(rewards, values, mask, self.args.gamma, self.args.lam)
         batch["advantages"] = rl_math.masked_whiten(advantages, mask, self._sum_over_processes)
@@ -195,6 +199,10 @@ class PPOTrainer(GRPOTrainer):
         batch["num_items_in_batch"] = tokens
         self._log_rollout(mode, prompts, responses, scores, batch, ref_logps)
         return batch
+
+    @property
+    def _value_head(self) -> ValueHead:
+        return self.accelerator.unwrap_model(self.model).get_base_model().value_head
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list, Any]:
         size = len(prompt_ids) if self.use_vllm else self.args.local_rollout_forward_batch_size or len(prompt_ids)
@@ -413,17 +421,18 @@ class PPOTrainer(GRPOTrainer):
             folder / _ROLLOUT.format(self.accelerator.process_index),
         )
         if self.args.should_save:
-            head = self.accelerator.unwrap_model(self.model).get_base_model().value_head
-            save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, folder / _VALUE_HEAD)
-            (folder / _STATE).write_text(json.dumps({"kl_coef": self.kl_controller.coef, "step": self._step}))
+            head = {key: value.detach().cpu().contiguous() for key, value in self._value_head.state_dict().items()}
+            save_file(head, folder / _VALUE_HEAD)
+            state = {"kl_coef": self.kl_controller.coef, "step": self._step, "value_start": self._value_head.start}
+            (folder / _STATE).write_text(json.dumps(state))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
-        head = self.accelerator.unwrap_model(model or self.model).get_base_model().value_head
-        head.load_state_dict(load_file(folder / _VALUE_HEAD))
+        self._value_head.load_state_dict(load_file(folder / _VALUE_HEAD))
         state = json.loads((folder / _STATE).read_text())
         self.kl_controller.coef, self._step = state["kl_coef"], state["step"]
+        self._value_head.start, self._first_rollout = state["value_start"], False
         rollout = load_file(folder / _ROLLOUT.format(self.accelerator.process_index), str(self.accelerator.device))
         parts: dict[int, dict[str, Tensor]] = {}
         for key, value in rollout.items():

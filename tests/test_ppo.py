@@ -327,6 +327,24 @@ def test_a_score_too_few_or_too_many_is_refused(tmp_path, extra):
         trainer(tmp_path, reward=miscounts).train()
 
 
+def test_the_critic_starts_at_the_first_rollouts_mean_score(tmp_path):
+    def twelve(prompts, completions, **columns):
+        return [11.0 + 2 * (i % 2) for i in range(len(completions))]
+
+    run = trainer(tmp_path, reward=twelve, max_steps=8, save_strategy="steps", save_steps=4)
+    seen = []
+    real = run._log_rollout
+    run._log_rollout = lambda *args: seen.append(args[4]) or real(*args)
+    run.train()
+    first = seen[0]
+    mask = first["completion_mask"].bool()
+    assert torch.allclose(first["old_values"][mask], torch.tensor(12.0)) and not first["old_values"][~mask].any()
+    assert run._value_head.start == 12.0
+    resumed = trainer(tmp_path, reward=twelve)
+    resumed._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-4"))
+    assert resumed._value_head.start == 12.0 and not resumed._first_rollout
+
+
 def test_checkpoints_hold_the_critic_and_the_published_adapter_does_not(tmp_path):
     run = trainer(tmp_path, save_strategy="steps", save_steps=4, kl_target=0.01)
     run.train()
@@ -427,7 +445,7 @@ def test_a_policy_that_collapses_is_warned_of_and_stopped_on_request(tmp_path, c
     def pays_for_sameness(prompts, completions, **columns):
         return [10.0 * (text.split()[:1] == [FAVOURITE]) for text in completions]
 
-    settings = {"max_steps": 120, "learning_rate": 2e-2, "kl_coef": 0.0, "max_completion_length": 1}
+    settings = {"max_steps": 200, "learning_rate": 2e-2, "kl_coef": 0.0, "max_completion_length": 1}
     run = trainer(tmp_path / "warned", reward=pays_for_sameness, **settings)
     run.train()
     assert history(run, "distinct")[0] > 0.2 and history(run, "distinct")[-1] == 1 / 32

@@ -82,6 +82,7 @@ def look(model, asked, said):
 
 
 def plainly(model, rows, order, scores, epochs):
+    model.get_base_model().value_head.start = float(torch.tensor(list(scores.values())).mean())
     rollout, advantages = {}, []
     for text, (asked, said) in rows.items():
         with torch.no_grad():
