@@ -129,8 +129,6 @@ def worker(args):
     )
     if args.worker == "rsoups":
         import rsoups.soup  # noqa: F401  (lazy otherwise)
-    for folder in args.folders:
-        (Path(folder) / "adapter_model.safetensors").read_bytes()  # into the page cache
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     work()
@@ -140,6 +138,8 @@ def worker(args):
 
 
 def measure(who, folders, method, rows=1):
+    for folder in folders:
+        (Path(folder) / "adapter_model.safetensors").read_bytes()  # into the page cache
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, __file__, "--worker", who, "--method", method, "--rows", str(rows)]
         command += ["--out", f"{scratch}/out", "--folders", *map(str, folders)]

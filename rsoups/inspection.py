@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rsoups import low_rank
 from rsoups._errors import AdapterError
 from rsoups.adapters import Adapter, check_compatible
-from rsoups.stacking import check_factors, cosine_of_starts
+from rsoups.stacking import check_factors, cosines_of_starts
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 _ONE_START = 0.5
@@ -89,7 +89,7 @@ def inspect_adapters(adapters: Mapping[str, Adapter]) -> Inspection:
             refusals[method] = None
         except AdapterError as error:
             refusals[method] = str(error)
-    starts = [[cosine_of_starts(a, b) for b in several] for a in several]
+    starts = cosines_of_starts(several)
     return Inspection(dict(adapters), _products(several), starts, refusals)
 
 

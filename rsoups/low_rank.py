@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +16,9 @@ _Part = tuple[Tensor, Tensor, float]  # A, B and what multiplies them
 
 
 def empty(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors without values, views of one block: the system hands out one large block several times faster."""
+    """Tensors without values, views of one block."""
     sizes = [math.prod(shape) for shape in shapes.values()]
-    block = torch.from_numpy(np.empty(sum(sizes) * dtype.itemsize, np.uint8)).view(dtype)
-    parts = block.split(sizes)
+    parts = torch.empty(sum(sizes), dtype=dtype).split(sizes)
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -121,9 +121,12 @@ def factors(rows: list[Kept], dtype: torch.dtype | None) -> list[dict]:
     """Σ λi·Ai and Σ λi·Bi; the scaling that all ingredients share stays in the config."""
     made = []
     names = list(rows[0][0][0].layout) if rows else []
+    adapters = list(dict.fromkeys(adapter for kept in rows for adapter, _ in kept))
+    starts = cosines_of_starts(adapters) if len(adapters) > 1 else []
     for kept, state in zip(rows, _sums(rows, names, dtype or torch.float32), strict=True):
         distance = None
-        if len(kept) > 1 and min(cosine_of_starts(a, b) for (a, _), (b, _) in combinations(kept, 2)) < _ONE_START:
+        places = [adapters.index(adapter) for adapter, _ in kept]
+        if any(starts[i][j] < _ONE_START for i, j in combinations(places, 2)):
             distance = _distance(kept, state)
             warnings.warn(
                 f"these ingredients do not start from one initialisation: Δ of method 'factors' is {distance:.0%} of the exact "
@@ -135,16 +138,22 @@ def factors(rows: list[Kept], dtype: torch.dtype | None) -> list[dict]:
     return made
 
 
-def cosine_of_starts(one: Adapter, other: Adapter) -> float:
-    """Cosine between the A of two adapters, over all modules that both have; training from one start leaves it near 1."""
-    dot = norms = other_norms = 0.0
-    for path in one.modules.keys() & other.modules.keys():
-        a, b = (adapter.tensor(adapter.modules[path].A).float().flatten() for adapter in (one, other))
-        if a.shape == b.shape:
-            dot += float(torch.dot(a, b))
-            norms += float(torch.dot(a, a))
-            other_norms += float(torch.dot(b, b))
-    return dot / math.sqrt(norms * other_norms) if norms and other_norms else 0.0
+def cosines_of_starts(adapters: Sequence[Adapter]) -> list[list[float]]:
+    """Cosine between the A of each two adapters, over the modules that both have; training from one start leaves it near 1."""
+    pairs = [(i, j) for i in range(len(adapters)) for j in range(i + 1)]
+    sums = {pair: [0.0, 0.0, 0.0] for pair in pairs}  # product, and both squared norms
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter.modules):
+        read = [a.tensor(a.modules[path].A).float().flatten() if path in a.modules else None for a in adapters]
+        squares = [float(torch.dot(a, a)) if a is not None else 0.0 for a in read]
+        for i, j in pairs:
+            a, b = read[i], read[j]
+            if a is not None and b is not None and a.shape == b.shape:
+                found = squares[i] if i == j else float(torch.dot(a, b))
+                sums[i, j] = [x + y for x, y in zip(sums[i, j], (found, squares[i], squares[j]), strict=True)]
+    cosines = [[0.0] * len(adapters) for _ in adapters]
+    for (i, j), (product, one, other) in sums.items():
+        cosines[i][j] = cosines[j][i] = product / math.sqrt(one * other) if one and other else 0.0
+    return cosines
 
 
 def _distance(kept: Kept, state: dict[str, Tensor]) -> float:
