@@ -40,7 +40,7 @@ def run(title: str, arguments: list[str]) -> None:
 
 def train_all(runs: list[tuple[str, Path, list[str]]], recipe: str = "ppo_reward.py") -> None:
     """Runs of a training recipe, side by side on a CPU's cores, of which a model this small keeps one busy."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     open_runs = []
     for title, folder, flags in runs:
         if folder.exists():
@@ -56,7 +56,7 @@ def train_all(runs: list[tuple[str, Path, list[str]]], recipe: str = "ppo_reward
         results = [pool.submit(train, *job, row, threads) for row, job in enumerate(open_runs)]
         problems = [result.result() for result in results]
     if any(problems):
-        sys.exit("\n".join(filter(None, problems)) + "\nrun the demo again to go on from here")
+        sys.exit("\n".join(filter(None, problems)) + "\nrun this again to go on from here")
 
 
 def train(title: str, folder: Path, arguments: list[str], row: int, threads: int) -> str | None:

@@ -7,7 +7,8 @@
 M runs of recipes/ppo_reward.py over a mild grid: each draws a learning rate and a KL coefficient near the config's, and has
 its own seed (order of the prompts, sampling). Then uniform and greedy soups against the single run that is best on
 validation prompts, and against the prediction ensemble: the mean of the runs' next-token distributions while generating, which
-costs M models at every token. All on held-out prompts and on prompts that ask for more words than any in training.
+costs M models at every token. All on held-out prompts and on prompts that ask for more words than any in training (so: the
+concepts task, with a policy that a CPU runs).
 
 report.md and results.json hold the three criteria of weight averaging: linear connectivity (each pair's middle less the
 mean of the two), individual accuracy, diversity (KL between next-token distributions), and gain against diversity, which
