@@ -38,28 +38,29 @@ def run(title: str, arguments: list[str]) -> None:
     print(f"  {time.monotonic() - started:.0f} s", flush=True)
 
 
-def train_all(runs: list[tuple[str, Path, list[str]]]) -> None:
-    """PPO runs, side by side on a CPU's cores, of which a model this small keeps one busy."""
+def train_all(runs: list[tuple[str, Path, list[str]]], recipe: str = "ppo_reward.py") -> None:
+    """Runs of a training recipe, side by side on a CPU's cores, of which a model this small keeps one busy."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     open_runs = []
     for title, folder, flags in runs:
         if folder.exists():
             print(f"\n{title}: already there, {folder}")
             continue
-        arguments = [*LAUNCH, str(RECIPES / "ppo_reward.py"), *flags, "--output_dir", f"{folder}.partial"]
+        arguments = [*LAUNCH, str(RECIPES / recipe), *flags, "--output_dir", f"{folder}.partial"]
         print(f"\n\033[1m{title}\033[0m\n  python {shlex.join(arguments)}", flush=True)
         open_runs.append((title, folder, arguments))
     print(flush=True)
-    side_by_side = 1 if torch.cuda.is_available() else min(len(open_runs), os.cpu_count() or 1) or 1
-    threads = max(1, (os.cpu_count() or 1) // side_by_side)
+    side_by_side = 1 if torch.cuda.is_available() else min(len(open_runs), cores) or 1
+    threads = max(1, cores // side_by_side)
     with ThreadPoolExecutor(side_by_side) as pool:
         results = [pool.submit(train, *job, row, threads) for row, job in enumerate(open_runs)]
         problems = [result.result() for result in results]
     if any(problems):
-        sys.exit("\n".join(filter(None, problems)) + "\nrun the demo again to go on from here")
+        sys.exit("\n".join(filter(None, problems)) + "\nrun this again to go on from here")
 
 
 def train(title: str, folder: Path, arguments: list[str], row: int, threads: int) -> str | None:
-    """One PPO run behind one progress bar, under its final name only once it is whole. Returns what went wrong."""
+    """One run behind one progress bar, under its final name only once it is whole. Returns what went wrong."""
     partial = Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

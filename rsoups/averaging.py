@@ -6,6 +6,7 @@ Uniform soups of runs that differ in seed or learning rate (DiWA, Ramé et al. 2
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
 
-from rsoups._errors import AdapterError, LambdasError, TrainingError
+from rsoups._errors import AdapterError, LambdasError, RewardError, TrainingError
 from rsoups.adapters import WEIGHTS_FILE, Adapter, read_adapter
 from rsoups.checkpoints import is_complete
 from rsoups.soup import Soup, interpolate
@@ -46,6 +47,7 @@ def greedy(
     Raises:
         LambdasError: No adapters.
         AdapterError: As `interpolate`, before anything is scored.
+        RewardError: A score that is not finite.
     """
     read = _read(adapters)
     interpolate(read, method=method)  # refuses what does not go together
@@ -55,11 +57,17 @@ def greedy(
         assert isinstance(soup, Soup)
         return soup
 
-    alone = {name: float(score(soup_of([name]))) for name in read}
+    def score_of(names: Sequence[str]) -> float:
+        value = float(score(soup_of(names)))
+        if not math.isfinite(value):  # compares with nothing, and would be kept or left out by chance
+            raise RewardError(f"the score of the soup of {list(names)} is {value}")
+        return value
+
+    alone = {name: score_of([name]) for name in read}
     best, *others = sorted(alone, key=lambda name: -alone[name])
     kept, top = [best], alone[best]
     for name in others:
-        value = float(score(soup_of([*kept, name])))
+        value = score_of([*kept, name])
         logger.info("greedy soup of %s with %s: %g, without: %g", kept, name, value, top)
         if value >= top:
             kept, top = [*kept, name], value
@@ -100,7 +108,7 @@ def moving_average(
             folders = [path for path in folders if is_complete(path)]
     else:
         folders = [Path(path) for path in checkpoints_of_one_run]
-    soup = interpolate({path.name: path for path in folders}, method=method, rank=rank)
+    soup = interpolate(folders, method=method, rank=rank)
     assert isinstance(soup, Soup)
     return soup
 
@@ -132,8 +140,8 @@ class EMACallback(TrainerCallback):
                 )
             saved = read_adapter(folder)
             for name, average in self.average.items():
-                if (key := name.replace(".default.", ".").removeprefix("module.")) in saved.layout:
-                    average.copy_(saved.tensor(key))
+                if ".default." in name:  # the adapter's; a critic's head is averaged from here on, and never saved
+                    average.copy_(saved.tensor(name.replace(".modules_to_save.", ".").replace(".default.", ".")))
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

@@ -198,7 +198,7 @@ class Front:
         for point in self.soups:
             assert point.lambdas is not None
             chord = sum(weight * self.ends[name].values for name, weight in point.lambdas.items())
-            out.append((point, self._difference(point.values, np.asarray(chord))))
+            out.append((point, self._paired(point.values - np.asarray(chord))))
         return out
 
     def compare(self, name: str, lambdas: Sequence[float]) -> dict[str, Estimate]:
@@ -211,10 +211,14 @@ class Front:
         at = [p for p in self.soups if np.allclose(list((p.lambdas or {}).values()), lambdas)]
         if other is None or not at:
             raise FrontError(f"no {name!r} or no soup at {list(lambdas)}; there are {[p.label for p in self.points]}")
-        return self._difference(at[0].values, other.values)
+        return self.difference(at[0], other)
 
-    def _difference(self, ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> dict[str, Estimate]:
-        columns = zip(*_interval(ours - theirs, self._draws), strict=True)
+    def difference(self, point: Point, other: Point) -> dict[str, Estimate]:
+        """By reward, one point of this front less another one, paired over prompts."""
+        return self._paired(point.values - other.values)
+
+    def _paired(self, differences: NDArray[np.float64]) -> dict[str, Estimate]:
+        columns = zip(*_interval(differences, self._draws), strict=True)
         return {reward: Estimate(*map(float, column)) for reward, column in zip(self.rewards, columns, strict=True)}
 
     def to_markdown(self) -> str:

@@ -4,10 +4,12 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_ppo import trainer
 from test_soup import delta_of, dense
-from tiny import tiny_adapter
+from tiny import tiny_adapter, tiny_llama
+from transformers import TrainerState, TrainingArguments
 
 import rsoups
 from rsoups import EMACallback, greedy, moving_average
@@ -53,6 +55,9 @@ def test_what_cannot_be_souped_is_refused_before_it_is_scored(three, tmp_path):
         greedy([*three.values(), broken], never)
     with pytest.raises(rsoups.LambdasError, match="no adapters"):
         greedy([], never)
+    score, _ = by_names({"a": 1.0, "b": 2.0, "c": float("nan")})
+    with pytest.raises(rsoups.RewardError, match=r"soup of \['c'\] is nan"):
+        greedy(three, score)
 
 
 def run_of(tmp_path, **settings):
@@ -77,6 +82,36 @@ def test_the_moving_average_of_a_run_is_that_of_its_checkpoints(tmp_path):
     assert len(moving_average(run).ingredients) == 2
     with pytest.raises(rsoups.AdapterError, match="holds no checkpoint-N"):
         moving_average(tmp_path)
+
+
+def test_checkpoints_of_one_name_all_count(tmp_path):
+    folders = [tiny_adapter(tmp_path / part / "checkpoint-1", seed=i) for i, part in enumerate("ab")]
+    soup = moving_average(folders)
+    assert soup.lambdas == (0.5, 0.5)
+    expected = [dense(folder) for folder in folders]
+    for path, delta in delta_of(soup).items():
+        assert torch.allclose(delta, (expected[0][path] + expected[1][path]) / 2, atol=1e-7)
+
+
+def test_averages_of_whole_parameters_are_resumed_too(tmp_path):
+    """`modules_to_save` go by other names in the file than in the model."""
+    base = tiny_llama()
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    ema = EMACallback(0.5)
+    args, state = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(is_world_process_zero=True)
+    ema.on_train_begin(args, state, None, model=model)
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.add_(0.25)
+    ema.on_step_end(args, state, None, model=model)
+    state.global_step = 1
+    (tmp_path / "checkpoint-1").mkdir()
+    ema.on_save(args, state, None, model=model)
+    resumed = EMACallback(0.5)
+    resumed.on_train_begin(args, state, None, model=model)
+    assert any("modules_to_save" in name for name in ema.average)
+    for name, average in ema.average.items():
+        assert torch.equal(resumed.average[name], average), name
 
 
 def test_an_exponential_moving_average_follows_the_run_and_its_resumption(tmp_path):

@@ -1,0 +1,346 @@
+"""Many runs of one reward, averaged: DiWA (Ramé et al. 2022, arXiv 2205.09739) and Ratatouille (2023, arXiv 2212.10445).
+
+    python recipes/diwa.py --reward coverage --runs 5 --out runs/diwa
+    python recipes/diwa.py --reward coverage --starts runs/ppo-naturalness runs/ppo-rating runs/ppo-both \\
+        --out runs/ratatouille                                     # Ratatouille: one run from each auxiliary adapter
+
+M runs of recipes/ppo_reward.py over a mild grid: each draws a learning rate and a KL coefficient near the config's, and has
+its own seed (order of the prompts, sampling). Then uniform and greedy soups against the single run that is best on
+validation prompts, and against the prediction ensemble: the mean of the runs' next-token distributions while generating, which
+costs M models at every token. All on held-out prompts and on prompts that ask for more words than any in training (so: the
+concepts task, with a policy that a CPU runs).
+
+report.md and results.json hold the three criteria of weight averaging: linear connectivity (each pair's middle less the
+mean of the two), individual accuracy, diversity (KL between next-token distributions), and gain against diversity, which
+diwa.png draws. Run again after an interruption, it goes on.
+"""
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from demo import RECIPES, train_all
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rsoups
+from rsoups._resources import load_rows, resolve
+from rsoups.front import Estimate
+from rsoups.sampling import draw
+from rsoups.tasks import TASKS, question_of, read_jsonl
+
+LEARNING_RATES = (0.5, 0.7, 1.0, 1.4)  # mild factors of the config's own, drawn for each run
+KL_COEFFICIENTS = (0.6, 1.0, 1.4)
+TASK = TASKS["concepts"]
+
+
+def grid(config: dict, runs: int) -> list[dict]:
+    """The settings of each run."""
+    settings = []
+    for seed in range(runs):
+        rng = random.Random(seed)
+        rate, kl = rng.choice(LEARNING_RATES), rng.choice(KL_COEFFICIENTS)
+        settings.append(
+            {"learning_rate": rate * config["learning_rate"], "kl_coef": kl * config["kl_coef"], "seed": seed}
+        )
+    return settings
+
+
+def more_words(prompts: list[str], seed: int) -> list[str]:
+    """Each prompt with the words of another one: six to ten of them, where training asks for three to five."""
+    shuffled = random.Random(seed).sample(prompts, k=len(prompts))
+    words = {
+        p: list(dict.fromkeys(", ".join(map(question_of, (p, q))).split(", ")))
+        for p, q in zip(prompts, shuffled, strict=True)
+    }
+    return [str(TASK.prompt({"concepts": found})) for found in words.values() if len(found) > 5]
+
+
+class Ensemble:
+    """The prediction ensemble: one base with M adapters, and at every token the mean of their M distributions."""
+
+    def __init__(self, base: str, adapters: dict[str, Path], temperature: float, max_new_tokens: int):
+        source = resolve(base)
+        self.tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        self.names, (first, *others) = list(adapters), adapters.items()
+        self.model = PeftModel.from_pretrained(model, first[1], adapter_name=first[0])
+        for name, folder in others:
+            self.model.load_adapter(folder, adapter_name=name)
+        self.model.eval()
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+
+    @torch.inference_mode()
+    def __call__(self, prompts: list[str], seed: int) -> list[str]:
+        """Sampled responses; of one member, those that `rsoups.sweep` gets from it."""
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        caches = dict.fromkeys(self.names)
+        unfinished = torch.ones(len(ids), 1, dtype=torch.bool)
+        tokens = []
+        torch.manual_seed(seed)
+        while len(tokens) < self.max_new_tokens and unfinished.any():
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            mean = torch.zeros(())
+            for name in self.names:
+                self.model.set_adapter(name)
+                out = self.model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=caches[name],
+                    use_cache=True,
+                )
+                caches[name] = out.past_key_values
+                mean = mean + (out.logits[:, -1].float() / self.temperature).softmax(-1) / len(self.names)
+            ids = draw(mean).where(unfinished, self.tokenizer.pad_token_id)
+            unfinished &= ids != self.tokenizer.eos_token_id
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            tokens.append(ids)
+        return self.tokenizer.batch_decode(torch.cat(tokens, dim=1), skip_special_tokens=True)
+
+    @torch.inference_mode()
+    def divergences(self, prompts: list[str], responses: list[str], batch: int = 32) -> np.ndarray:
+        """KL(member i ‖ member j), (M, M), in nats per token of given responses, at the sampling temperature."""
+        total, tokens = np.zeros((len(self.names), len(self.names))), 0
+        for start in range(0, len(prompts), batch):
+            asked = self.tokenizer(prompts[start : start + batch])["input_ids"]
+            said = self.tokenizer(responses[start : start + batch], add_special_tokens=False)["input_ids"]
+            rows = [{"input_ids": a + b} for a, b in zip(asked, said, strict=True)]
+            inputs = self.tokenizer.pad(rows, return_tensors="pt", padding_side="right")
+            at = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)  # whose next token is the response's
+            for row, (a, b) in enumerate(zip(asked, said, strict=True)):
+                at[row, len(a) - 1 : len(a) + len(b) - 1] = True
+            logps = []
+            for name in self.names:
+                self.model.set_adapter(name)
+                logps.append((self.model(**inputs).logits[at].float() / self.temperature).log_softmax(-1))
+            for i, p in enumerate(logps):
+                total[i] += [float((p.exp() * (p - q)).sum()) for q in logps]
+            tokens += int(at.sum())
+        return total / tokens
+
+
+def records_of(
+    ensemble: Ensemble, reward: rsoups.Reward, prompts: list[str], seed: int, batch: int = 64
+) -> Iterator[dict]:
+    """The ensemble's records, on the batches that `rsoups.sweep` makes: compared under the same random numbers."""
+    ordered = sorted(prompts, key=len, reverse=True)
+    for start in range(0, len(ordered), batch):
+        asked = ordered[start : start + batch]
+        responses = [TASK.cut(text) for text in ensemble(asked, seed)]
+        for prompt, response, score in zip(asked, responses, reward(asked, responses), strict=True):
+            head = {"name": "ensemble", "lambdas": None, "method": None, "prompt": prompt, "response": response}
+            yield head | {"rewards": {reward.name: score}, "seed": seed}
+
+
+class Evaluation:
+    """Every model on a set of prompts, `samples` times each."""
+
+    def __init__(self, args: argparse.Namespace, config: dict, members: dict[str, Path]):
+        self.out, self.samples, self.members = args.out, args.samples, members
+        self.base, self.reward = config["model_name_or_path"], rsoups.load_reward(args.reward)
+        settings = {"temperature": config["temperature"], "max_new_tokens": config["max_completion_length"]}
+        self.ensemble, self.settings = Ensemble(self.base, members, **settings), settings
+
+    def soups(self, name: str, prompts: list[str], rows: list[list[float]]) -> list[dict]:
+        """Records of soups of the members."""
+        records = []
+        for seed in range(self.samples):
+            path = self.out / "records" / f"{name}-{seed}.jsonl"
+            rewards = {self.reward.name: self.reward}
+            rsoups.sweep(
+                self.base, self.members, rewards, prompts, rows, cut=TASK.cut, seed=seed, out=path, **self.settings
+            )
+            records += read_jsonl(path)
+        return records
+
+    def score(self, prompts: list[str], soup: rsoups.Soup) -> float:
+        """The soup's mean reward."""
+        weights = dict(zip((i.name for i in soup.ingredients), soup.lambdas, strict=True))
+        row = [weights.get(name, 0.0) for name in self.members]
+        records = self.soups("validation-" + "+".join(sorted(weights)), prompts, [row])
+        return rsoups.Front.from_records(records).soups[0].mean[self.reward.name]
+
+    def front(self, name: str, prompts: list[str], rows: list[list[float]]) -> tuple[rsoups.Front, np.ndarray]:
+        """Soups, base and ensemble; and the members' divergences over what their uniform soup responds."""
+        records = self.soups(name, prompts, rows)
+        path = self.out / "records" / f"{name}-ensemble.jsonl"
+        if not path.exists():
+            lines = [
+                json.dumps(r) for s in range(self.samples) for r in records_of(self.ensemble, self.reward, prompts, s)
+            ]
+            path.write_text("\n".join(lines) + "\n", "utf-8")
+        said = {
+            r["prompt"]: r["response"] for r in records if r["lambdas"] and r["seed"] == 0 and is_uniform(r["lambdas"])
+        }
+        divergences = self.ensemble.divergences(list(said), list(said.values()))
+        return rsoups.Front.from_records(records + read_jsonl(path)), divergences
+
+
+def is_uniform(lambdas: dict[str, float]) -> bool:
+    return len(set(lambdas.values())) == 1
+
+
+def results_of(front: rsoups.Front, divergences: np.ndarray, best: str, kept: list[str]) -> dict:
+    """The figures of one set of prompts: rewards, differences, and for each pair of runs its gain and its diversity."""
+    (reward,), names = front.rewards, list(front.soups[0].lambdas)
+
+    def at(some: list[str]) -> rsoups.front.Point:
+        wanted = {name: (name in some) / len(some) for name in names}
+        return next(p for p in front.soups if np.allclose([p.lambdas[n] - wanted[n] for n in names], 0))
+
+    def shown(estimate: Estimate) -> list[float]:
+        return [estimate.value, estimate.low, estimate.high]
+
+    models = {name: at([name]) for name in names}
+    models |= {"uniform soup": at(names), "greedy soup": at(kept), **{p.name: p for p in front.others}}
+    gains = {id(point): gap[reward] for point, gap in front.linear_mode_connectivity()}
+    pairs = []
+    for i, j in combinations(range(len(names)), 2):
+        diversity = float(divergences[i, j] + divergences[j, i]) / 2
+        pairs.append(
+            {"runs": [names[i], names[j]], "diversity": diversity, "gain": shown(gains[id(at([names[i], names[j]]))])}
+        )
+    against = [(a, b) for a in ("uniform soup", "greedy soup") for b in (best, "ensemble")]
+    return {
+        "reward": {name: shown(Estimate(p.mean[reward], p.low[reward], p.high[reward])) for name, p in models.items()},
+        "uniform soup less the runs' mean": shown(gains[id(at(names))]),
+        "differences": {f"{a} less {b}": shown(front.difference(models[a], models[b])[reward]) for a, b in against},
+        "pairs": pairs,
+        "correlation of gain and diversity": float(
+            np.corrcoef(*zip(*((p["diversity"], p["gain"][0]) for p in pairs), strict=True))[0, 1]
+        )
+        if len(pairs) > 2
+        else None,
+    }
+
+
+def report(results: dict, settings: list[dict], best: str, kept: list[str]) -> str:
+    def cell(figures: list[float]) -> str:
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*figures)
+
+    first = next(iter(results.values()))
+    lines = [f"Best single run on the validation prompts: {best}. Greedy soup: {', '.join(kept)}.", ""]
+    lines += [f"| model | settings | {' | '.join(results)} |", "| --- | --- |" + " ---: |" * len(results)]
+    told = {f"run-{s['seed']}": f"learning rate {s['learning_rate']:g}, KL {s['kl_coef']:g}" for s in settings}
+    for name in first["reward"]:
+        lines.append(
+            f"| {name} | {told.get(name, '')} | {' | '.join(cell(r['reward'][name]) for r in results.values())} |"
+        )
+    for name in first["differences"]:
+        lines.append(f"| {name} | | {' | '.join(cell(r['differences'][name]) for r in results.values())} |")
+    whole = "uniform soup less the runs' mean"
+    lines += [f"| {whole} | | {' | '.join(cell(r[whole]) for r in results.values())} |", ""]
+    for name, found in results.items():
+        gains, kl = [p["gain"] for p in found["pairs"]], [p["diversity"] for p in found["pairs"]]
+        correlation = found["correlation of gain and diversity"]
+        lines.append(
+            f"- {name}: of {len(gains)} pairs, {sum(g[0] >= 0 for g in gains)} have a middle at or above their mean "
+            f"({sum(g[1] > 0 for g in gains)} above, {sum(g[2] < 0 for g in gains)} below with 95% confidence); mean gain "
+            f"{np.mean([g[0] for g in gains]):+.3f}; KL between two runs {min(kl):.3f} to {max(kl):.3f} nats per token"
+            + ("" if correlation is None else f"; correlation of gain and KL {correlation:+.2f}.")
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict, runs: int, reward: str, path: Path) -> None:
+    """Left: every model on every set of prompts. Right: each pair's gain against its diversity."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    marks = {"uniform soup": ("#0072B2", "D"), "greedy soup": ("#009E73", "^"), "ensemble": ("#D55E00", "s")}
+    for at, (found, colour) in enumerate(zip(results.values(), ("#0072B2", "#D55E00"), strict=False)):
+        rewards = found["reward"]
+        single = [value for name, (value, _, _) in rewards.items() if name.startswith("run-")]
+        left.plot([at - 0.2] * runs, single, "o", color="#777777", label="single runs")
+        for shift, (name, (mark, shape)) in zip((-0.05, 0.1, 0.25), marks.items(), strict=True):
+            value, low, high = rewards[name]
+            left.errorbar(at + shift, value, yerr=[[value - low], [high - value]], fmt=shape, color=mark, label=name)
+        left.hlines(rewards["base"][0], at - 0.3, at + 0.35, "#222222", "dotted", label="base")
+        gains = np.array([pair["gain"] for pair in found["pairs"]])
+        kl = [pair["diversity"] for pair in found["pairs"]]
+        bars = [gains[:, 0] - gains[:, 1], gains[:, 2] - gains[:, 0]]
+        right.errorbar(kl, gains[:, 0], yerr=bars, fmt="o", color=colour, ecolor=colour + "55", label=list(results)[at])
+    left.set_xticks(range(len(results)), results)
+    left.set_ylabel(f"{reward}  (mean reward)")
+    left.set_title("bars: 95% bootstrap over prompts", fontsize=9, color="#777777", loc="left")
+    handles, labels = left.get_legend_handles_labels()
+    left.legend(handles[:5], labels[:5], frameon=False, fontsize=9)
+    right.axhline(0, color="#777777", ls="--", lw=1.2)
+    right.set_xlabel("KL between the two runs, nats per token")
+    right.set_ylabel("middle of two runs less their mean")
+    right.legend(frameon=False, fontsize=9)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e6e6", lw=0.6)
+    figure.savefig(path, dpi=160)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reward", default="coverage", help="reward card, by name or path")
+    parser.add_argument("--runs", type=int, help="number of runs; one for each start, or 5")
+    parser.add_argument("--starts", nargs="+", default=[], help="adapters to start from, in turn; a fresh LoRA without")
+    parser.add_argument("--config", type=Path, default=RECIPES / "configs" / "embedded.yaml", help="of ppo_reward.py")
+    parser.add_argument("--max_steps", type=int, help="of each run; the config's own without")
+    parser.add_argument("--validation", type=int, default=96, help="test prompts that choose, and are not tested on")
+    parser.add_argument("--prompts", type=int, help="prompts of each test set; all without")
+    parser.add_argument("--samples", type=int, default=4, help="responses to each prompt")
+    parser.add_argument("--out", type=Path, default=Path("runs/diwa"))
+    args = parser.parse_args()
+    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    config = yaml.safe_load(args.config.read_text("utf-8"))
+    settings = grid(config, args.runs or len(args.starts) or 5)
+
+    jobs = []
+    for run in settings:
+        flags = ["--config", str(args.config), "--reward", args.reward]
+        flags += [text for name, value in run.items() for text in (f"--{name}", f"{value:g}")]
+        if args.starts:
+            flags += ["--adapter_name_or_path", args.starts[run["seed"] % len(args.starts)]]
+        if args.max_steps:
+            flags += ["--max_steps", str(args.max_steps)]
+        title = f"run {run['seed']}: learning rate {run['learning_rate']:g}, KL {run['kl_coef']:g}"
+        jobs.append((title, args.out / f"run-{run['seed']}", flags))
+    train_all(jobs)
+
+    members = {folder.name: folder for _, folder, _ in jobs}
+    held_out = list(dict.fromkeys(row["prompt"] for row in load_rows(TASK, None, "test")))
+    validation, test = held_out[: args.validation], held_out[args.validation :][: args.prompts]
+    evaluation = Evaluation(args, config, members)
+    scores = {}
+
+    def score(soup: rsoups.Soup) -> float:
+        scores[tuple(i.name for i in soup.ingredients)] = value = evaluation.score(validation, soup)
+        return value
+
+    greedy = rsoups.greedy(members, score)
+    greedy.save_pretrained(args.out / "greedy")
+    rsoups.interpolate(members).save_pretrained(args.out / "uniform")
+    kept = [i.name for i, weight in zip(greedy.ingredients, greedy.lambdas, strict=True) if weight]
+    best = max(members, key=lambda name: scores[(name,)])
+
+    groups = [[name] for name in members] + [list(pair) for pair in combinations(members, 2)] + [list(members), kept]
+    rows = list(dict.fromkeys(tuple((name in group) / len(group) for name in members) for group in groups))
+    results = {}
+    for name, prompts in (("held-out", test), ("more words", more_words(test, seed=0))):
+        front, divergences = evaluation.front(name, prompts, [list(row) for row in rows])
+        results[name] = results_of(front, divergences, best, kept)
+    chosen = {"best": best, "greedy": kept, "validation": {"+".join(names): value for names, value in scores.items()}}
+    (args.out / "results.json").write_text(json.dumps(chosen | results, indent=2) + "\n", "utf-8")
+    (args.out / "report.md").write_text(report(results, settings, best, kept), "utf-8")
+    plot(results, len(members), args.reward, args.out / f"{args.out.name}.png")
+    print(report(results, settings, best, kept))
+
+
+if __name__ == "__main__":
+    main()
