@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from demo import RECIPES, train_all
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rsoups
+from demo import RECIPES, train_all
 from rsoups._resources import load_rows, resolve
 from rsoups.front import Estimate
 from rsoups.sampling import draw

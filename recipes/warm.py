@@ -19,9 +19,9 @@ import random
 from pathlib import Path
 
 import numpy as np
-from demo import RECIPES, train_all
 
 import rsoups
+from demo import RECIPES, train_all
 from rsoups.tasks import read_jsonl
 
 LEARNING_RATES = (0.5, 0.7, 1.0)  # mild factors, drawn for each run
