@@ -42,7 +42,7 @@ from rsoups._resources import load_rows, resolve
 from rsoups.adapters import read_adapter
 from rsoups.ppo import reset_adapter
 from rsoups.scoring import reward_function
-from rsoups.tasks import TASKS, fit_prompts, with_prefixes
+from rsoups.tasks import TASKS, Task, custom_task, fit_prompts, with_prefixes
 
 # A soup does not care how its ingredients were trained: same cards, tasks, adapters and outputs for each.
 ALGORITHMS = {"ppo": (PPOConfig, PPOTrainer), "grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
@@ -55,7 +55,17 @@ class ScriptArguments:
         default_factory=lambda: ["naturalness"],
         metadata={"help": "Reward cards by name or path; several with --reward_weights are MORL."},
     )
-    task: str = field(default="concepts", metadata={"help": "Task that writes the prompts.", "choices": sorted(TASKS)})
+    task: str = field(
+        default="concepts",
+        metadata={
+            "help": "Task that writes the prompts; custom: of a dataset's own.",
+            "choices": [*sorted(TASKS), "custom"],
+        },
+    )
+    template: str | None = field(
+        default=None,
+        metadata={"help": "Of a custom task's prompts, such as 'Summarise: {article}'; its column prompt if unset."},
+    )
     dataset: str | None = field(
         default=None, metadata={"help": "JSONL file, folder or Hub id; the task's own if unset."}
     )
@@ -104,21 +114,35 @@ def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, GRPOConfig | 
     return script, training, model
 
 
+def task_of(script: ScriptArguments) -> Task:
+    if script.task != "custom":
+        return TASKS[script.task]
+    if script.dataset is None:
+        raise SystemExit("--task custom needs a --dataset")
+    return custom_task(script.dataset, script.template)
+
+
 def prompts(script: ScriptArguments, training: GRPOConfig | RLOOConfig, tokenizer: Any, room: int) -> list[list[str]]:
     """Prompts to train on and held-out ones, as the policy reads them and no longer than `room` tokens."""
     found = []
     for split, limit in (("train", None), ("test", script.eval_prompts)):
-        rows = load_rows(TASKS[script.task], script.dataset, split, limit) if limit != 0 else []
+        rows = load_rows(task_of(script), script.dataset, split, limit) if limit != 0 else []
         texts = [row["prompt"] for row in rows]
         if script.prefix_tokens:
             ids = partial(tokenizer.encode, add_special_tokens=False)
             texts = with_prefixes(rows, ids, tokenizer.decode, *script.prefix_tokens, seed=training.seed)
-        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]] if texts else []
+        lengths = [len(tokens(tokenizer, text)) for text in texts]
         kept = fit_prompts(texts, lengths, room, script.long_prompts) if texts else []
         if len(kept) < len(texts):
             print(f"{len(texts) - len(kept)} of {len(texts)} {split} prompts dropped: longer than {room} tokens")
         found.append(kept)
     return found
+
+
+def tokens(tokenizer: Any, prompt: str | list) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def policy(script: ScriptArguments, model: ModelConfig) -> tuple:
@@ -180,7 +204,7 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     room = actor.config.get_text_config().max_position_embeddings - training.max_completion_length
     train, held_out = prompts(script, training, tokenizer, min(room, script.max_prompt_length or room))
     device = script.reward_device or str(training.device)
-    cut = TASKS[script.task].cut
+    cut = task_of(script).cut
     rewards = [reward_function(load_reward(name, device), cut, tokenizer) for name in script.reward]
     _, kind = ALGORITHMS[script.algorithm]
     trainer = kind(

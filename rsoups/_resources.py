@@ -48,14 +48,19 @@ def load_rows(task: Task, dataset: str | None, split: str, limit: int | None = N
     source = resolve(dataset or task.dataset)
     path = Path(source)
     if path.is_dir():
-        found = [p for p in (path / f"{split}.jsonl", path / f"{split}.jsonl.gz") if p.is_file()]
+        kinds = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+        found = [p for p in (path / f"{split}{kind}" for kind in kinds) if p.is_file()]
         if not found:
-            raise DatasetError(f"{path} holds no {split}.jsonl or {split}.jsonl.gz")
+            raise DatasetError(f"{path} holds no {split}.jsonl (or .jsonl.gz, .csv, .parquet)")
         path = found[0]
+    if path.name.endswith((".jsonl", ".jsonl.gz", ".csv", ".parquet")) and not path.is_file():
+        raise DatasetError(f"no dataset file {path}")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        if not path.is_file():
-            raise DatasetError(f"no dataset file {path}")
         raw: Any = read_jsonl(path)
+    elif path.suffix in (".csv", ".parquet"):
+        from datasets import load_dataset
+
+        raw = load_dataset(path.suffix[1:], data_files=str(path), split="train")
     else:
         from datasets import load_dataset
 

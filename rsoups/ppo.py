@@ -30,7 +30,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler, pad, use_adapter
 
 from rsoups import rl_math
-from rsoups._errors import OutputError, TrainingError
+from rsoups._errors import DatasetError, OutputError, TrainingError
 from rsoups.actor_critic import ValueHead, add_actor_critic_forward
 from rsoups.callbacks import Interrupt, PPOProgress
 from rsoups.checkpoints import finish_checkpoint, last_checkpoint, only_run_in
@@ -344,15 +344,25 @@ class PPOTrainer(GRPOTrainer):
         On the CPU a resumed run ends with the adapter of an uninterrupted one, bit for bit, wherever it was cut.
 
         Raises:
+            DatasetError: Fewer prompts than one rollout takes.
             OutputError: Another run is training into `output_dir`, or a checkpoint cannot be written.
             TrainingError: The run would go on in vain.
         """
+        self._check_prompts(self.train_dataset)
         folder = str(self.args.output_dir)
         checkpoint: Any = resume_from_checkpoint or None
         if checkpoint is True:
             checkpoint = last_checkpoint(folder)
         with only_run_in(folder) if self.args.should_save else nullcontext(), self._interruptible():
             return super().train(checkpoint and str(checkpoint), trial, ignore_keys_for_eval)
+
+    def _check_prompts(self, dataset: Any) -> None:
+        needed = int(self.args.generation_batch_size or 0) // int(self.num_generations or 1)
+        if hasattr(dataset, "__len__") and len(dataset) < needed:
+            raise DatasetError(
+                f"{len(dataset)} prompts are less than one rollout of {needed}: add some, or lower "
+                "per_device_train_batch_size or steps_per_generation"
+            )
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:

@@ -385,7 +385,9 @@ def reward_function(
 
     scored = reward if isinstance(reward, (Reward, FunctionReward)) else FunctionReward(reward)
 
-    def whole(prompt: str, completion: str, ids: list[int] | None) -> str:
+    def whole(prompt: Any, completion: Any, ids: list[int] | None) -> str:
+        if isinstance(completion, list):  # messages: a conversation's answer
+            return str(completion[-1]["content"])
         if not (start := response_start(prompt)):
             return completion
         if tokenizer is None or ids is None:

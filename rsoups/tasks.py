@@ -18,6 +18,7 @@ from typing import Any
 from rsoups._errors import DatasetError
 
 _INSTRUCTION, _INPUT, _RESPONSE = "### Instruction:", " ### Input:", " ### Response: "
+_FIELD = re.compile(r"\{(\w+)\}")  # in templates
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 
@@ -29,12 +30,14 @@ def format_prompt(instruction: str, input: str | None = None) -> str:
     return "".join(parts) + _RESPONSE
 
 
-def question_of(prompt: str) -> str:
+def question_of(prompt: str | list[dict[str, Any]]) -> str:
     """The part of a policy prompt that a reward model is asked about: the input, or the instruction where there is none.
 
     A text that is not in the prompt format is its own question. The question is never empty by construction: the
     paper's code looked for an input that its assistant prompts do not have, and scored answers to nothing.
     """
+    if isinstance(prompt, list):  # messages: the last one of the user
+        return str(next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")).strip()
     if not prompt.startswith(_INSTRUCTION) or _RESPONSE.strip() not in prompt:
         return prompt.strip()
     body = prompt[len(_INSTRUCTION) : prompt.rindex(_RESPONSE.strip())]
@@ -42,8 +45,10 @@ def question_of(prompt: str) -> str:
     return (input or instruction).strip()
 
 
-def response_start(prompt: str) -> str:
+def response_start(prompt: str | list[dict[str, Any]]) -> str:
     """What a policy prompt already holds of the response: the text after its last ``### Response:``, if any."""
+    if isinstance(prompt, list):
+        return ""
     marker = _RESPONSE.strip()
     return prompt.rpartition(marker)[2].strip() if marker in prompt else ""
 
@@ -162,6 +167,34 @@ def fit_prompts(prompts: list[str], lengths: list[int], longest: int, policy: st
     if not kept:
         raise DatasetError(f"none of {len(prompts)} prompts has at most {longest} tokens")
     return kept
+
+
+def custom_task(dataset: str, template: str | None = None) -> Task:
+    """A task of the user's own: any dataset with a ``prompt``, or with the columns that a template names.
+
+    Args:
+        dataset: Hub id, folder or file.
+        template: Such as ``"Summarise in one sentence: {article}"``; the ``prompt`` column as it is by default: a text, or
+            messages ``[{"role", "content"}, ...]`` for a model with a chat template. References are taken from a column
+            ``references`` (texts), ``reference`` or ``response``, where there is one.
+
+    Raises:
+        DatasetError: A template that names no column.
+    """
+    names = tuple(dict.fromkeys(_FIELD.findall(template))) if template is not None else ("prompt",)
+    if not names:
+        raise DatasetError(f"the template {template!r} names no column: write one in braces, as in {{article}}")
+
+    def prompt(row: dict[str, Any]) -> Any:
+        if template is None:
+            return row["prompt"] or None
+        return _FIELD.sub(lambda match: str(row[match[1]]), template) if all(row[name] for name in names) else None
+
+    def references(row: dict[str, Any]) -> list[str]:
+        found: Any = next((row[name] for name in ("references", "reference", "response") if row.get(name)), [])
+        return [found] if isinstance(found, str) else list(found)
+
+    return Task("custom", dataset, names, prompt, references, cut=str.strip)
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

@@ -12,10 +12,12 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl.generation.vllm_generation import VLLMGeneration
 
-from rsoups import PPOConfig, PPOTrainer, RewardError, TrainingError
+from rsoups import DatasetError, PPOConfig, PPOTrainer, RewardError, TrainingError
 from rsoups.actor_critic import _token_logps, add_actor_critic_forward
 from rsoups.checkpoints import last_checkpoint
 from rsoups.ppo import hide_value_head
+from rsoups.scoring import reward_function
+from rsoups.tasks import question_of
 
 WORDS = [f"w{i}" for i in range(20)]
 PROMPTS = Dataset.from_dict({"prompt": [f"{a} {b}" for a in WORDS[:8] for b in WORDS[:8]]})
@@ -285,6 +287,32 @@ def test_the_reference_of_a_continued_adapter_is_a_frozen_copy_of_it(tmp_path):
         assert torch.equal(reference[key.replace(".weight", ".ref.weight")], value)
 
 
+def test_conversations_are_prompts_too(tmp_path):
+    tokenizer = tiny_tokenizer(WORDS)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    messages = [
+        [{"role": "system", "content": "w9"}, {"role": "user", "content": f"w{i} w{i + 1}"}] for i in range(16)
+    ] * 2
+    seen = []
+
+    def score(prompts, responses):
+        seen.extend(zip(map(question_of, prompts), responses, strict=True))
+        return [1.0] * len(responses)
+
+    run = PPOTrainer(
+        tiny_llama(vocab_size=len(tokenizer)),
+        reward_function(score, str.strip),
+        config(tmp_path, max_steps=2),
+        train_dataset=Dataset.from_dict({"prompt": messages}),
+        processing_class=tokenizer,
+        peft_config=lora(),
+    )
+    asked = rollouts(run)[0][0]
+    assert sorted(map(tuple, asked))[0] == (13, 4, 5), "the chat template's w9 w0 w1"
+    assert {question for question, _ in seen} == {f"w{i} w{i + 1}" for i in range(16)}
+    assert all(isinstance(response, str) for _, response in seen)
+
+
 def test_several_rewards_are_their_weighted_mean(tmp_path):
     def one(prompts, completions, **columns):
         return [1.0] * len(completions)
@@ -418,6 +446,14 @@ def test_trackers_of_transformers_get_the_metrics(tmp_path, monkeypatch):
     written = [event.value for event in board.Scalars("train/reward")]
     assert written == pytest.approx(history(run, "reward"))
     assert {"train/kl", "train/value_loss", "train/rewards/pays_for_one_word"} <= set(board.Tags()["scalars"])
+
+
+def test_a_dataset_smaller_than_a_rollout_is_refused(tmp_path):
+    """TRL's sampler leaves incomplete rollouts out, and a run without any would end well, untrained."""
+    run = trainer(tmp_path)
+    run.train_dataset = PROMPTS.select(range(31))
+    with pytest.raises(DatasetError, match="31 prompts are less than one rollout of 32"):
+        run.train()
 
 
 def test_settings_that_contradict_are_refused(tmp_path):

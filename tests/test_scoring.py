@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import rsoups
 from rsoups import RewardCard, load_reward
 from rsoups.scoring import cards, check_scores, reward_function
+from rsoups.tasks import question_of
 
 PROMPTS = [f"### Instruction: w1 w2 ### Input: {' w3' * (i % 4 + 1)} ### Response: " for i in range(12)]
 RESPONSES = [" ".join(f"w{(i * 7 + j) % 20}" for j in range(1 + i % 9)) for i in range(12)]
@@ -102,6 +103,23 @@ def test_a_response_that_leaves_no_room_keeps_its_beginning(tmp_path, caplog, ki
     short, long = reward.encode(["w1 w2", "w1 w2"], ["w3", "w4 " * 30])
     assert len(short["input_ids"]) < 10 and len(long["input_ids"]) == 10
     assert long["input_ids"].count(8) >= 7 and "its end is not seen" in caplog.text
+
+
+def test_conversations_are_scored_by_their_last_question_and_answer():
+    seen = []
+
+    def score(prompts, responses):
+        seen.extend((question_of(p), r) for p, r in zip(prompts, responses, strict=True))
+        return [0.0] * len(responses)
+
+    messages = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "Two?"},
+    ]
+    answer = [{"role": "assistant", "content": " 2 "}]
+    reward_function(score, str.strip)([messages], [answer], completion_ids=[[1]])
+    assert seen == [("Two?", "2")]
 
 
 def test_a_response_that_the_prompt_began_is_scored_whole():

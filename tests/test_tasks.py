@@ -2,10 +2,20 @@ import gzip
 import json
 
 import pytest
+from datasets import Dataset
 
 from rsoups import DatasetError
 from rsoups._resources import load_rows, resolve
-from rsoups.tasks import TASKS, first_sentence, fit_prompts, format_prompt, question_of, read_jsonl
+from rsoups.tasks import (
+    TASKS,
+    custom_task,
+    first_sentence,
+    fit_prompts,
+    format_prompt,
+    question_of,
+    read_jsonl,
+    response_start,
+)
 
 
 def test_prompts_are_the_papers():
@@ -108,6 +118,38 @@ def test_prompts_of_the_papers_tasks(name):
     rows, expected = ROWS[name]
     assert [(row["prompt"], row["references"]) for row in TASKS[name].rows(rows)] == expected
     assert TASKS[name].rows(rows, most=1) == TASKS[name].rows(rows)[:1]
+
+
+def test_a_task_of_ones_own(tmp_path):
+    rows = [
+        {"prompt": "Why?", "reference": "So."},
+        {"prompt": "", "reference": "x"},
+        {"prompt": None, "reference": None},
+    ]
+    assert custom_task("x").rows(rows) == [{"prompt": "Why?", "references": ["So."]}]
+    templated = custom_task("x", "Put {text} in {words} words {words}.")
+    assert templated.columns == ("text", "words")
+    found = templated.rows([{"text": "{words}", "words": 3, "references": ["a", "", "b"]}, {"text": None, "words": 3}])
+    assert found == [{"prompt": "Put {words} in 3 words 3.", "references": ["a", "b"]}]
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " Hello? "}]
+    assert custom_task("x").rows([{"prompt": messages}])[0]["prompt"] == messages
+    assert question_of(messages) == "Hello?" and response_start(messages) == ""
+    with pytest.raises(DatasetError, match=r"needs the column\(s\) \['article'\]"):
+        custom_task("x", "Summarise: {article}").rows(rows)
+    with pytest.raises(DatasetError, match="names no column"):
+        custom_task("x", "Summarise")
+
+
+def test_tables_are_datasets(tmp_path):
+    table = Dataset.from_dict({"prompt": ["Why, and how?", "What é?"], "response": ["So.", "That."]})
+    table.to_csv(tmp_path / "train.csv")
+    table.to_parquet(tmp_path / "test.parquet")
+    expected = [{"prompt": "Why, and how?", "references": ["So."]}, {"prompt": "What é?", "references": ["That."]}]
+    for split in ("train", "test"):
+        assert load_rows(custom_task(str(tmp_path)), None, split) == expected
+    assert load_rows(custom_task(str(tmp_path / "test.parquet")), None, "train", 1) == expected[:1]
+    with pytest.raises(DatasetError, match="no dataset file"):
+        load_rows(custom_task(str(tmp_path / "none.csv")), None, "train")
 
 
 def test_datasets_of_the_hub_are_asked_for_the_papers_splits(monkeypatch):
