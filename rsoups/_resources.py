@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).parent
 _PREFIX = "rsoups/"
+_TABLES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 
 
 def shipped(folder: str) -> Path:
@@ -34,42 +36,57 @@ def resolve(name: str) -> str:
 
 
 def load_rows(task: Task, dataset: str | None, split: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a task, ``{"prompt", "references"}``, from a JSONL file, a folder of ``{split}.jsonl``, or the Hub.
+    """Rows of a task, ``{"prompt", "references"}``.
 
     Args:
         task: The task.
-        dataset: A ``.jsonl`` or ``.jsonl.gz`` file (then `split` is ignored), a folder, or a Hub id; the task's own by default.
+        dataset: As `raw_rows` takes it.
         split: ``"train"`` or ``"test"``.
         limit: Keep the first `limit` rows that the task can use.
 
     Raises:
         DatasetError: Missing file or column, or no usable row.
     """
+    most = task.most.get(split) if _is_own(task, dataset) else None
+    return task.rows(raw_rows(task, dataset, split), min(filter(None, (limit, most)), default=None))
+
+
+def _is_own(task: Task, dataset: str | None) -> bool:
+    return dataset is None or dataset == task.dataset
+
+
+def raw_rows(task: Task, dataset: str | None, split: str) -> Iterable[dict[str, Any]]:
+    """A dataset's rows as they are.
+
+    Args:
+        task: Whose dataset, subset and split names apply to its own dataset.
+        dataset: A file (.jsonl, .jsonl.gz, .csv, .parquet: then `split` is ignored), a folder of ``{split}.jsonl`` or the like,
+            or a Hub id; the task's own by default.
+        split: ``"train"`` or ``"test"``.
+
+    Raises:
+        DatasetError: A missing file.
+    """
     source = resolve(dataset or task.dataset)
     path = Path(source)
     if path.is_dir():
-        kinds = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
-        found = [p for p in (path / f"{split}{kind}" for kind in kinds) if p.is_file()]
+        found = [p for kind in _TABLES if (p := path / f"{split}{kind}").is_file()]
         if not found:
             raise DatasetError(f"{path} holds no {split}.jsonl (or .jsonl.gz, .csv, .parquet)")
         path = found[0]
-    if path.name.endswith((".jsonl", ".jsonl.gz", ".csv", ".parquet")) and not path.is_file():
+    if path.name.endswith(_TABLES) and not path.is_file():
         raise DatasetError(f"no dataset file {path}")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        raw: Any = read_jsonl(path)
-    elif path.suffix in (".csv", ".parquet"):
-        from datasets import load_dataset
+        return read_jsonl(path)
+    from datasets import load_dataset
 
-        raw = load_dataset(path.suffix[1:], data_files=str(path), split="train")
-    else:
-        from datasets import load_dataset
-
-        subset = task.subset if dataset is None or dataset == task.dataset else None
-        # Streamed where a limit is known: stack-exchange-paired has 26 GB, of which the paper uses 40,000 rows.
-        most = task.most.get(split)
-        raw = load_dataset(source, subset, split=task.splits.get(split, split), streaming=most is not None)
-        limit = min(filter(None, (limit, most)), default=None)
-    return task.rows(raw, limit)
+    if path.name.endswith(_TABLES):
+        return load_dataset(path.suffix[1:], data_files=str(path), split="train")
+    own = _is_own(task, dataset)
+    # Streamed where the paper takes the first rows only: stack-exchange-paired has 26 GB.
+    streaming = own and split in task.most
+    name = task.splits.get(split, split) if own else split
+    return load_dataset(source, task.subset if own else None, split=name, streaming=streaming)
 
 
 def template(name: str) -> Template:

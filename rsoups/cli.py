@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rsoups import __version__
-from rsoups._errors import AdapterError, RsoupsError
+from rsoups._errors import AdapterError, DatasetError, RsoupsError
 from rsoups._resources import shipped
 
 _RECIPES = {
@@ -79,6 +79,19 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--response", required=True)
     score.add_argument("--device", default="cpu")
     score.set_defaults(run=_score)
+
+    tasks = commands.add_parser("tasks", help="the tasks that write prompts")
+    tasks.set_defaults(run=_tasks)
+
+    preview = commands.add_parser("preview", help="five prompts of a task, and what a reward would see of them")
+    preview.add_argument("--task", required=True, help="a task's name, or custom")
+    preview.add_argument("--dataset", help="file, folder or Hub id; the task's own if left out")
+    preview.add_argument("--template", help="of a custom task's prompts")
+    preview.add_argument("--split", default="train", choices=("train", "test"))
+    preview.add_argument("--reward", help="a reward, as in rsoups score")
+    preview.add_argument("--tokenizer", default="rsoups/tiny-llama", help="whose tokens are counted")
+    preview.add_argument("--rows", type=int, default=1000, help="how many of the dataset's rows are looked at")
+    preview.set_defaults(run=_preview)
 
     report = commands.add_parser("report", help="draw the front of a records file and write its report")
     report.add_argument("records", type=Path, help="records.jsonl of a sweep")
@@ -159,6 +172,49 @@ def _score(args: argparse.Namespace) -> None:
         print(f"score   {found['score']:.6g}")
     else:
         print(f"score   {reward([args.prompt], [args.response])[0]:.6g}")
+
+
+def _tasks(args: argparse.Namespace) -> None:
+    from rsoups.tasks import TASKS
+
+    for task in TASKS.values():
+        rows = "".join(f", {most:,} rows of {split}" for split, most in task.most.items())
+        print(
+            f"{task.name:10} {task.dataset:34} {', '.join(task.columns)}; rewards see: {task.cut.__name__.strip('_')}{rows}"
+        )
+    print(f"{'custom':10} {'any: --dataset':34} prompt, or the columns of a --template")
+
+
+def _preview(args: argparse.Namespace) -> None:
+    from itertools import islice
+
+    from transformers import AutoTokenizer
+
+    from rsoups._resources import raw_rows, resolve
+    from rsoups.scoring import Reward, load_reward
+    from rsoups.tasks import TASKS, custom_task
+
+    if args.task not in {*TASKS, "custom"} or (args.task == "custom" and not args.dataset):
+        raise DatasetError(f"--task is one of {[*TASKS, 'custom']}, and custom needs a --dataset; got {args.task!r}")
+    task = custom_task(args.dataset, args.template) if args.task == "custom" else TASKS[args.task]
+    raw = list(islice(raw_rows(task, args.dataset, args.split), args.rows))
+    rows = task.rows(raw)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))
+    reward = load_reward(args.reward) if args.reward else None
+    print(f"{len(rows)} of the first {len(raw)} rows kept, {len(raw) - len(rows)} dropped")
+    for row in rows[:5]:
+        text = row["prompt"]
+        if not isinstance(text, str):
+            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+        print(f"\n[{len(tokenizer(text)['input_ids'])} tokens] {text}")
+        if row["references"]:
+            said = task.cut(row["references"][0])
+            print(f"  reference: {said}")
+            if isinstance(reward, Reward):
+                found = reward.explain(row["prompt"], said)
+                print(f"  {reward.name} reads: {found['text']}\n  and scores it {found['score']:.4g}")
+            elif reward is not None:
+                print(f"  {reward.name} scores it {reward([row['prompt']], [said])[0]:.4g}")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """The commands, as a shell runs them."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -86,6 +87,36 @@ def test_score_shows_what_the_model_reads(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "score   3\n"
 
 
+def test_tasks_are_listed(capsys):
+    assert main(["tasks"]) == 0
+    shown = capsys.readouterr().out
+    assert "argilla/news-summary" in shown and "40,000 rows of train" in shown and "custom" in shown
+
+
+def test_preview_shows_prompts_and_what_a_reward_sees(tmp_path, capsys):
+    rows = [{"chosen": f"\n\nHuman: What is number {i}?\n\nAssistant: It is {i}."} for i in range(7)] + [
+        {"chosen": "x"}
+    ] * 2
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    command = [
+        "preview",
+        "--task",
+        "assistant",
+        "--dataset",
+        str(tmp_path / "rows.jsonl.gz"),
+        "--reward",
+        "naturalness",
+    ]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("7 of the first 9 rows kept, 2 dropped")
+    assert shown.count(" tokens] ### Instruction: What is number") == 5 and shown.count("and scores it") == 5
+    assert "reference: It is 0." in shown and "▁number ▁ 0" in shown.split("naturalness reads:")[1]
+    assert main(["preview", "--task", "nothing"]) == 2
+    assert "'custom'" in capsys.readouterr().err
+
+
 def test_report_draws_from_records_alone(tmp_path, capsys):
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in records(n=5)[0]))
@@ -95,7 +126,20 @@ def test_report_draws_from_records_alone(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["interpolate"], ["inspect"], ["merge"], ["rewards"], ["score"], ["report"], ["sweep"], ["demo"]]
+    "command",
+    [
+        [],
+        ["interpolate"],
+        ["inspect"],
+        ["merge"],
+        ["rewards"],
+        ["score"],
+        ["tasks"],
+        ["preview"],
+        ["report"],
+        ["sweep"],
+        ["demo"],
+    ],
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
