@@ -484,7 +484,7 @@ def test_a_policy_that_collapses_is_warned_of_and_stopped_on_request(tmp_path, c
     settings = {"max_steps": 200, "learning_rate": 2e-2, "kl_coef": 0.0, "max_completion_length": 1}
     run = trainer(tmp_path / "warned", reward=pays_for_sameness, **settings)
     run.train()
-    assert history(run, "distinct")[0] > 0.2 and history(run, "distinct")[-1] == 1 / 32
+    assert history(run, "distinct")[0] > 0.2 and min(history(run, "distinct")) == 1 / 32
     assert "only 3% of the responses differ" in caplog.text
     with pytest.raises(TrainingError, match="below min_distinct"):
         trainer(tmp_path / "stopped", reward=pays_for_sameness, min_distinct=0.05, **settings).train()
