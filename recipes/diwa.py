@@ -274,7 +274,8 @@ def plot(results: dict, runs: int, reward: str, path: Path) -> None:
     left.set_ylabel(f"{reward}  (mean reward)")
     left.set_title("bars: 95% bootstrap over prompts", fontsize=9, color="#777777", loc="left")
     handles, labels = left.get_legend_handles_labels()
-    left.legend(handles[:5], labels[:5], frameon=False, fontsize=9)
+    once = dict(zip(labels, handles, strict=True))  # each label occurs for each set of prompts
+    left.legend(once.values(), once, frameon=False, fontsize=9)
     right.axhline(0, color="#777777", ls="--", lw=1.2)
     right.set_xlabel("KL between the two runs, nats per token")
     right.set_ylabel("middle of two runs less their mean")

@@ -109,7 +109,8 @@ def draw(results: dict, members: list[str], line: list[str], path: Path) -> None
     left.set_xticks(range(len(results)), results)
     left.set_ylabel("pairs in the right order")
     handles, labels = left.get_legend_handles_labels()
-    left.legend(handles[:3], labels[:3], frameon=False, fontsize=9)
+    once = dict(zip(labels, handles, strict=True))  # each label occurs for each set of pairs
+    left.legend(once.values(), once, frameon=False, fontsize=9)
     left.set_title("bars: 95% bootstrap over pairs", fontsize=9, color="#777777", loc="left")
     held_out = [results["held-out"][model] for model in line]
     right.fill_between(LINE, [v[1] for v in held_out], [v[2] for v in held_out], color="#0072B2", alpha=0.15)
