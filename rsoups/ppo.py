@@ -256,9 +256,7 @@ class PPOTrainer(GRPOTrainer):
         local = by_reward[start : start + len(prompts)]
         for i, name in enumerate(self.reward_func_names):
             check_scores(name, local[:, i].tolist(), prompts, responses)
-            self._metrics["train" if self.model.training else "eval"][f"rewards/{name}"].append(
-                by_reward[:, i].mean().item()
-            )
+            self._metrics["train" if self.model.training else "eval"][f"rewards/{name}"] += self._of_all(local[:, i])
             self._logs["rewards"][name].extend(by_reward[:, i].tolist())
         weights = self.reward_weights.to(local.device)
         scores = (local * weights).sum(dim=1) / weights.sum()  # MORL as in the paper: Σ μ_i R_i / Σ μ_i
@@ -266,6 +264,13 @@ class PPOTrainer(GRPOTrainer):
             cut = [ids[-1] not in self.eos_token_ids for ids in response_ids]
             scores = scores - self.args.missing_eos_penalty * torch.tensor(cut, device=scores.device)
         return scores
+
+    def _of_all(self, values: Any) -> list:
+        """What each response of all processes has; in an evaluation without those that only fill up its last batch."""
+        if self.model.training:
+            return gather_object(values) if isinstance(values, list) else self.accelerator.gather(values).tolist()
+        found = self.accelerator.gather_for_metrics(values, use_gather_object=isinstance(values, list))
+        return found if isinstance(found, list) else found.tolist()
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, reduction="sum")
@@ -281,10 +286,11 @@ class PPOTrainer(GRPOTrainer):
     ) -> None:
         """Record the rollout's metrics, and adapt the KL coefficient."""
         mask, logps = batch["completion_mask"], batch["old_logps"]
-        kl = self.accelerator.gather(((logps - ref_logps) * mask).sum(dim=1)).mean().item()
+        kls = self._of_all(((logps - ref_logps) * mask).sum(dim=1))
+        kl = sum(kls) / len(kls)
         metrics = self._metrics[mode]
-        metrics["reward"].append(self.accelerator.gather(scores).mean().item())
-        metrics["kl"].append(kl)
+        metrics["reward"] += self._of_all(scores)
+        metrics["kl"] += kls
         metrics["entropy"].append(self._token_means(mask, -logps)[0])
         metrics["kl_coef"].append(self.kl_controller.coef)
         returns, errors = batch["returns"], batch["returns"] - batch["old_values"]
@@ -293,7 +299,7 @@ class PPOTrainer(GRPOTrainer):
         self._logs["prompt"].extend(prompts)
         self._logs["completion"].extend(responses)
         self._logs["advantages"].extend((batch["advantages"] * mask).sum(dim=1).tolist())
-        every = gather_object(responses)
+        every = self._of_all(responses)
         metrics["distinct"].append(len(set(map(str, every))) / len(every))
         if mode == "train":
             self.kl_controller.update(kl, len(every))

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from safetensors.torch import save_file
-from test_ppo import trainer
+from test_ppo import PROMPTS, trainer
 
 torch.set_num_threads(1)
 out, batch = Path(sys.argv[2]), int(sys.argv[3])
@@ -31,7 +31,7 @@ def pays_for_length_and_prompt(prompts, completions, **columns):
 
 run = trainer(
     out, pays_for_length_and_prompt, per_device_train_batch_size=batch, steps_per_generation=1, max_steps=6,
-    kl_target=0.01, kl_horizon=100, learning_rate=1e-2,
+    kl_target=0.01, kl_horizon=100, learning_rate=1e-2, per_device_eval_batch_size=batch // 4,
 )
 gradients = []
 
@@ -57,7 +57,9 @@ def seen(model, grad_norm=None):
 
 run._generate_single_turn = same_for_a_prompt
 run._get_grad_norm = seen
+run.train_dataset = PROMPTS.select(range(56))  # an epoch is a rollout of 32, and 24 prompts that make no whole one
 run.train()
+run.evaluate(PROMPTS.select(range(5)))  # not as many as two processes take at a time
 if run.accelerator.is_main_process:
     out.mkdir(exist_ok=True)
     save_file(gradients[0], out / "gradients.safetensors")
@@ -109,6 +111,12 @@ def test_the_first_gradients_are_the_same(runs):
 def test_what_is_logged_is_of_all_processes(runs, metric):
     one, two = ([row[metric] for row in rows if metric in row] for rows, _, _ in runs)
     assert len(one) == (6 if "loss" in metric or metric == "grad_norm" else 3)
+    assert one == pytest.approx(two, rel=1e-3, abs=2e-5)
+
+
+@pytest.mark.parametrize("metric", ["reward", "rewards/pays_for_length_and_prompt", "kl", "distinct"])
+def test_an_uneven_evaluation_counts_each_prompt_once(runs, metric):
+    one, two = (next(row[f"eval_{metric}"] for row in rows if f"eval_{metric}" in row) for rows, _, _ in runs)
     assert one == pytest.approx(two, rel=1e-3, abs=2e-5)
 
 
