@@ -47,8 +47,12 @@ def load_rows(task: Task, dataset: str | None, split: str, limit: int | None = N
     Raises:
         DatasetError: Missing file or column, or no usable row.
     """
+    from tqdm.auto import tqdm
+
     most = task.most.get(split) if _is_own(task, dataset) else None
-    return task.rows(raw_rows(task, dataset, split), min(filter(None, (limit, most)), default=None))
+    # Seen only where it takes a while: datasets of the Hub.
+    raw = tqdm(raw_rows(task, dataset, split), desc=f"{task.name}, {split}", unit=" rows", delay=3, leave=False)
+    return task.rows(raw, min(filter(None, (limit, most)), default=None))
 
 
 def _is_own(task: Task, dataset: str | None) -> bool:

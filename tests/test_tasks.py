@@ -1,5 +1,8 @@
 import gzip
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from datasets import Dataset
@@ -175,6 +178,25 @@ def test_datasets_of_the_hub_are_asked_for_the_papers_splits(monkeypatch):
         ("lvwerra/stack-exchange-paired", None, "train", True),
         ("imdb", None, "test", False),
     ]
+
+
+def test_every_process_makes_the_same_prompts(tmp_path):
+    """Each rank reads the dataset for itself; Python's hashes differ between processes."""
+    rows = [{"chosen": f"Human: Why is it so, {i % 9}?\n\nAssistant: because of {i} things in it."} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code = f"""
+from rsoups._resources import load_rows
+from rsoups.tasks import TASKS, with_prefixes
+rows = load_rows(TASKS["assistant"], {str(tmp_path / "rows.jsonl")!r}, "train")
+print(rows, with_prefixes(rows, str.split, " ".join, 2, 4, seed=3))
+"""
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1 and outputs.pop().count(b"because of 39 things") == 1
 
 
 def test_missing_columns_and_empty_datasets_are_named():
