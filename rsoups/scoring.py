@@ -138,8 +138,9 @@ class Reward:
             self._tokenizer = AutoTokenizer.from_pretrained(source, revision=card.revision)
             # The embedded weights are stored in half precision to be small, and computed with in float32.
             dtype = torch.float32 if source != card.model else "auto"
+            # Of "main", said aloud, transformers also looks for the conversion bot's safetensors where it holds a pickle only.
             model = AutoModelForSequenceClassification.from_pretrained(
-                source, revision=card.revision, dtype=dtype, use_safetensors=True
+                source, revision=card.revision or "main", dtype=dtype, use_safetensors=True
             )
         except OSError as error:
             raise RewardError(
