@@ -81,6 +81,7 @@ class Soup:
         svd_errors: The same for each module.
         factors_distance: ‖Δ of ``factors`` - exact Δ‖ / ‖exact Δ‖, measured where the ingredients of a ``factors`` soup
             do not share their initialisation; None otherwise.
+        tensors: How each tensor is made, by PEFT's names.
     """
 
     config: LoraConfig
@@ -95,7 +96,7 @@ class Soup:
 
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors by PEFT's names.
+        """Tensors by PEFT's names, made when first asked for. What is changed in them is not what `save_pretrained` writes.
 
         Raises:
             AdapterError: An ingredient's file was written to since it was opened.
