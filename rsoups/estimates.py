@@ -140,16 +140,20 @@ def hypervolume_and_error(points: NDArray[np.float64], at: Sequence[float]) -> t
     return float(np.mean(rounds)), float(np.std(rounds, ddof=1) / math.sqrt(_ROUNDS))
 
 
-def distinct(texts: Sequence[str], n: int = 2) -> Estimate | None:
-    """Distinct-n: different n-grams of words over all n-grams (Li et al. 2016), None where no text has n words.
+def distinct(texts: Sequence[Sequence[str]], n: int = 2) -> Estimate | None:
+    """Distinct-n of texts by prompt: different n-grams of words over all n-grams (Li et al. 2016); None where there are none.
 
-    The interval is the jackknife's, value ± 1.96 standard errors: a bootstrap draws a text twice and counts it as a repetition.
+    The interval is the jackknife's over prompts, value ± 1.96 standard errors: a bootstrap draws a text twice and counts it
+    as a repetition.
     """
-    grams = [Counter(zip(*(text.split()[i:] for i in range(n)), strict=False)) for text in texts]
+    grams = [
+        Counter(gram for text in some for gram in zip(*(text.split()[i:] for i in range(n)), strict=False))
+        for some in texts
+    ]
     total = sum(map(Counter.total, grams))
     if not total:
         return None
-    holders = Counter(gram for found in grams for gram in found)  # in how many texts
+    holders = Counter(gram for found in grams for gram in found)  # for how many prompts
     value = len(holders) / total
     without = []
     for found in grams:

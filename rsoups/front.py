@@ -401,6 +401,8 @@ class Front:
         if not self.soups:
             raise FrontError("votes choose among soups, and this front has none")
         utility = votes if isinstance(votes, VotedUtility) else fit_votes(votes, self.ingredients)
+        if sorted(utility.ingredients) != sorted(self.ingredients):
+            raise FrontError(f"the votes are about {utility.ingredients}, the soups weigh {self.ingredients}")
         best, share = utility.best_of([point.lambdas or {} for point in self.soups])
         return Choice(self.soups[best], f"best liked in {utility.votes} votes", share)
 

@@ -116,7 +116,7 @@ def _extras(records: Sequence[Sequence[Mapping[str, Any]]], shares: NDArray[np.f
         if all(isinstance(r.get(key), (int, float)) and math.isfinite(r[key]) for some in records for r in some):
             columns[name] = [np.mean([r[key] for r in some]) for some in records]
     extras = estimates_of(np.array(list(columns.values()), dtype=np.float64).T, list(columns), shares)
-    if variety := distinct([r["response"] for some in records for r in some]):
+    if variety := distinct([[r["response"] for r in some] for some in records]):
         extras["distinct-2"] = variety
     if extras.pop("nll", None) and sum(columns.get("tokens", [0])) > 0:
         nll, tokens = means_with_draws(np.array([columns["nll"], columns["tokens"]]).T, shares).T
