@@ -393,12 +393,10 @@ def parallel_chart(front: Front, series: Sequence[Series], models: Mapping[Point
     body = []
     for number, (reward, x) in enumerate(at.items()):
         values = [p.mean[reward] for p in front.points]
-        edge = {
-            0: ("start", 10.0),
-            len(at) - 1: ("end", 670.0),
-        }  # names at the edges stay inside; neighbours take turns
-        anchor, place = edge.get(number, ("middle", x))
-        body += [f'<path class="axis" d="M{x},84V384"/>', _text("name", place, 22 + 26 * (number % 2), reward, anchor)]
+        # Names at the edges stay inside; neighbours take turns where they are many or long.
+        anchor, middle = {0: ("start", 10.0), len(at) - 1: ("end", 670.0)}.get(number, ("middle", x))
+        up = 26 * (crowded and number % 2 == 0)
+        body += [f'<path class="axis" d="M{x},84V384"/>', _text("name", middle, 48 - up, reward, anchor)]
         body += [_text("tick", x, y, f"{value:.3g}", "middle") for y, value in ((74, max(values)), (408, min(values)))]
     set_off = {entry.point for entry in series}
 
