@@ -98,6 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--rows", type=int, default=1000, help="how many of the dataset's rows are looked at")
     preview.set_defaults(run=_preview)
 
+    _add_fronts(commands)
+    for name, text in _RECIPES.items():  # listed here for --help; `main` runs them
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def _add_fronts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands over a sweep's records."""
     report = commands.add_parser("report", help="draw the front of a records file and write its report")
     report.add_argument("records", type=Path, help="records.jsonl of a sweep")
     report.add_argument("--out", type=Path, help="folder of the report; beside the records if left out")
@@ -126,10 +134,6 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--knee", action="store_true", help="where the front bends")
     select.add_argument("--votes", type=Path, help="votes.jsonl: what people chose between generations")
     select.set_defaults(run=_select)
-
-    for name, text in _RECIPES.items():  # listed here for --help; `main` runs them
-        commands.add_parser(name, help=text, add_help=False)
-    return parser
 
 
 def _recipe(name: str, arguments: list[str]) -> None:

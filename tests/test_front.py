@@ -124,11 +124,28 @@ def test_records_that_no_front_can_be_made_of(tmp_path):
         Front.from_records([*good, record("x", None, "prompt 1", c=1.0)])
     with pytest.raises(rsoups.FrontError, match="lacks"):
         Front.from_records([{"name": "base", "rewards": {"a": 1}}])
+    for record_, words in (
+        (["base"], "record 1 is"),
+        (good[0] | {"prompt": []}, "prompt is a text"),
+        (good[0] | {"rewards": 1}, "by name"),
+    ):
+        with pytest.raises(rsoups.FrontError, match=words):
+            Front.from_records([record_])
     with pytest.raises(rsoups.FrontError, match="cannot read"):
         Front.from_jsonl(tmp_path / "nowhere.jsonl")
     path = tmp_path / "records.jsonl"
     path.write_text(json.dumps(good[0]) + "\n{\n")
     with pytest.raises(rsoups.FrontError, match="line 2"):
+        Front.from_jsonl(path)
+
+
+def test_texts_with_unusual_line_ends_stay_on_their_line(tmp_path):
+    path = tmp_path / "records.jsonl"
+    row = record("base", None, "one\u2028two\x85three", a=1.0) | {"response": "four\u2029five"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert Front.from_jsonl(path).prompts == [row["prompt"]]
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(rsoups.FrontError, match="cannot read.*utf-8"):
         Front.from_jsonl(path)
 
 
