@@ -6,10 +6,11 @@ import argparse
 import json
 import logging
 import runpy
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rsoups import __version__
 from rsoups._errors import AdapterError, DatasetError, FrontError, RsoupsError
@@ -266,14 +267,13 @@ def _report(args: argparse.Namespace) -> None:
         name, separator, path = given.rpartition("=")
         others[name if separator else Path(path).stem] = _front(Path(path))
     records = [] if args.records.suffix == ".csv" else read_jsonl(args.records)
-    beside = args.records.with_suffix(".settings.json")
     told = write_report(
         front,
         records,
         args.out or args.records.parent,
         reference=_figures(args.reference) if args.reference else None,
         others=others,
-        settings=json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None,
+        settings=_settings(args.records),
     )
     print(front.to_markdown())
     for sentence in [*front.notes, *told]:
@@ -291,8 +291,22 @@ def _select(args: argparse.Namespace) -> None:
     )
     print(f"{choice}  (all rewards maximised)")
     if choice.point.lambdas:
+        adapters = _settings(args.records).get("adapters", {})
+        found = [_source(args.records.parent, name, adapters.get(name)) for name in choice.point.lambdas]
         weights = " ".join(f"{weight:.6g}" for weight in choice.point.lambdas.values())
-        print(f"rsoups interpolate <{'> <'.join(choice.point.lambdas)}> --lambdas {weights} --out soup")
+        print(f"rsoups interpolate {shlex.join(found)} --lambdas {weights} --out soup")
+
+
+def _settings(records: Path) -> dict[str, Any]:
+    """What a sweep leaves beside its records."""
+    path = records.with_suffix(".settings.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _source(folder: Path, name: str, told: str | None) -> str:
+    """An ingredient's folder, told as seen from that of the records, or its Hub id; its name where neither is known."""
+    inside = folder / told if told else None
+    return str(inside) if inside and inside.is_dir() else told or name
 
 
 def _figures(given: Sequence[str]) -> dict[str, float]:

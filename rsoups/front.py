@@ -38,6 +38,7 @@ from rsoups.points import (
     estimates_of,
     point_of_records,
     point_of_row,
+    prompt_key,
 )
 from rsoups.selection import Constrained, Rule, by_preference, knee
 
@@ -53,7 +54,8 @@ class Front:
     Attributes:
         points: In the order of the records.
         rewards: Names, sorted.
-        prompts: Sorted; empty for a front from elsewhere, which has means only: no figure of it has an interval of ours.
+        prompts: Sorted, messages as JSON; empty for a front from elsewhere, which has means only: no figure of it has an
+            interval of ours.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Front:
         for number, record in enumerate(records, 1):
             rewards = check_record(number, record, rewards)
             key = json.dumps([record["name"], record["lambdas"], record["method"]])
-            groups.setdefault(key, {}).setdefault(record["prompt"], []).append(record)
+            groups.setdefault(key, {}).setdefault(prompt_key(record["prompt"]), []).append(record)
         if not groups:
             raise FrontError("no records: there is nothing to make a front of")
         prompts = sorted(next(iter(groups.values())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,8 +87,8 @@ def check_record(number: int, record: Mapping[str, Any], rewards: list[str]) -> 
         lacks = f"lacks {missing}" if isinstance(record, Mapping) else f"is {record!r}"
         raise FrontError(f"record {number} {lacks}; a record has {list(_FIELDS)}")
     where = f"record {number} ({record['name']}, lambdas {record['lambdas']}, prompt {record['prompt']!r})"
-    if not isinstance(record["prompt"], str) or not isinstance(record["rewards"], Mapping):
-        raise FrontError(f"{where}: prompt is a text, and rewards are values by name; got {record['rewards']!r}")
+    if not isinstance(record["prompt"], (str, list)) or not isinstance(record["rewards"], Mapping):
+        raise FrontError(f"{where}: a prompt is a text or messages, and rewards are values by name")
     known = rewards or sorted(record["rewards"])
     if sorted(record["rewards"]) != known or not known:
         raise FrontError(f"{where} has rewards {sorted(record['rewards'])}, others have {rewards}")
@@ -96,6 +97,11 @@ def check_record(number: int, record: Mapping[str, Any], rewards: list[str]) -> 
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
             raise FrontError(f"{where}: {reward} is {score!r}, must be a finite number")
     return known
+
+
+def prompt_key(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt as a text: messages as JSON."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 def point_of_records(

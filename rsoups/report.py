@@ -29,7 +29,7 @@ from rsoups.charts import (
 )
 from rsoups.front import MORL, Front
 from rsoups.plots import draw_front
-from rsoups.points import Choice, Point
+from rsoups.points import Choice, Point, prompt_key
 from rsoups.tasks import question_of
 
 _SHOWN_LAMBDAS = (0.0, 0.3, 0.5, 0.7, 1.0)
@@ -139,7 +139,7 @@ def _texts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[
     """Records by model and prompt, the first of each."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for record in records:
-        found.setdefault(_key(record["name"], record["lambdas"]), {}).setdefault(record["prompt"], record)
+        found.setdefault(_key(record["name"], record["lambdas"]), {}).setdefault(prompt_key(record["prompt"]), record)
     return found
 
 
@@ -409,7 +409,8 @@ class _Page:
             else ""
         )
         row = "".join(column(point) for point in kept)
-        return f'<article><h3>{escaped(question_of(prompt))}</h3><div class="row">{row}</div>{more}</article>'
+        asked = self._texts[_key(self._shown[0].name, self._shown[0].lambdas)][prompt]["prompt"]
+        return f'<article><h3>{escaped(question_of(asked))}</h3><div class="row">{row}</div>{more}</article>'
 
     def _named(self, point: Point) -> str:
         """The label, with the ingredient's name at the ends."""

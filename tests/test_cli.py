@@ -150,8 +150,11 @@ def test_select_chooses_by_each_rule(tmp_path, capsys):
     ):
         assert main(["select", str(path), *rule]) == 0
         out = capsys.readouterr().out
-        assert f"rsoups interpolate <A> <B> --lambdas {lambdas} --out soup" in out and "of the draws" in out
+        assert f"rsoups interpolate A B --lambdas {lambdas} --out soup" in out and "of the draws" in out
+    (tmp_path / "ppo a").mkdir()
+    (tmp_path / "records.settings.json").write_text(json.dumps({"adapters": {"A": "ppo a", "B": "user/b"}}))
     assert main(["select", str(path), "--knee"]) == 0
+    assert f"rsoups interpolate '{tmp_path}/ppo a' user/b --lambdas" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_records_that_no_front_can_be_made_of(tmp_path):
         Front.from_records([{"name": "base", "rewards": {"a": 1}}])
     for record_, words in (
         (["base"], "record 1 is"),
-        (good[0] | {"prompt": []}, "prompt is a text"),
+        (good[0] | {"prompt": 1}, "a prompt is a text"),
         (good[0] | {"rewards": 1}, "by name"),
     ):
         with pytest.raises(rsoups.FrontError, match=words):

@@ -204,3 +204,15 @@ def test_a_published_front_is_reported_by_its_means(tmp_path):
     assert told[0] == "a: between the ends the soups are +0.200 from the chord on average."
     page = page_of(tmp_path)
     assert "article" not in page.tags and "Means from elsewhere" in "".join(page.text)
+
+
+def test_prompts_may_be_messages(tmp_path):
+    rows = [
+        record(name, None, [{"role": "user", "content": f"Why <{i}>?"}], a=i, b=1.0)
+        for i in range(3)
+        for name in ("base", "x")
+    ]
+    front = Front.from_records(rows)
+    assert front.prompts[0] == '[{"role": "user", "content": "Why <0>?"}]'
+    write_report(front, rows, tmp_path)
+    assert "Why <0>?" in page_of(tmp_path).text
