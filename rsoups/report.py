@@ -107,12 +107,12 @@ def sentences(front: Front, reference: Mapping[str, float] | None, others: Mappi
 
 def _advantage_sentence(front: Front, reference: Mapping[str, float]) -> str:
     try:
-        found = front.advantage(reference)
+        found, counted = front.advantage(reference), ", the ingredients among them"
     except FrontError:  # an end was not evaluated
-        found = front.advantage(reference, with_ends=False)
+        found, counted = front.advantage(reference, with_ends=False), ""
     return (
         f"Soups less MORL in hypervolume: {found.gain}; per PPO run spent, soups {found.per_run[0]} ({found.runs[0]} runs), "
-        f"MORL {found.per_run[1]} ({found.runs[1]} runs, the ingredients among them)."
+        f"MORL {found.per_run[1]} ({found.runs[1]} runs{counted})."
     )
 
 
