@@ -1,0 +1,204 @@
+"""What a sweep left in a folder, made ready to be looked at: its front, base and ingredients; votes and soups go back into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rsoups._errors import AdapterError, DatasetError, FrontError, OutputError
+from rsoups.adapters import Adapter, read_adapter
+from rsoups.front import Front
+from rsoups.soup import Soup
+from rsoups.tasks import question_of, read_jsonl
+
+RECORDS, VOTES, SOUPS = "records.jsonl", "votes.jsonl", "soups"
+_FIRST = "make one first: `rsoups demo` (offline, minutes), then `rsoups explore demo`; or `rsoups sweep --help`"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CHOICES = ("a", "b", "tie")
+_LONGEST_PROMPT = 8_000  # characters
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What all prompts of a sweep share around their questions; empty where they do not.
+
+    Attributes:
+        before, after: A prompt is ``before + question + after``.
+    """
+
+    before: str = ""
+    after: str = ""
+
+    @classmethod
+    def of(cls, prompts: Sequence[str]) -> Frame:
+        found = set()
+        for prompt in prompts:
+            before, _, after = prompt.rpartition(question_of(prompt))
+            found.add((before, after))
+        return cls(*found.pop()) if len(found) == 1 else cls()
+
+    def prompt(self, typed: str) -> str:
+        """What the policy reads where a person has typed this: a question, or a whole prompt in the same frame.
+
+        Raises:
+            DatasetError: Nothing, or very much.
+        """
+        if not typed.strip() or len(typed) > _LONGEST_PROMPT:
+            raise DatasetError(f"a prompt has between 1 and {_LONGEST_PROMPT:,} characters, this one has {len(typed):,}")
+        if not (self.before or self.after) or (typed.startswith(self.before) and typed.endswith(self.after)):
+            return typed
+        return f"{self.before}{' '.join(typed.split())}{self.after}"
+
+    def typed(self, prompt: str) -> str:
+        """What to type for a prompt of the sweep."""
+        return question_of(prompt) if self.before or self.after else prompt
+
+
+@dataclass(frozen=True, eq=False)
+class SweepFolder:
+    """A sweep's folder.
+
+    Attributes:
+        folder: Where records.jsonl lies.
+        front: Of the records.
+        base: Folder, Hub id or ``rsoups/...``.
+        sources: Folders or Hub ids of the ingredients, by name, in λ's order.
+        adapters: The same, read.
+        method: Of the soups.
+        settings: Of the sweep, as it wrote them; empty where it did not.
+    """
+
+    folder: Path
+    front: Front
+    base: str
+    sources: dict[str, str]
+    adapters: dict[str, Adapter]
+    method: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def read(
+        cls, path: str | Path | None, *, base: str | None = None, adapters: Mapping[str, str] | None = None
+    ) -> SweepFolder:
+        """Read a sweep's folder, and find its models.
+
+        Args:
+            path: The folder, or the records file in it.
+            base: The one that records.settings.json or the ingredients' configs name, by default.
+            adapters: Ingredients by name; those that records.settings.json names, or ``ppo-NAME`` beside the records, by
+                default. A file may only name Hub ids and folders within its own.
+
+        Raises:
+            FrontError: No sweep there, or one without soups.
+            AdapterError: An ingredient that is not found or not readable, or no base.
+        """
+        if path is None:
+            raise FrontError(f"whose front? This needs the folder of a sweep: {_FIRST}")
+        records = Path(path) if Path(path).is_file() else Path(path) / RECORDS
+        if not records.is_file():
+            raise FrontError(f"{path} holds no {RECORDS}: {_FIRST}")
+        front = Front.from_jsonl(records)
+        if not front.soups or len(front.soups[0].lambdas or {}) < 2:
+            raise FrontError(f"{records} holds no soups of two ingredients or more: there is no λ to choose")
+        settings = _settings(records.with_suffix(".settings.json"))
+        sources = _sources(records.parent, list(front.soups[0].lambdas or {}), settings, adapters or {})
+        read = {name: read_adapter(source) for name, source in sources.items()}
+        base = base or settings.get("base") or next(iter(read.values())).config.base_model_name_or_path
+        if not base:
+            raise AdapterError("neither the sweep nor its ingredients name their base: say --base")
+        method = front.soups[0].method or "exact"
+        return cls(records.parent, front, base, sources, read, method, settings)
+
+    def vote(self, prompt: str, a: Mapping[str, Any], b: Mapping[str, Any], choice: str) -> None:
+        """Append one choice to votes.jsonl.
+
+        Args:
+            prompt: As the policy read it.
+            a, b: ``{"lambdas": {name: λ}, "response": text}``.
+            choice: ``"a"``, ``"b"`` or ``"tie"``.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        if choice not in _CHOICES:
+            raise ValueError(f"choice is {choice!r}, must be one of {list(_CHOICES)}")
+        line = json.dumps({"prompt": prompt, "a": dict(a), "b": dict(b), "choice": choice}, ensure_ascii=False) + "\n"
+        try:
+            with (self.folder / VOTES).open("ab") as file:  # one write: lines of two processes do not mix
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"the vote was not written: {error.strerror or error}") from None
+
+    def votes(self) -> list[dict[str, Any]]:
+        """All votes so far."""
+        path = self.folder / VOTES
+        return read_jsonl(path) if path.exists() else []
+
+    def save(self, soup: Soup, name: str) -> str:
+        """Save a soup in the folder's soups.
+
+        Returns:
+            ``soups/NAME``.
+
+        Raises:
+            OutputError: The name is none, or taken, or the folder cannot be written.
+        """
+        if not _NAME.fullmatch(name):
+            raise OutputError(
+                "a soup's name is 1 to 64 letters, digits, dots, dashes and underscores, and begins with a letter or digit"
+            )
+        target = self.folder / SOUPS / name
+        if not target.resolve().is_relative_to(self.folder.resolve()):
+            raise OutputError(f"{SOUPS} leads out of the sweep's folder: nothing is written there")
+        if target.exists():
+            raise OutputError(f"{SOUPS}/{name} is there already: choose another name")
+        soup.save_pretrained(target)
+        return f"{SOUPS}/{name}"
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FrontError(f"{path} is not JSON ({error})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("adapters", {}), dict):
+        raise FrontError(f"{path} holds no settings of a sweep")
+    return found
+
+
+def _sources(folder: Path, names: list[str], settings: dict[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+    if unknown := sorted(set(given) - set(names)):
+        raise AdapterError(f"the sweep has no ingredients {unknown}: they are {names}")
+    named = settings.get("adapters", {})
+    found = {}
+    for name in names:
+        if name in given:
+            found[name] = str(given[name])
+        elif name in named:
+            found[name] = _within(folder, name, str(named[name]))
+        elif (beside := Path(_within(folder, name, f"ppo-{name}"))).is_dir():
+            found[name] = str(beside)
+    if missing := [name for name in names if name not in found]:
+        flags = " ".join(f"{name}=FOLDER" for name in missing)
+        raise AdapterError(f"the sweep does not say where its ingredients {missing} are: --adapters {flags}")
+    return found
+
+
+def _within(folder: Path, name: str, source: str) -> str:
+    """A folder that a file names, which is in the file's own; a Hub id as it is."""
+    parts = PurePosixPath(source)
+    path = folder / source
+    if parts.is_absolute() or ".." in parts.parts or not path.resolve().is_relative_to(folder.resolve()):
+        raise AdapterError(
+            f"the sweep's ingredient {name!r} is {source!r}, outside of its folder: if you trust it, --adapters {name}={path}"
+        )
+    return str(path) if path.exists() else source
