@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RewardError,
         RsoupsError,
         TrainingError,
+        VotesError,
     )
     from rsoups.averaging import EMACallback, greedy, moving_average
     from rsoups.front import Front
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rsoups.scoring import Reward, RewardCard, load_reward
     from rsoups.soup import Soup, interpolate
     from rsoups.sweeps import simplex, sweep
+    from rsoups.votes import fit_votes
 
 __version__ = "0.1.0"
 
@@ -43,6 +45,7 @@ _HOMES = {
         "RewardError",
         "RsoupsError",
         "TrainingError",
+        "VotesError",
     ),
     "averaging": ("EMACallback", "greedy", "moving_average"),
     "front": ("Front",),
@@ -53,6 +56,7 @@ _HOMES = {
     "scoring": ("Reward", "RewardCard", "load_reward"),
     "soup": ("Soup", "interpolate"),
     "sweeps": ("simplex", "sweep"),
+    "votes": ("fit_votes",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -75,6 +79,8 @@ __all__ = [
     "RsoupsError",
     "Soup",
     "TrainingError",
+    "VotesError",
+    "fit_votes",
     "greedy",
     "interpolate",
     "interpolate_checkpoints",

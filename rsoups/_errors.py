@@ -7,6 +7,7 @@ RsoupsError
 ├── RewardError           a reward card, its model or its scores (also a ValueError)
 ├── DatasetError          prompts and datasets (also a ValueError)
 ├── FrontError            records and fronts (also a ValueError)
+├── VotesError            choices between generations (also a ValueError)
 ├── TrainingError         a run that would go on in vain: not finite, or run away from its reference
 ├── OutputError           an output folder that is in use or cannot be written
 └── HubError              publishing to or reading from the Hub
@@ -39,6 +40,10 @@ class DatasetError(RsoupsError, ValueError):
 
 class FrontError(RsoupsError, ValueError):
     """Records that no front can be made of."""
+
+
+class VotesError(RsoupsError, ValueError):
+    """Votes that are malformed, or not about the ingredients asked for."""
 
 
 class TrainingError(RsoupsError):

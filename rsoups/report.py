@@ -209,8 +209,8 @@ def _chord_sentences(front: Front) -> list[str]:
     if _has_chord(front) and len(front.soups) > 2:
         inner = [(p, gaps) for p, gaps in front.linear_mode_connectivity() if max((p.lambdas or {}).values()) < 1]
         for reward in front.rewards:
-            above = sum(gaps[reward].low > 0 for _, gaps in inner)
-            below = sum(gaps[reward].high < 0 for _, gaps in inner)
+            above = sum(gaps[reward].is_above_zero for _, gaps in inner)
+            below = sum(gaps[reward].is_below_zero for _, gaps in inner)
             mean = sum(gaps[reward].value for _, gaps in inner) / len(inner)
             out.append(
                 f"{reward}: between the ends the soups are {mean:+.3f} from the chord on average; above it with 95% "

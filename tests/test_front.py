@@ -64,10 +64,12 @@ def test_the_chord_and_what_is_above_it():
         for gap in gaps.values():
             assert gap.value == pytest.approx(0.4 * x * (1 - x), abs=1e-9)
             assert gap.high - gap.low < 1e-9
-    gain = front.compare("MORL", [0.5, 0.5])
+    gain = front.difference(front.at([0.5, 0.5]), front.named("MORL"))
     assert gain["a"].value == pytest.approx(0.1) and gain["b"].low == pytest.approx(0.1)
-    with pytest.raises(rsoups.FrontError, match="no 'nobody'"):
-        front.compare("nobody", [0.5, 0.5])
+    with pytest.raises(rsoups.FrontError, match="no model 'nobody'"):
+        front.named("nobody")
+    with pytest.raises(rsoups.FrontError, match="no soup at"):
+        front.at({"A": 0.4, "B": 0.6})
 
 
 def test_pareto_drops_what_is_dominated():
