@@ -91,12 +91,18 @@ def _launch_settings(host: str) -> dict[str, Any]:
         "app_kwargs": {"middleware": middleware},
         "css": asset("explorer.css"),
         "theme": gr.themes.Base(
-            primary_hue="sky", neutral_hue="slate", radius_size="lg",
-            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],
+            primary_hue="sky",
+            neutral_hue="slate",
+            radius_size="lg",
+            font=["system-ui", "sans-serif"],
+            font_mono=["ui-monospace", "monospace"],
         ).set(
-            slider_color="#0072b2", slider_color_dark="#56b4e9",
-            button_primary_background_fill="#0072b2", button_primary_background_fill_hover="#005a8d",
-            button_primary_background_fill_dark="#0072b2", button_primary_background_fill_hover_dark="#2a8fca",
+            slider_color="#0072b2",
+            slider_color_dark="#56b4e9",
+            button_primary_background_fill="#0072b2",
+            button_primary_background_fill_hover="#005a8d",
+            button_primary_background_fill_dark="#0072b2",
+            button_primary_background_fill_hover_dark="#2a8fca",
         ),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,12 +12,17 @@ import gradio as gr
 from rsoups._errors import RsoupsError
 from rsoups._resources import asset
 from rsoups.explorer_view import advice, axes_of, first_axes, header, plot, question, reading, readout
+from rsoups.points import Point
+from rsoups.sweep_folder import LONGEST_PROMPT
 from rsoups.tasks import question_of
 from rsoups.tasting import LONGEST, Question, Reading, Settings, Tasting, rescaled
 
 _QUEUED = 32  # calls that wait for the model
 _MODEL: dict[str, Any] = {
-    "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"
+    "concurrency_id": "model",
+    "concurrency_limit": 1,
+    "show_progress": "hidden",
+    "api_visibility": "private",
 }
 _AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _TYPED, _ANY = "this prompt", "a random prompt of the sweep"
@@ -43,19 +48,23 @@ class Page:
                     with gr.Tabs():
                         with gr.Tab("Read"):
                             self._add_reading()
-                        with gr.Tab("Vote", visible=len(self._front.soups) > 1):
-                            self._add_vote()
-                        with gr.Tab("Keep", visible=publish):
-                            self._add_keep(publish)
+                        if len(self._front.soups) > 1:
+                            with gr.Tab("Vote"):
+                                self._add_vote()
+                        if publish:
+                            with gr.Tab("Keep"):
+                                self._add_keep()
         self.blocks.queue(max_size=_QUEUED, api_open=False)
 
     def _add_front(self) -> None:
         """The front, what to expect of λ, the sliders; the rewards to draw it over where there are not just two."""
         first, axes = self._tasting.mix([1.0] * len(self._tasting.names)), first_axes(self._front)
-        self._plot = gr.HTML(plot(self._front, *axes, first), elem_id="plot", js_on_load=asset("explorer.js"))
-        self._readout = gr.HTML(readout(self._front, first), elem_id="readout")
+        drawn, told = self._draw(*axes, *first.values())
+        self._plot = gr.HTML(drawn, elem_id="plot", js_on_load=asset("explorer.js"))
+        self._readout = gr.HTML(told, elem_id="readout")
         self._sliders = [
-            gr.Slider(0, 1, value, step=0.01, label=name, elem_classes="lambda", buttons=[]) for name, value in first.items()
+            gr.Slider(0, 1, round(value, 3), step=0.01, label=name, elem_classes="lambda", buttons=[])
+            for name, value in first.items()
         ]
         with gr.Row(visible=len(self._front.rewards) != 2):
             self._axes = [
@@ -63,37 +72,41 @@ class Page:
                 for axis, label in zip(axes, ("Across", "Up"), strict=True)
             ]
         self._drawn = [self._plot, self._readout]
+        self._changes = [self._plot.choose(self._choose, self._axes, [*self._sliders, *self._drawn], **_AT_ONCE)]
         for number, slider in enumerate(self._sliders):
             others = [other for other in self._sliders if other is not slider]
-            slider.input(
-                partial(self._moved, number),
-                [*self._axes, *self._sliders],
-                [*others, *self._drawn],
-                trigger_mode="always_last",
-                **_AT_ONCE,
-            )
+            moved, outputs = partial(self._moved, number), [*others, *self._drawn]
+            inputs = [*self._axes, *self._sliders]
+            self._changes.append(slider.input(moved, inputs, outputs, trigger_mode="always_last", **_AT_ONCE))
         for axis in self._axes:
             axis.input(self._draw, [*self._axes, *self._sliders], self._drawn, **_AT_ONCE)
 
     def _add_prompt(self) -> None:
         """The prompt, and how to generate."""
         frame, settings = self._tasting.frame, self._tasting.found.settings
-        choices = [(question_of(prompt), prompt) for prompt in self._front.prompts]
+        choices = [(question_of(prompt), frame.typed(prompt)) for prompt in self._tasting.found.prompts]
         framed = f"Asked as: {frame.before}…{frame.after}" if frame.before or frame.after else None
         self._typed = gr.Textbox(
-            frame.typed(choices[0][1]), label="Prompt", info=framed, lines=2, max_lines=8, elem_id="prompt", max_length=8_000
+            choices[0][1],
+            label="Prompt",
+            info=framed,
+            lines=2,
+            max_lines=8,
+            elem_id="prompt",
+            max_length=LONGEST_PROMPT,
         )
-        with gr.Accordion("Prompts of the sweep, and how to generate", open=False):
-            chosen = gr.Dropdown(choices, value=choices[0][1], label="Prompts of the sweep")
-            with gr.Row():
-                temperature = min(2.0, float(settings.get("temperature", 0.0)))
-                longest = min(LONGEST, int(settings.get("max_new_tokens", 64)))
-                self._settings = [
-                    gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0: the likeliest word"),
-                    gr.Slider(1, LONGEST, longest, step=1, label="Longest response", info="in tokens"),
-                    gr.Number(0, precision=0, minimum=0, maximum=2**32 - 1, label="Seed", info="the same for all texts"),
-                ]
-        chosen.input(frame.typed, chosen, self._typed, **_AT_ONCE)
+        chosen = gr.Dropdown(choices, value=choices[0][1], label="or one of the sweep's", elem_id="sweeps")
+        temperature = min(2.0, float(settings.get("temperature", 0.0)))
+        longest = min(LONGEST, int(settings.get("max_new_tokens", 64)))
+        with gr.Accordion("How to generate", open=False):
+            self._settings = [
+                gr.Slider(
+                    0, 2, temperature, step=0.05, label="Temperature", info="0: always the likeliest", buttons=[]
+                ),
+                gr.Slider(1, LONGEST, longest, step=1, label="Longest response, in tokens", buttons=[]),
+                gr.Number(0, precision=0, minimum=0, maximum=2**32 - 1, label="Seed", info="the same for every text"),
+            ]
+        chosen.input(str, chosen, self._typed, **_AT_ONCE)
 
     def _add_reading(self) -> None:
         """The texts at λ, of the ends and of the base. Once asked for, the one at λ follows the sliders."""
@@ -102,11 +115,8 @@ class Page:
         known = gr.State(None)
         inputs, outputs = [self._typed, *self._settings, known, *self._sliders], [texts, known]
         gr.on([button.click, self._typed.submit], self._read, inputs, outputs, **_MODEL)
-        for slider in self._sliders:
-            slider.release(self._read_again, inputs, outputs, trigger_mode="always_last", **_MODEL)
-        self._plot.choose(
-            self._choose, [*self._axes], [*self._sliders, *self._drawn], **_AT_ONCE
-        ).then(self._read_again, inputs, outputs, trigger_mode="always_last", **_MODEL)
+        for change in self._changes:
+            change.then(self._read_again, inputs, outputs, trigger_mode="always_last", **_MODEL)
 
     def _add_vote(self) -> None:
         """Two texts, and which is better; then what they were, and the λ that all votes suggest."""
@@ -116,20 +126,18 @@ class Page:
         with gr.Row(elem_id="choices"):
             choices = [
                 gr.Button(label, interactive=False, elem_id=f"choice-{choice}", min_width=90)
-                for choice, label in (("a", "A is better"), ("tie", "Neither"), ("b", "B is better"))
+                for choice, label in (("a", "A is better"), ("tie", "Tie"), ("b", "B is better"))
             ]
-        suggestion = gr.HTML(self._advice(), elem_id="advice")
+        told = gr.HTML(self._advice, elem_id="advice")
+        go = gr.Button("Go to this λ", visible=self._tasting.suggestion is not None, elem_id="go", size="sm")
         asked = gr.State(None)
-        ask.click(
-            self._ask, [about, self._typed, *self._settings], [texts, asked, *choices], **_MODEL
-        )
+        ask.click(self._ask, [about, self._typed, *self._settings], [texts, asked, *choices], **_MODEL)
         for choice, button in zip(("a", "tie", "b"), choices, strict=True):
-            button.click(partial(self._vote, choice), [asked], [texts, asked, *choices, suggestion], **_AT_ONCE)
+            button.click(partial(self._vote, choice), [asked], [texts, asked, *choices, told, go], **_AT_ONCE)
+        go.click(self._follow, self._axes, [*self._sliders, *self._drawn], **_AT_ONCE)
 
-    def _add_keep(self, publish: bool) -> None:
-        """Save or publish the soup at λ. Where that is not offered, the page has no such function either."""
-        if not publish:
-            return
+    def _add_keep(self) -> None:
+        """Save or publish the soup at λ."""
         gr.Markdown("The soup at the chosen λ, as an ordinary PEFT adapter with its lineage.")
         with gr.Group():
             name = gr.Textbox("my-soup", label="Name", info="in the sweep's folder, under soups/", elem_id="soup-name")
@@ -155,21 +163,33 @@ class Page:
 
     def _moved(self, number: int, x: str, y: str, *values: float) -> list[Any]:
         new = rescaled(values, number, values[number])
-        return [*(value for i, value in enumerate(new) if i != number), *self._draw(x, y, *new)]
+        return [*(round(value, 3) for i, value in enumerate(new) if i != number), *self._draw(x, y, *new)]
 
     def _draw(self, x: str, y: str, *values: float) -> list[str]:
-        lambdas = self._tasting.mix(values)
-        return [plot(self._front, x, y, lambdas), readout(self._front, lambdas)]
+        lambdas, advised = self._tasting.mix(values), self._tasting.suggestion
+        return [
+            plot(self._front, x, y, lambdas, advised.point.lambdas if advised else None),
+            readout(self._front, lambdas),
+        ]
 
     def _choose(self, x: str, y: str, event: gr.EventData) -> list[Any]:
         soups = self._front.soups
-        values = list((soups[min(max(0, int(event.at)), len(soups) - 1)].lambdas or {}).values())
-        return [*values, *self._draw(x, y, *values)]
+        return self._go(soups[min(max(0, int(event.at)), len(soups) - 1)], x, y)
 
-    def _read(self, typed: str, temperature: float, longest: int, seed: int, known: Reading | None, *values: float) -> Any:
+    def _follow(self, x: str, y: str) -> list[Any]:
+        advised = self._tasting.suggestion
+        return self._go(advised.point if advised else self._front.soups[0], x, y)
+
+    def _go(self, point: Point, x: str, y: str) -> list[Any]:
+        values = list((point.lambdas or {}).values())
+        return [*(round(value, 3) for value in values), *self._draw(x, y, *values)]
+
+    def _read(
+        self, typed: str, temperature: float, longest: int, seed: int, known: Reading | None, *values: float
+    ) -> Any:
         lambdas = self._tasting.mix(values)
         with self._plainly():
-            settings = Settings(temperature, int(longest), int(seed))
+            settings = Settings(temperature, int(longest), int(seed or 0))
             for found in self._tasting.read(typed, lambdas, settings, known):
                 yield reading(found, self._tasting.names, lambdas), found
 
@@ -181,7 +201,7 @@ class Page:
 
     def _ask(self, about: str, typed: str, temperature: float, longest: int, seed: int) -> Any:
         with self._plainly():
-            settings = Settings(temperature, int(longest), int(seed))
+            settings = Settings(temperature, int(longest), int(seed or 0))
             for asked in self._tasting.ask(typed if about == _TYPED else None, settings):
                 yield question(asked), asked, *[gr.update(interactive=not asked.busy)] * 3
 
@@ -190,10 +210,11 @@ class Page:
             raise gr.Error("There is nothing to choose between yet.", print_exception=False)
         with self._plainly():
             self._tasting.vote(asked, choice)
-        return [question(asked, choice), None, *[gr.update(interactive=False)] * 3, self._advice()]
+        shut = [gr.update(interactive=False)] * 3
+        return [question(asked, choice), None, *shut, self._advice(), gr.update(visible=True)]
 
     def _advice(self) -> str:
-        return advice(len(self._tasting.found.votes()))
+        return advice(self._tasting.votes.votes, self._tasting.suggestion)
 
     def _save(self, name: str, *values: float) -> str:
         with self._plainly():

@@ -8,13 +8,15 @@ from html import escape
 
 import numpy as np
 
-from rsoups.front import BASE, Front, Point
+from rsoups.front import Front
+from rsoups.points import BASE, Choice, Point
 from rsoups.tasks import question_of
 from rsoups.tasting import Question, Reading
 
 _WIDTH, _HEIGHT = 460, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 16, 46
 _SHAPES = ("diamond", "triangle", "cross")  # of the models beside soups and base, told apart without colour
+_MANY = 12
 _NEAREST = 4  # power of the distance: the nearest measured soups decide
 
 
@@ -87,7 +89,9 @@ def reading(found: Reading | None, names: Sequence[str], lambdas: Mapping[str, f
     notes = [shares(lambdas or {}), *("" for _ in names), "no adapter"]
     texts = found.texts if found else [""] * len(titles)
     cards = [
-        _card(title, note, text, "chosen" if not i else "", found is not None and i in found.busy, waiting=found is None)
+        _card(
+            title, note, text, "chosen" if not i else "", found is not None and i in found.busy, waiting=found is None
+        )
         for i, (title, note, text) in enumerate(zip(titles, notes, texts, strict=True))
     ]
     return f'<div class="cards">{"".join(cards)}</div>'
@@ -104,9 +108,13 @@ def question(asked: Question | None, choice: str | None = None) -> str:
     return f'<p class="asked">{escape(question_of(asked.prompt))}</p><div class="cards two">{"".join(cards)}</div>'
 
 
-def advice(votes: int) -> str:
-    """The λ that the votes suggest."""
-    return f'<p class="hint">{votes} votes</p>'
+def advice(votes: int, choice: Choice | None) -> str:
+    """The λ that the votes suggest, and how sure that is."""
+    if choice is None:
+        return '<p class="hint">No votes yet. A dozen begin to show a preference.</p>'
+    many = "1 vote likes" if votes == 1 else f"{votes} votes like"
+    sure = f"In {choice.share:.0%} of what they leave open, it is the best of those measured." if choice.share else ""
+    return f"<p>{many} <strong>{escape(shares(choice.point.lambdas or {}))}</strong> best. {escape(sure)}</p>"
 
 
 def _card(title: str, note: str, text: str, kind: str, busy: bool, waiting: bool = False) -> str:
@@ -128,7 +136,9 @@ def plot(front: Front, x: str, y: str, lambdas: Mapping[str, float], advised: Ma
     """
     scale = _Scale.of(front, x, y)
     parts = [scale.grid(x, y)]
-    soups = [(_place(front, p.lambdas or {}, p.mean, x), _place(front, p.lambdas or {}, p.mean, y)) for p in front.soups]
+    soups = [
+        (_place(front, p.lambdas or {}, p.mean, x), _place(front, p.lambdas or {}, p.mean, y)) for p in front.soups
+    ]
     if len(front.soups[0].lambdas or {}) == 2 and len(soups) > 1:
         ends = scale.path([soups[0], soups[-1]])
         parts.append(f'<path class="chord" d="{ends}"/><path class="line" d="{scale.path(soups)}"/>')
@@ -148,9 +158,7 @@ def plot(front: Front, x: str, y: str, lambdas: Mapping[str, float], advised: Ma
             cx, cy = scale.at(_place(front, chosen, mean, x), _place(front, chosen, mean, y))
             parts.append(f'<circle class="{kind}" cx="{cx:.1f}" cy="{cy:.1f}" r="11"/>')
     name = f"Front: {y} over {x}. Arrow keys move between soups, Enter chooses one."
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="group" aria-label="{escape(name)}">{"".join(parts + labels)}</svg>'
-    )
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="group" aria-label="{escape(name)}">{"".join(parts + labels)}</svg>'
 
 
 def _place(front: Front, lambdas: Mapping[str, float], mean: Mapping[str, float], axis: str) -> float:
@@ -216,9 +224,7 @@ def _bars(scale: _Scale, point: Point, px: float, py: float, x: str, y: str) -> 
 
 def _soup(scale: _Scale, number: int, point: Point, px: float, py: float, x: str, y: str, chosen: bool) -> str:
     cx, cy = scale.at(px, py)
-    rewards = ", ".join(
-        f"{r} {point.mean[r]:.2f} ({point.low[r]:.2f} to {point.high[r]:.2f})" for r in point.mean
-    )
+    rewards = ", ".join(f"{r} {point.mean[r]:.2f} ({point.low[r]:.2f} to {point.high[r]:.2f})" for r in point.mean)
     name = escape(f"{shares(point.lambdas or {})}: {rewards}")
     return (
         f'<g class="soup" role="button" data-at="{number}" tabindex="-1" aria-pressed="{str(chosen).lower()}" '

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def stream(
     live: LiveSoup,
-    prompt: str,
+    prompt: str | list[dict[str, Any]],
     lambdas: Sequence[Sequence[float]] | None,
     *,
     max_new_tokens: int = 64,
@@ -36,7 +36,7 @@ def stream(
 
     Args:
         live: The model, with its tokenizer.
-        prompt: As the policy reads it.
+        prompt: As the policy reads it, or messages for the tokenizer's chat template.
         lambdas: (B, N), one row for each text; None for the base, one text.
         max_new_tokens: Longest response.
         temperature: Of sampling; 0 is greedy.
@@ -52,7 +52,12 @@ def stream(
     if (tokenizer := live.tokenizer) is None:
         raise LambdasError("this LiveSoup was made without a tokenizer: there is nothing to write texts with")
     rows = 1 if lambdas is None else len(lambdas)
-    inputs = tokenizer([prompt] * rows, return_tensors="pt").to(live.model.device)
+    if isinstance(prompt, list):
+        prompt = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+        inputs = tokenizer([prompt] * rows, return_tensors="pt", add_special_tokens=False)
+    else:
+        inputs = tokenizer([prompt] * rows, return_tensors="pt")
+    inputs = inputs.to(live.model.device)
     inputs.pop("token_type_ids", None)
     _check_room(live, inputs["input_ids"].shape[1], max_new_tokens)
     steps, stop = _Steps(), _Stop()

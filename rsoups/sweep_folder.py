@@ -1,4 +1,4 @@
-"""What a sweep left in a folder, made ready to be looked at: its front, base and ingredients; votes and soups go back into it."""
+"""What a sweep left in a folder, ready to be looked at: front, base, ingredients. Votes and soups go back into it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from rsoups.adapters import Adapter, read_adapter
 from rsoups.front import Front
 from rsoups.soup import Soup
 from rsoups.tasks import question_of, read_jsonl
+from rsoups.votes import check_vote, read_votes
 
 RECORDS, VOTES, SOUPS = "records.jsonl", "votes.jsonl", "soups"
 _FIRST = "make one first: `rsoups demo` (offline, minutes), then `rsoups explore demo`; or `rsoups sweep --help`"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_CHOICES = ("a", "b", "tie")
-_LONGEST_PROMPT = 8_000  # characters
+LONGEST_PROMPT = 8_000  # characters
+
+
+Prompt = str | list[dict[str, Any]]  # a text, or messages for the tokenizer's chat template
 
 
 @dataclass(frozen=True)
@@ -29,34 +32,42 @@ class Frame:
 
     Attributes:
         before, after: A prompt is ``before + question + after``.
+        messages: Those before the user's last one, where prompts are messages; None where they are texts.
     """
 
     before: str = ""
     after: str = ""
+    messages: list[dict[str, Any]] | None = None
 
     @classmethod
-    def of(cls, prompts: Sequence[str]) -> Frame:
+    def of(cls, prompts: Sequence[Prompt]) -> Frame:
+        chats = [prompt[:-1] for prompt in prompts if isinstance(prompt, list)]
+        if chats:
+            return cls(messages=chats[0] if all(chat == chats[0] for chat in chats) else [])
         found = set()
         for prompt in prompts:
+            assert isinstance(prompt, str)
             before, _, after = prompt.rpartition(question_of(prompt))
             found.add((before, after))
         return cls(*found.pop()) if len(found) == 1 else cls()
 
-    def prompt(self, typed: str) -> str:
+    def prompt(self, typed: str) -> Prompt:
         """What the policy reads where a person has typed this: a question, or a whole prompt in the same frame.
 
         Raises:
             DatasetError: Nothing, or very much.
         """
-        if not typed.strip() or len(typed) > _LONGEST_PROMPT:
-            raise DatasetError(f"a prompt has between 1 and {_LONGEST_PROMPT:,} characters, this one has {len(typed):,}")
+        if not typed.strip() or len(typed) > LONGEST_PROMPT:
+            raise DatasetError(f"a prompt has between 1 and {LONGEST_PROMPT:,} characters, this one has {len(typed):,}")
+        if self.messages is not None:
+            return [*self.messages, {"role": "user", "content": typed.strip()}]
         if not (self.before or self.after) or (typed.startswith(self.before) and typed.endswith(self.after)):
             return typed
         return f"{self.before}{' '.join(typed.split())}{self.after}"
 
-    def typed(self, prompt: str) -> str:
+    def typed(self, prompt: Prompt) -> str:
         """What to type for a prompt of the sweep."""
-        return question_of(prompt) if self.before or self.after else prompt
+        return prompt if isinstance(prompt, str) and not (self.before or self.after) else question_of(prompt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +77,7 @@ class SweepFolder:
     Attributes:
         folder: Where records.jsonl lies.
         front: Of the records.
+        prompts: Of the records, each once.
         base: Folder, Hub id or ``rsoups/...``.
         sources: Folders or Hub ids of the ingredients, by name, in λ's order.
         adapters: The same, read.
@@ -75,6 +87,7 @@ class SweepFolder:
 
     folder: Path
     front: Front
+    prompts: list[Prompt]
     base: str
     sources: dict[str, str]
     adapters: dict[str, Adapter]
@@ -112,9 +125,10 @@ class SweepFolder:
         if not base:
             raise AdapterError("neither the sweep nor its ingredients name their base: say --base")
         method = front.soups[0].method or "exact"
-        return cls(records.parent, front, base, sources, read, method, settings)
+        prompts = list({json.dumps(row["prompt"]): row["prompt"] for row in read_jsonl(records)}.values())
+        return cls(records.parent, front, prompts, base, sources, read, method, settings)
 
-    def vote(self, prompt: str, a: Mapping[str, Any], b: Mapping[str, Any], choice: str) -> None:
+    def vote(self, prompt: Prompt, a: Mapping[str, Any], b: Mapping[str, Any], choice: str) -> None:
         """Append one choice to votes.jsonl.
 
         Args:
@@ -123,11 +137,12 @@ class SweepFolder:
             choice: ``"a"``, ``"b"`` or ``"tie"``.
 
         Raises:
+            VotesError: The choice is another one, or the λ are not of these ingredients.
             OutputError: The file cannot be written.
         """
-        if choice not in _CHOICES:
-            raise ValueError(f"choice is {choice!r}, must be one of {list(_CHOICES)}")
-        line = json.dumps({"prompt": prompt, "a": dict(a), "b": dict(b), "choice": choice}, ensure_ascii=False) + "\n"
+        vote = {"prompt": prompt, "a": dict(a), "b": dict(b), "choice": choice}
+        check_vote("this choice", vote, list(self.adapters))
+        line = json.dumps(vote) + "\n"
         try:
             with (self.folder / VOTES).open("ab") as file:  # one write: lines of two processes do not mix
                 file.write(line.encode())
@@ -137,9 +152,13 @@ class SweepFolder:
             raise OutputError(f"the vote was not written: {error.strerror or error}") from None
 
     def votes(self) -> list[dict[str, Any]]:
-        """All votes so far."""
+        """All votes so far.
+
+        Raises:
+            VotesError: A line that is not a vote.
+        """
         path = self.folder / VOTES
-        return read_jsonl(path) if path.exists() else []
+        return read_votes(path) if path.exists() else []
 
     def save(self, soup: Soup, name: str) -> str:
         """Save a soup in the folder's soups.

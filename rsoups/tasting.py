@@ -6,12 +6,12 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from rsoups._errors import DatasetError, HubError, OutputError
+from rsoups._errors import DatasetError, HubError
 from rsoups.live import LiveSoup
 from rsoups.streaming import stream
-from rsoups.sweep_folder import Frame, SweepFolder
+from rsoups.sweep_folder import Frame, Prompt, SweepFolder
+from rsoups.votes import fit_votes
 
 LONGEST = 512  # tokens of a response
 _ABSOLUTE = re.compile(r"(?<![\w:/.])/(?:[^\s'\"/]+/)*")
@@ -43,7 +43,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 2 or not 1 <= self.max_new_tokens <= LONGEST or not 0 <= self.seed < 2**32:
-            raise DatasetError(f"temperature is 0 to 2, the longest response 1 to {LONGEST} tokens, the seed 0 or above")
+            raise DatasetError(
+                f"temperature is 0 to 2, the longest response 1 to {LONGEST} tokens, the seed 0 or above"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Reading:
         busy: Places of the texts that are still being written.
     """
 
-    asked: tuple[str, Settings]
+    asked: tuple[Prompt, Settings]
     texts: tuple[str, ...]
     busy: range = range(0)
 
@@ -72,7 +74,7 @@ class Question:
         busy: Whether they are still being written.
     """
 
-    prompt: str
+    prompt: Prompt
     lambdas: tuple[dict[str, float], dict[str, float]]
     texts: tuple[str, str]
     busy: bool = False
@@ -86,11 +88,14 @@ class Tasting:
         front: Its front.
         names: Of the ingredients, in λ's order.
         frame: Of its prompts.
+        votes: What they say about λ so far.
+        suggestion: The soup of the front that they like best, and how sure that is; None without votes.
     """
 
     def __init__(self, found: SweepFolder, live: LiveSoup):
         self.found, self.front, self.names, self._live = found, found.front, live.names, live
-        self.frame = Frame.of(found.front.prompts)
+        self.frame = Frame.of(found.prompts)
+        self._count()
         self._random = random.Random()
 
     def mix(self, values: Sequence[float]) -> dict[str, float]:
@@ -126,15 +131,15 @@ class Tasting:
         yield Reading(asked, tuple(texts))
 
     def ask(self, typed: str | None, settings: Settings) -> Iterator[Question]:
-        """Two texts of one prompt at two λ of the front, in an order that tells nothing.
+        """Two texts of one prompt at the two λ of the front that tell most, in an order that tells nothing.
 
         Args:
             typed: A question or a prompt; one of the sweep's at random if None.
             settings: Of the generation.
         """
-        prompt = self._random.choice(self.front.prompts) if typed is None else self.frame.prompt(typed)
-        pair = [dict(point.lambdas or {}) for point in self._random.sample(self.front.soups, 2)]
-        sides = pair[0], pair[1]
+        prompt = self._random.choice(self.found.prompts) if typed is None else self.frame.prompt(typed)
+        first, second = self.votes.ask([point.lambdas or {} for point in self.front.soups])
+        sides = (first, second) if self._random.random() < 0.5 else (second, first)
         texts = ("", "")
         for step in self._stream((prompt, settings), [list(lambdas.values()) for lambdas in sides]):
             texts = (step[0], step[1])
@@ -148,6 +153,11 @@ class Tasting:
             for lambdas, text in zip(question.lambdas, question.texts, strict=True)
         )
         self.found.vote(question.prompt, a, b, choice)
+        self._count()
+
+    def _count(self) -> None:
+        self.votes = fit_votes(self.found.votes(), self.names)
+        self.suggestion = self.front.select(votes=self.votes) if self.votes.votes else None
 
     def save(self, lambdas: dict[str, float], name: str) -> str:
         """Save the soup at λ. Returns where, from the sweep's folder on."""
@@ -179,7 +189,7 @@ class Tasting:
                 text = text.replace(folder, "the sweep's folder")
         return _ABSOLUTE.sub("", text)
 
-    def _stream(self, asked: tuple[str, Settings], rows: list[list[float]] | None) -> Iterator[list[str]]:
+    def _stream(self, asked: tuple[Prompt, Settings], rows: list[list[float]] | None) -> Iterator[list[str]]:
         prompt, settings = asked
         return stream(
             self._live,

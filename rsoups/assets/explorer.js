@@ -1,23 +1,19 @@
 // The front's soups as buttons: a click or Enter chooses one, arrow keys move between them (one stop of Tab for all).
+// `element`, `trigger` and `watch` are Gradio's.
 const soups = () => [...element.querySelectorAll("[data-at]")];
-let at = null; // the soup that the keyboard is on, which outlives the drawing
-
+const stopAt = (at) => soups().forEach((soup, i) => soup.setAttribute("tabindex", i === at ? "0" : "-1"));
 const choose = (soup) => trigger("choose", { at: Number(soup.dataset.at) });
 
 const prepare = () => {
   const all = soups();
-  if (!all.length) return;
+  const focused = all.indexOf(document.activeElement);
   const pressed = all.findIndex((soup) => soup.getAttribute("aria-pressed") === "true");
-  const stop = at !== null && at < all.length ? at : Math.max(0, pressed);
-  all.forEach((soup, i) => soup.setAttribute("tabindex", i === stop ? "0" : "-1"));
-  if (at !== null && document.activeElement === document.body) all[stop].focus();
+  stopAt(Math.max(0, focused >= 0 ? focused : pressed));
 };
 
 element.addEventListener("click", (event) => {
   const soup = event.target.closest("[data-at]");
-  if (!soup) return;
-  at = null;
-  choose(soup);
+  if (soup) choose(soup);
 });
 element.addEventListener("keydown", (event) => {
   const soup = event.target.closest("[data-at]");
@@ -25,15 +21,13 @@ element.addEventListener("keydown", (event) => {
   const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
   if (step) {
     const all = soups();
-    at = Math.min(all.length - 1, Math.max(0, Number(soup.dataset.at) + step));
-    all.forEach((other, i) => other.setAttribute("tabindex", i === at ? "0" : "-1"));
+    const at = Math.min(all.length - 1, Math.max(0, all.indexOf(soup) + step));
+    stopAt(at);
     all[at].focus();
   } else if (event.key === "Enter" || event.key === " ") {
-    at = Number(soup.dataset.at);
     choose(soup);
   } else return;
   event.preventDefault();
 });
-element.addEventListener("focusout", (event) => { if (event.relatedTarget) at = null; });
-new MutationObserver(prepare).observe(element, { childList: true, subtree: true });
+watch("value", prepare);
 prepare();
