@@ -115,8 +115,9 @@ class Page:
         known = gr.State(None)
         inputs, outputs = [self._typed, *self._settings, known, *self._sliders], [texts, known]
         gr.on([button.click, self._typed.submit], self._read, inputs, outputs, **_MODEL)
+        self._again: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "trigger_mode": "always_last", **_MODEL}
         for change in self._changes:
-            change.then(self._read_again, inputs, outputs, trigger_mode="always_last", **_MODEL)
+            change.then(self._read_again, **self._again)
 
     def _add_vote(self) -> None:
         """Two texts, and which is better; then what they were, and the λ that all votes suggest."""
@@ -134,7 +135,8 @@ class Page:
         ask.click(self._ask, [about, self._typed, *self._settings], [texts, asked, *choices], **_MODEL)
         for choice, button in zip(("a", "tie", "b"), choices, strict=True):
             button.click(partial(self._vote, choice), [asked], [texts, asked, *choices, told, go], **_AT_ONCE)
-        go.click(self._follow, self._axes, [*self._sliders, *self._drawn], **_AT_ONCE)
+        followed = go.click(self._follow, self._axes, [*self._sliders, *self._drawn], **_AT_ONCE)
+        followed.then(self._read_again, **self._again)
 
     def _add_keep(self) -> None:
         """Save or publish the soup at λ."""

@@ -56,9 +56,18 @@ def measured(front: Front, lambdas: Mapping[str, float]) -> Point | None:
     return near[0] if near else None
 
 
+def _interval(point: Point, reward: str) -> str:
+    return f"{point.low[reward]:.2f} to {point.high[reward]:.2f}" if reward in point.low else ""
+
+
+def _described(name: str, point: Point) -> str:
+    intervals = {r: f" ({_interval(point, r)})" if r in point.low else "" for r in point.mean}
+    return f"{name}: " + ", ".join(f"{r} {point.mean[r]:.2f}{intervals[r]}" for r in point.mean)
+
+
 def shares(lambdas: Mapping[str, float]) -> str:
     """λ in words: ``30% helpful, 70% harmless``."""
-    return ", ".join(f"{100 * x:.0f}% {name}" for name, x in lambdas.items())
+    return ", ".join(f"{100 * x:.0f}% {name}" for name, x in lambdas.items() if x >= 0.005)
 
 
 def readout(front: Front, lambdas: Mapping[str, float]) -> str:
@@ -67,7 +76,7 @@ def readout(front: Front, lambdas: Mapping[str, float]) -> str:
     mean = point.mean if point else expected(front, lambdas)
     cells = []
     for reward in front.rewards:
-        interval = f"{point.low[reward]:.2f} to {point.high[reward]:.2f}" if point else "between measured λ"
+        interval = _interval(point, reward) if point else "between measured λ"
         sign = "" if point else "≈ "
         cells.append(
             f"<div><dt>{escape(reward)}</dt><dd>{sign}{mean[reward]:.2f} <small>{escape(interval)}</small></dd></div>"
@@ -112,9 +121,9 @@ def advice(votes: int, choice: Choice | None) -> str:
     """The λ that the votes suggest, and how sure that is."""
     if choice is None:
         return '<p class="hint">No votes yet. A dozen begin to show a preference.</p>'
-    many = "1 vote likes" if votes == 1 else f"{votes} votes like"
-    sure = f"In {choice.share:.0%} of what they leave open, it is the best of those measured." if choice.share else ""
-    return f"<p>{many} <strong>{escape(shares(choice.point.lambdas or {}))}</strong> best. {escape(sure)}</p>"
+    after = "1 vote" if votes == 1 else f"{votes} votes"
+    sure = "" if choice.share is None else f" That is {choice.share:.0%} sure, among the soups measured."
+    return f"<p>After {after}, <strong>{escape(shares(choice.point.lambdas or {}))}</strong> looks best.{sure}</p>"
 
 
 def _card(title: str, note: str, text: str, kind: str, busy: bool, waiting: bool = False) -> str:
@@ -206,8 +215,8 @@ class _Scale:
 def _range(front: Front, axis: str) -> tuple[float, float]:
     if axis not in front.rewards:
         return -0.04, 1.04
-    low = min(point.low[axis] for point in front.points)
-    high = max(point.high[axis] for point in front.points)
+    low = min(point.low.get(axis, point.mean[axis]) for point in front.points)
+    high = max(point.high.get(axis, point.mean[axis]) for point in front.points)
     margin = 0.07 * (high - low) or 0.5
     return low - margin, high + margin
 
@@ -215,17 +224,16 @@ def _range(front: Front, axis: str) -> tuple[float, float]:
 def _bars(scale: _Scale, point: Point, px: float, py: float, x: str, y: str) -> str:
     """95% intervals, a line for each axis that is a reward."""
     out = ""
-    if x in point.mean:
+    if x in point.low:
         out += scale.path([(point.low[x], py), (point.high[x], py)])
-    if y in point.mean:
+    if y in point.low:
         out += scale.path([(px, point.low[y]), (px, point.high[y])])
     return f'<path class="bars" d="{out}"/>'
 
 
 def _soup(scale: _Scale, number: int, point: Point, px: float, py: float, x: str, y: str, chosen: bool) -> str:
     cx, cy = scale.at(px, py)
-    rewards = ", ".join(f"{r} {point.mean[r]:.2f} ({point.low[r]:.2f} to {point.high[r]:.2f})" for r in point.mean)
-    name = escape(f"{shares(point.lambdas or {})}: {rewards}")
+    name = escape(_described(shares(point.lambdas or {}), point))
     return (
         f'<g class="soup" role="button" data-at="{number}" tabindex="-1" aria-pressed="{str(chosen).lower()}" '
         f'aria-label="{name}"><title>{name}</title>{_bars(scale, point, px, py, x, y)}'
@@ -241,10 +249,9 @@ def _mark(scale: _Scale, point: Point, x: str, y: str, shape: str) -> str:
         "triangle": "M0 -7L7 5H-7Z",
         "cross": "M-2 -6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
     }[shape]
-    rewards = ", ".join(f"{r} {point.mean[r]:.2f} ({point.low[r]:.2f} to {point.high[r]:.2f})" for r in point.mean)
     bars = _bars(scale, point, point.mean[x], point.mean[y], x, y)
     return (
-        f'<g class="other {shape}"><title>{escape(f"{point.name}: {rewards}")}</title>{bars}'
+        f'<g class="other {shape}"><title>{escape(_described(point.name, point))}</title>{bars}'
         f'<path class="dot" transform="translate({cx:.1f} {cy:.1f})" d="{outline}"/></g>'
     )
 

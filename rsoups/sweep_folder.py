@@ -75,7 +75,7 @@ class SweepFolder:
     """A sweep's folder.
 
     Attributes:
-        folder: Where records.jsonl lies.
+        records: The file of records.
         front: Of the records.
         prompts: Of the records, each once.
         base: Folder, Hub id or ``rsoups/...``.
@@ -85,7 +85,7 @@ class SweepFolder:
         settings: Of the sweep, as it wrote them; empty where it did not.
     """
 
-    folder: Path
+    records: Path
     front: Front
     prompts: list[Prompt]
     base: str
@@ -126,7 +126,12 @@ class SweepFolder:
             raise AdapterError("neither the sweep nor its ingredients name their base: say --base")
         method = front.soups[0].method or "exact"
         prompts = list({json.dumps(row["prompt"]): row["prompt"] for row in read_jsonl(records)}.values())
-        return cls(records.parent, front, prompts, base, sources, read, method, settings)
+        return cls(records, front, prompts, base, sources, read, method, settings)
+
+    @property
+    def folder(self) -> Path:
+        """Where the records lie."""
+        return self.records.parent
 
     def vote(self, prompt: Prompt, a: Mapping[str, Any], b: Mapping[str, Any], choice: str) -> None:
         """Append one choice to votes.jsonl.
@@ -191,6 +196,9 @@ def _settings(path: Path) -> dict[str, Any]:
         raise FrontError(f"{path} is not JSON ({error})") from None
     if not isinstance(found, dict) or not isinstance(found.get("adapters", {}), dict):
         raise FrontError(f"{path} holds no settings of a sweep")
+    for name, kinds in (("temperature", (int, float)), ("max_new_tokens", int), ("base", str)):
+        if not isinstance(found.get(name, kinds() if isinstance(kinds, type) else 0), kinds):
+            raise FrontError(f"{path}: {name} is {found[name]!r}")
     return found
 
 

@@ -85,6 +85,7 @@ class Tasting:
 
     Attributes:
         found: The sweep.
+        live: Its model.
         front: Its front.
         names: Of the ingredients, in λ's order.
         frame: Of its prompts.
@@ -93,7 +94,7 @@ class Tasting:
     """
 
     def __init__(self, found: SweepFolder, live: LiveSoup):
-        self.found, self.front, self.names, self._live = found, found.front, live.names, live
+        self.found, self.live, self.front, self.names = found, live, found.front, live.names
         self.frame = Frame.of(found.prompts)
         self._count()
         self._random = random.Random()
@@ -161,7 +162,7 @@ class Tasting:
 
     def save(self, lambdas: dict[str, float], name: str) -> str:
         """Save the soup at λ. Returns where, from the sweep's folder on."""
-        return self.found.save(self._live.to_soup(list(lambdas.values())), name.strip())
+        return self.found.save(self.live.to_soup(list(lambdas.values())), name.strip())
 
     def push(self, lambdas: dict[str, float], repo_id: str, private: bool) -> str:
         """Publish the soup at λ with huggingface_hub's own token. Returns the commit's URL.
@@ -179,7 +180,7 @@ class Tasting:
             repo_id = ""
         if repo_id.count("/") != 1:
             raise HubError("where to? A repository on the Hub is user/name")
-        return self._live.to_soup(list(lambdas.values())).push_to_hub(repo_id, private=private)
+        return self.live.to_soup(list(lambdas.values())).push_to_hub(repo_id, private=private)
 
     def plain(self, error: Exception) -> str:
         """An error in words that tell nothing of this machine's folders."""
@@ -192,7 +193,7 @@ class Tasting:
     def _stream(self, asked: tuple[Prompt, Settings], rows: list[list[float]] | None) -> Iterator[list[str]]:
         prompt, settings = asked
         return stream(
-            self._live,
+            self.live,
             prompt,
             rows,
             max_new_tokens=settings.max_new_tokens,

@@ -137,6 +137,7 @@ def test_report_draws_from_records_alone(tmp_path, capsys):
         ["tasks"],
         ["preview"],
         ["report"],
+        ["explore"],
         ["sweep"],
         ["demo"],
     ],

@@ -33,9 +33,12 @@ ORDER = [
     {"comparison", "points", "selection", "stacking"},
     {"_resources", "front"},
     {"soup", "scoring", "hub"},
-    {"averaging", "full_weights", "inspection", "live", "merging"},
-    {"ppo", "sweeps"},
-    {"report"},
+    {"averaging", "full_weights", "inspection", "live", "merging", "sweep_folder"},
+    {"ppo", "streaming", "sweeps"},
+    {"report", "space", "tasting"},
+    {"explorer_view"},
+    {"explorer_page"},
+    {"explorer"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -120,6 +123,8 @@ def test_the_wheel_holds_one_package_with_its_cards_recipes_and_assets(wheel):
         "recipes/configs/embedded.yaml",
         "assets/tiny-llama/model.safetensors",
         "assets/concepts/test.jsonl",
+        "assets/explorer.css",
+        "assets/explorer.js",
     ):
         assert f"rsoups/{needed}" in names
     assert not [name for name in names if name.endswith((".pyc", ".bin", ".pt"))]
@@ -149,6 +154,6 @@ print("works")
 def test_nothing_fetched_is_in_the_assets():
     """The embedded weights and our own prompts; none of the sentences that they were trained on."""
     files = {p.suffix for p in (ROOT / "rsoups" / "assets").rglob("*") if p.is_file()}
-    assert files <= {".json", ".safetensors", ".md", ".jsonl", ".html"}
+    assert files <= {".css", ".html", ".js", ".json", ".jsonl", ".md", ".safetensors"}
     size = sum(p.stat().st_size for p in (ROOT / "rsoups" / "assets").rglob("*"))
     assert size < 16 * 2**20
