@@ -102,7 +102,7 @@ def _launch_settings(host: str) -> dict[str, Any]:
             button_primary_background_fill="#0072b2",
             button_primary_background_fill_hover="#005a8d",
             button_primary_background_fill_dark="#0072b2",
-            button_primary_background_fill_hover_dark="#2a8fca",
+            button_primary_background_fill_hover_dark="#005a8d",
         ),
     }
 

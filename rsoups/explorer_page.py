@@ -122,7 +122,7 @@ class Page:
     def _add_vote(self) -> None:
         """Two texts, and which is better; then what they were, and the λ that all votes suggest."""
         about = gr.Radio([_ANY, _TYPED], value=_ANY, label="Compare two soups on", elem_id="about")
-        ask = gr.Button("Two texts", variant="primary", elem_id="ask")
+        ask = gr.Button("Show two texts", variant="primary", elem_id="ask")
         texts = gr.HTML(question(None), elem_id="question")
         with gr.Row(elem_id="choices"):
             choices = [

@@ -103,7 +103,8 @@ def reading(found: Reading | None, names: Sequence[str], lambdas: Mapping[str, f
         )
         for i, (title, note, text) in enumerate(zip(titles, notes, texts, strict=True))
     ]
-    return f'<div class="cards">{"".join(cards)}</div>'
+    columns = len(names) + 1 if len(names) < 4 else 3
+    return f'<div class="cards" style="--columns: {columns}">{"".join(cards)}</div>'
 
 
 def question(asked: Question | None, choice: str | None = None) -> str:
