@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rsoups import __version__
-from rsoups._errors import AdapterError, DatasetError, RsoupsError
+from rsoups._errors import AdapterError, DatasetError, FrontError, RsoupsError
 from rsoups._resources import shipped
+
+if TYPE_CHECKING:
+    from rsoups.front import Front
 
 _RECIPES = {
     "sweep": "generate and score at every λ, then draw the front and write the report",
@@ -96,8 +101,40 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="draw the front of a records file and write its report")
     report.add_argument("records", type=Path, help="records.jsonl of a sweep")
     report.add_argument("--out", type=Path, help="folder of the report; beside the records if left out")
+    report.add_argument(
+        "--reference",
+        nargs="+",
+        metavar="REWARD=VALUE",
+        help="where hypervolume is counted from, for each reward (all maximised)",
+    )
+    report.add_argument(
+        "--other",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="further fronts: records.jsonl, or points in a .csv",
+    )
     report.set_defaults(run=_report)
 
+    select = commands.add_parser("select", help="choose λ among the soups of a records file, by one rule")
+    select.add_argument("records", type=Path, help="records.jsonl of a sweep, or points in a .csv")
+    select.add_argument("--preference", nargs="+", metavar="REWARD=WEIGHT", help="the largest weighted sum")
+    select.add_argument(
+        "--maximise", metavar="REWARD", help="the most of one reward, with --subject_to limits of others"
+    )
+    select.add_argument("--subject_to", nargs="+", metavar="'REWARD >= 0.2'", help="limits of rewards, each in quotes")
+    select.add_argument("--knee", action="store_true", help="where the front bends")
+    select.add_argument("--votes", type=Path, help="votes.jsonl: what people chose between generations")
+    select.set_defaults(run=_select)
+
+    _add_explore(commands)
+
+    for name, text in _RECIPES.items():  # listed here for --help; `main` runs them
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def _add_explore(commands: Any) -> None:
     explore = commands.add_parser("explore", help="choose λ on a page: slide, read, vote, save; or write it as a Space")
     explore.add_argument("folder", nargs="?", type=Path, help="of a sweep: records.jsonl, the models beside it")
     explore.add_argument("--base", help="folder or Hub id; the sweep's if left out")
@@ -106,10 +143,6 @@ def _parser() -> argparse.ArgumentParser:
     explore.add_argument("--port", type=int, help="the first free one from 7860 if left out")
     explore.add_argument("--export", type=Path, metavar="FOLDER", help="write a Hugging Face Space there instead")
     explore.set_defaults(run=_explore)
-
-    for name, text in _RECIPES.items():  # listed here for --help; `main` runs them
-        commands.add_parser(name, help=text, add_help=False)
-    return parser
 
 
 def _recipe(name: str, arguments: list[str]) -> None:
@@ -226,15 +259,71 @@ def _preview(args: argparse.Namespace) -> None:
                 print(f"  {reward.name} scores it {reward([row['prompt']], [said])[0]:.4g}")
 
 
-def _report(args: argparse.Namespace) -> None:
+def _front(path: Path) -> Front:
     from rsoups.front import Front
+
+    return Front.from_csv(path) if path.suffix == ".csv" else Front.from_jsonl(path)
+
+
+def _report(args: argparse.Namespace) -> None:
     from rsoups.report import write_report
     from rsoups.tasks import read_jsonl
 
-    front = Front.from_jsonl(args.records)
-    write_report(front, read_jsonl(args.records), args.out or args.records.parent)
+    front = _front(args.records)
+    others = {}
+    for given in args.other:
+        name, separator, path = given.rpartition("=")
+        others[name if separator else Path(path).stem] = _front(Path(path))
+    records = [] if args.records.suffix == ".csv" else read_jsonl(args.records)
+    beside = args.records.with_suffix(".settings.json")
+    told = write_report(
+        front,
+        records,
+        args.out or args.records.parent,
+        reference=_figures(args.reference) if args.reference else None,
+        others=others,
+        settings=json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None,
+    )
     print(front.to_markdown())
+    for sentence in [*front.notes, *told]:
+        print(f"- {sentence}")
     print(args.out or args.records.parent)
+
+
+def _select(args: argparse.Namespace) -> None:
+    choice = _front(args.records).select(
+        _figures(args.preference) if args.preference else None,
+        maximise=args.maximise,
+        subject_to=dict(_limit(text) for text in args.subject_to) if args.subject_to else None,
+        knee=args.knee,
+        votes=args.votes,
+    )
+    print(f"{choice}  (all rewards maximised)")
+    if choice.point.lambdas:
+        weights = " ".join(f"{weight:.6g}" for weight in choice.point.lambdas.values())
+        print(f"rsoups interpolate <{'> <'.join(choice.point.lambdas)}> --lambdas {weights} --out soup")
+
+
+def _figures(given: Sequence[str]) -> dict[str, float]:
+    """``a=.7 b=.3``, or ``a=.7,b=.3``."""
+    found = {}
+    for pair in ",".join(given).split(","):
+        name, separator, value = pair.rpartition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise FrontError(f"{pair!r} is not REWARD=NUMBER")
+    return found
+
+
+def _limit(text: str) -> tuple[str, str]:
+    """``a >= 0.2`` to the reward and its limit."""
+    place = min((at for sign in "<>" if (at := text.find(sign)) > 0), default=0)
+    if not place:
+        raise FrontError(f"the limit {text!r} is not like 'REWARD >= 0.2'")
+    return text[:place].strip(), text[place:]
 
 
 def _explore(args: argparse.Namespace) -> None:

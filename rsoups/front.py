@@ -179,6 +179,14 @@ class Front:
             raise FrontError(f"no records at λ = 1 of {missing}: sweep the ends too")
         return {name: found[name] for name in self.ingredients}
 
+    @property
+    def has_chord(self) -> bool:
+        """Whether it can be drawn over λ: more than one soup of two ingredients, both ends included."""
+        try:
+            return len(self.soups) > 1 and len(self.ends) == 2
+        except FrontError:
+            return False
+
     def at(self, lambdas: Sequence[float] | Mapping[str, float]) -> Point:
         """The soup at λ, in the order of the ingredients or by their names.
 

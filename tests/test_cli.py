@@ -125,6 +125,57 @@ def test_report_draws_from_records_alone(tmp_path, capsys):
     assert "| MORL |" in capsys.readouterr().out
 
 
+def test_report_compares_fronts_above_a_reference(tmp_path, capsys):
+    path, csv = tmp_path / "records.jsonl", tmp_path / "published.csv"
+    path.write_text("".join(json.dumps(row) + "\n" for row in records(n=5, bulge=0.1)[0]))
+    csv.write_text("lambda_A,lambda_B,a,b\n1,0,1,0\n0,1,0,1\n")
+    command = ["report", str(path), "--reference", "a=-4,b=-4", "--other", str(csv), f"again={path}", "--out"]
+    assert main([*command, str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "above the reference a -4, b -4 (every reward maximised)" in out and "Soups less MORL" in out
+    assert "Against published (no common prompts)" in out and "Against again (5 common prompts): 0.000" in out
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_select_chooses_by_each_rule(tmp_path, capsys):
+    path, votes = tmp_path / "records.jsonl", tmp_path / "votes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in records(n=5, noise=0.0)[0]))
+    sides = [{"lambdas": {"A": x, "B": 1 - x}, "response": ""} for x in (0.0, 1.0)]
+    votes.write_text(json.dumps({"prompt": "p", "a": sides[0], "b": sides[1], "choice": "b"}) + "\n")
+    for rule, lambdas in (
+        (["--preference", "a=.7", "b=.3"], "1 0"),
+        (["--maximise", "a", "--subject_to", "b >= 0.2"], "0.75 0.25"),
+        (["--maximise", "b", "--subject_to", "a>0.2", "b < .7"], "0.5 0.5"),
+        (["--votes", str(votes)], "1 0"),
+    ):
+        assert main(["select", str(path), *rule]) == 0
+        out = capsys.readouterr().out
+        assert f"rsoups interpolate <A> <B> --lambdas {lambdas} --out soup" in out and "of the draws" in out
+    assert main(["select", str(path), "--knee"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["select", "RECORDS"], "one rule"),
+        (["select", "RECORDS", "--preference", "a"], "'a' is not REWARD=NUMBER"),
+        (["select", "RECORDS", "--preference", "a=b"], "'a=b' is not REWARD=NUMBER"),
+        (["select", "RECORDS", "--maximise", "a", "--subject_to", "b"], "is not like 'REWARD >= 0.2'"),
+        (["select", "RECORDS", "--maximise", "a", "--subject_to", "b >= 9"], "the best reachable is 1 (λ 0 / 1)"),
+        (["select", "RECORDS", "--votes", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
+        (["report", "RECORDS", "--reference", "a=1"], "finite reference for each of ['a', 'b']"),
+        (["report", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
+    ],
+)
+def test_choices_and_reports_that_cannot_be_made(tmp_path, capsys, arguments, words):
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in records(n=3, noise=0.0)[0]))
+    assert main([str(path) if word == "RECORDS" else word for word in arguments]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.err.count("\n") == 1 and not captured.out
+    assert [p.name for p in tmp_path.iterdir()] == ["records.jsonl"]
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -137,6 +188,7 @@ def test_report_draws_from_records_alone(tmp_path, capsys):
         ["tasks"],
         ["preview"],
         ["report"],
+        ["select"],
         ["explore"],
         ["sweep"],
         ["demo"],
