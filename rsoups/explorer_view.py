@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 import numpy as np
 
+from rsoups.charts import _SHAPES, Look, _Axes, _limits, looks_of
+from rsoups.estimates import Estimate
 from rsoups.front import Front
-from rsoups.points import BASE, Choice, Point
+from rsoups.points import Choice, Point
 from rsoups.tasks import question_of
 from rsoups.tasting import Question, Reading
 
 _WIDTH, _HEIGHT = 460, 380
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 16, 46
-_SHAPES = ("diamond", "triangle", "cross")  # of the models beside soups and base, told apart without colour
-_MANY = 12
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 34, 54
+_SHARES = (-0.04, 1.04)  # the range of an axis of λ
+_MANY = 12  # soups
 _NEAREST = 4  # power of the distance: the nearest measured soups decide
 
 
@@ -56,13 +57,9 @@ def measured(front: Front, lambdas: Mapping[str, float]) -> Point | None:
     return near[0] if near else None
 
 
-def _interval(point: Point, reward: str) -> str:
-    return f"{point.low[reward]:.2f} to {point.high[reward]:.2f}" if reward in point.low else ""
-
-
-def _described(name: str, point: Point) -> str:
-    intervals = {r: f" ({_interval(point, r)})" if r in point.low else "" for r in point.mean}
-    return f"{name}: " + ", ".join(f"{r} {point.mean[r]:.2f}{intervals[r]}" for r in point.mean)
+def _described(point: Point) -> str:
+    name = shares(point.lambdas) if point.lambdas else point.name
+    return f"{name}: " + ", ".join(f"{reward} {point.estimate(reward)}" for reward in point.mean)
 
 
 def shares(lambdas: Mapping[str, float]) -> str:
@@ -76,11 +73,12 @@ def readout(front: Front, lambdas: Mapping[str, float]) -> str:
     mean = point.mean if point else expected(front, lambdas)
     cells = []
     for reward in front.rewards:
-        interval = _interval(point, reward) if point else "between measured λ"
-        sign = "" if point else "≈ "
-        cells.append(
-            f"<div><dt>{escape(reward)}</dt><dd>{sign}{mean[reward]:.2f} <small>{escape(interval)}</small></dd></div>"
-        )
+        figure = f"≈ {mean[reward]:.2f} <small>between measured λ</small>"
+        if point:
+            found = point.estimate(reward)
+            interval = "" if found.low is None else f"{found.low:.2f} to {found.high:.2f}"
+            figure = f"{found.value:.2f} <small>{interval}</small>"
+        cells.append(f"<div><dt>{escape(reward)}</dt><dd>{figure}</dd></div>")
     return f'<p class="chosen">{escape(shares(lambdas))}</p><dl class="expected">{"".join(cells)}</dl>'
 
 
@@ -144,121 +142,53 @@ def plot(front: Front, x: str, y: str, lambdas: Mapping[str, float], advised: Ma
         lambdas: The chosen λ.
         advised: The λ that votes suggest.
     """
-    scale = _Scale.of(front, x, y)
-    parts = [scale.grid(x, y)]
-    soups = [
-        (_place(front, p.lambdas or {}, p.mean, x), _place(front, p.lambdas or {}, p.mean, y)) for p in front.soups
-    ]
-    if len(front.soups[0].lambdas or {}) == 2 and len(soups) > 1:
-        ends = scale.path([soups[0], soups[-1]])
-        parts.append(f'<path class="chord" d="{ends}"/><path class="line" d="{scale.path(soups)}"/>')
-    labels = []
-    for number, point in enumerate(front.others):
-        if x in point.mean and y in point.mean:
-            shape = "square" if point.name == BASE else _SHAPES[number % len(_SHAPES)]
-            parts.append(_mark(scale, point, x, y, shape))
-            labels.append(_label(scale, point.mean[x], point.mean[y], point.name))
-    for number, (point, (px, py)) in enumerate(zip(front.soups, soups, strict=True)):
-        parts.append(_soup(scale, number, point, px, py, x, y, measured(front, lambdas) is point))
-        if alone := [name for name, weight in (point.lambdas or {}).items() if weight == 1]:
-            labels.append(_label(scale, px, py, f"{alone[0]} alone"))
-    for kind, chosen in (("advised", advised), ("ring", lambdas)):
-        if chosen:
-            mean = expected(front, chosen)
-            cx, cy = scale.at(_place(front, chosen, mean, x), _place(front, chosen, mean, y))
-            parts.append(f'<circle class="{kind}" cx="{cx:.1f}" cy="{cy:.1f}" r="11"/>')
-    name = f"Front: {y} over {x}. Arrow keys move between soups, Enter chooses one."
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="group" aria-label="{escape(name)}">{"".join(parts + labels)}</svg>'
-
-
-def _place(front: Front, lambdas: Mapping[str, float], mean: Mapping[str, float], axis: str) -> float:
-    return mean[axis] if axis in front.rewards else next(v for n, v in lambdas.items() if _lambda_axis(n) == axis)
-
-
-@dataclass(frozen=True)
-class _Scale:
-    x: tuple[float, float]
-    y: tuple[float, float]
-
-    @classmethod
-    def of(cls, front: Front, x: str, y: str) -> _Scale:
-        return cls(_range(front, x), _range(front, y))
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x[0]) / (self.x[1] - self.x[0])
-        up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
-
-    def path(self, places: Sequence[tuple[float, float]]) -> str:
-        return "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in (self.at(*place) for place in places))
-
-    def grid(self, x: str, y: str) -> str:
-        from matplotlib.ticker import MaxNLocator
-
-        ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
-        parts = []
-        for value in ticks.tick_values(*self.x):
-            if self.x[0] <= value <= self.x[1]:
-                px, _ = self.at(value, self.y[0])
-                parts.append(f'<path d="M{px:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
-                parts.append(f'<text x="{px:.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{value:.4g}</text>')
-        for value in ticks.tick_values(*self.y):
-            if self.y[0] <= value <= self.y[1]:
-                _, py = self.at(self.x[0], value)
-                parts.append(f'<path d="M{_LEFT} {py:.1f}H{_WIDTH - _RIGHT}"/>')
-                parts.append(f'<text x="{_LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{value:.4g}</text>')
-        middle = (_TOP + _HEIGHT - _BOTTOM) / 2
-        parts.append(f'<text class="axis" x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 6}">{escape(x)}</text>')
-        parts.append(f'<text class="axis" transform="translate(13 {middle}) rotate(-90)">{escape(y)}</text>')
-        return f'<g class="grid" aria-hidden="true">{"".join(parts)}</g>'
-
-
-def _range(front: Front, axis: str) -> tuple[float, float]:
-    if axis not in front.rewards:
-        return -0.04, 1.04
-    low = min(point.low.get(axis, point.mean[axis]) for point in front.points)
-    high = max(point.high.get(axis, point.mean[axis]) for point in front.points)
-    margin = 0.07 * (high - low) or 0.5
-    return low - margin, high + margin
-
-
-def _bars(scale: _Scale, point: Point, px: float, py: float, x: str, y: str) -> str:
-    """95% intervals, a line for each axis that is a reward."""
-    out = ""
-    if x in point.low:
-        out += scale.path([(point.low[x], py), (point.high[x], py)])
-    if y in point.low:
-        out += scale.path([(px, point.low[y]), (px, point.high[y])])
-    return f'<path class="bars" d="{out}"/>'
-
-
-def _soup(scale: _Scale, number: int, point: Point, px: float, py: float, x: str, y: str, chosen: bool) -> str:
-    cx, cy = scale.at(px, py)
-    name = escape(_described(shares(point.lambdas or {}), point))
+    known = [p for p in front.points if all(axis in p.mean or p.lambdas for axis in (x, y))]
+    at = {p: (_on(x, p.lambdas, p.estimate), _on(y, p.lambdas, p.estimate)) for p in known}
+    limits = [_limits(places) if axis in front.rewards else _SHARES for axis, places in zip((x, y), zip(*at.values()))]
+    axes = _Axes(_LEFT, _TOP, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM, *limits)
+    line = [(px.value, py.value) for px, py in map(at.get, front.soups)]
+    parts, labels = [f'<g aria-hidden="true">{axes.frame(x, y)}</g>'], []
+    if len(front.ingredients) == 2 and len(line) > 1:
+        parts += [axes.line([line[0], line[-1]], "chord"), axes.line(line, "line")]
+    looks, chosen = looks_of(front), measured(front, lambdas)
+    for point, place in sorted(at.items(), key=lambda item: item[0].lambdas is not None):  # soups above the others
+        number = front.soups.index(point) if point.lambdas else None
+        parts.append(_mark(axes, *place, looks[point], _described(point), number, point is chosen))
+        alone = [f"{name} alone" for name, weight in (point.lambdas or {}).items() if weight == 1]
+        if alone or not point.lambdas:
+            labels.append(_label(axes, *place, alone[0] if alone else point.name))
+    for kind, where in (("advised", advised), ("ring", lambdas)):
+        if where:
+            mean = expected(front, where)
+            px, py = (_on(axis, where, lambda reward: Estimate(mean[reward])).value for axis in (x, y))
+            parts.append(f'<circle class="{kind}" cx="{axes.x(px)}" cy="{axes.y(py)}" r="11"/>')
+    told = escape(f"Front: {y} over {x}. Arrow keys move between soups, Enter chooses one.")
+    many = ' class="many"' if len(front.soups) > _MANY else ""  # their intervals show one at a time
     return (
-        f'<g class="soup" role="button" data-at="{number}" tabindex="-1" aria-pressed="{str(chosen).lower()}" '
-        f'aria-label="{name}"><title>{name}</title>{_bars(scale, point, px, py, x, y)}'
-        f'<circle class="reach" cx="{cx:.1f}" cy="{cy:.1f}" r="13"/><circle class="dot" cx="{cx:.1f}" cy="{cy:.1f}" r="5"/></g>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}"{many} role="group" aria-label="{told}">{"".join(parts + labels)}</svg>'
     )
 
 
-def _mark(scale: _Scale, point: Point, x: str, y: str, shape: str) -> str:
-    cx, cy = scale.at(point.mean[x], point.mean[y])
-    outline = {
-        "square": "M-5 -5H5V5H-5Z",
-        "diamond": "M0 -7L7 0L0 7L-7 0Z",
-        "triangle": "M0 -7L7 5H-7Z",
-        "cross": "M-2 -6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
-    }[shape]
-    bars = _bars(scale, point, point.mean[x], point.mean[y], x, y)
+def _on(axis: str, lambdas: Mapping[str, float] | None, estimate: Callable[[str], Estimate]) -> Estimate:
+    """Where something is on an axis: its λ, or its reward."""
+    shares = {_lambda_axis(name): value for name, value in (lambdas or {}).items()}
+    return Estimate(shares[axis]) if axis in shares else estimate(axis)
+
+
+def _mark(axes: _Axes, x: Estimate, y: Estimate, look: Look, told: str, number: int | None, chosen: bool) -> str:
+    """A point with its intervals; a soup is a button."""
+    kind = 'role="img"'
+    if number is not None:
+        kind = f'role="button" data-at="{number}" tabindex="-1" aria-pressed="{str(chosen).lower()}"'
     return (
-        f'<g class="other {shape}"><title>{escape(_described(point.name, point))}</title>{bars}'
-        f'<path class="dot" transform="translate({cx:.1f} {cy:.1f})" d="{outline}"/></g>'
+        f'<g class="mark {look.colour}" {kind} aria-label="{escape(told)}"><title>{escape(told)}</title>{axes.bars(x, y)}'
+        f'<g transform="translate({axes.x(x.value)},{axes.y(y.value)})"><circle class="reach" r="13"/>'
+        f'<path class="dot" d="{_SHAPES[look.shape]}"/></g></g>'
     )
 
 
-def _label(scale: _Scale, px: float, py: float, text: str) -> str:
+def _label(axes: _Axes, x: Estimate, y: Estimate, text: str) -> str:
     """Beside a mark, towards the middle of the plot."""
-    cx, cy = scale.at(px, py)
-    anchor, dx = ("start", 11) if cx < _WIDTH / 2 else ("end", -11)
-    return f'<text class="label" x="{cx + dx:.1f}" y="{cy - 9:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    px, py = axes.x(x.value), axes.y(y.value)
+    anchor, dx = ("start", 11) if px < _WIDTH / 2 else ("end", -11)
+    return f'<text class="label" x="{px + dx:.1f}" y="{py - 9:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
