@@ -24,9 +24,11 @@ _SHAPES = {
     "up": "M0,-6.2L5.8,4.4H-5.8Z",
     "down": "M0,6.2L5.8,-4.4H-5.8Z",
     "plus": "M-1.9,-6H1.9V-1.9H6V1.9H1.9V6H-1.9V1.9H-6V-1.9H-1.9Z",
+    "cross": "M-5.6,-3.2L-3.2,-5.6L0,-2.4L3.2,-5.6L5.6,-3.2L2.4,0L5.6,3.2L3.2,5.6L0,2.4L-3.2,5.6L-5.6,3.2L-2.4,0Z",
     "star": "M0,-6.8L1.9,-2.2L6.8,-2L3,1.1L4.2,5.9L0,3.2L-4.2,5.9L-3,1.1L-6.8,-2L-1.9,-2.2Z",
 }
-_OTHERS = ("diamond", "up", "down", "plus", "star")
+_OTHERS = ("diamond", "up", "down", "plus", "star", "cross")
+_COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
 # Seven steps of viridis, which grows lighter evenly and is told apart with any colour vision; text on them in the last column.
 _RAMP = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
 
@@ -40,11 +42,16 @@ class Look:
 
 
 def looks_of(front: Front) -> dict[Point, Look]:
-    """Soups are blue circles, the base a grey square, every other model has a colour and a shape of its own."""
+    """Soups are blue circles, the base a grey square, every other model has a pair of colour and shape of its own."""
     looks = {point: Look("soup", "circle") for point in front.soups}
     others = [point for point in front.others if point.name != BASE]
-    looks |= {p: Look(f"c{i % 5 + 1}", _OTHERS[i % 5]) for i, p in enumerate(others)}
+    looks |= {p: Look(_COLOURS[i % 6], _OTHERS[(i + i // 6) % 6]) for i, p in enumerate(others)}
     return looks | {point: Look("base", "square") for point in front.others if point.name == BASE}
+
+
+def beside_look(number: int) -> Look:
+    """Of all points of another front."""
+    return Look(_COLOURS[(number + 2) % 6], "circle")
 
 
 def escaped(text: object) -> str:
@@ -178,7 +185,7 @@ def front_chart(
         at = [(p.mean[x], p.mean[y]) for p in front.soups]
         body += [axes.line([at[0], at[-1]], "chord"), axes.line(at, "line soup")]
     for number, (name, other) in enumerate(beside.items()):
-        look = Look(f"c{(number + 2) % 5 + 1}", "circle")
+        look = beside_look(number)
         for point in other.soups or other.points:
             place = axes.x(point.mean[x]), axes.y(point.mean[y])
             bars = axes.bars(point.estimate(x), point.estimate(y))
@@ -333,8 +340,9 @@ def _in_triangle(weights: Sequence[float], corners: Sequence[tuple[float, float]
 
 
 def _short(value: float, spread: float) -> str:
-    """As many decimals as tell values apart that spread so far, without the zero before the point."""
-    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{2 if spread < 2 else 1 if spread < 20 else 0}f}").replace("-", "−")
+    """Decimals that tell values apart that spread so far and fit a tile, without the zero before the point."""
+    decimals = 0 if spread > 20 or abs(value) >= 100 else 1 if spread > 2 or abs(value) >= 10 else 2
+    return re.sub(r"^(-?)0\.", r"\1.", f"{round(value, decimals) + 0.0:.{decimals}f}").replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -357,10 +365,10 @@ def series_of(front: Front) -> list[Series]:
     looks = looks_of(front)
     others = [p for p in front.others if p.name != BASE][:3]
     used = {looks[p].colour for p in others}
-    free = [f"c{i}" for i in range(5, 0, -1) if f"c{i}" not in used] or ["c5"]
+    free = [colour for colour in reversed(_COLOURS) if colour not in used]
     for number, end in enumerate(ends):
         name = next(n for n, w in (end.lambdas or {}).items() if w == 1)
-        found.append(Series(end, f"{name} alone", Look(free[number % len(free)], _OTHERS[-1 - number % 5])))
+        found.append(Series(end, f"{name} alone", Look(free[number % len(free)], _OTHERS[-1 - number % 6])))
     found += [Series(p, p.name, looks[p]) for p in others]
     return found + [Series(p, p.name, Look("base", "square")) for p in front.others if p.name == BASE]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -16,7 +16,6 @@ from rsoups.tasting import Question, Reading
 
 _WIDTH, _HEIGHT = 460, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 34, 54
-_SHARES = (-0.04, 1.04)  # the range of an axis of λ
 _MANY = 12  # soups
 _NEAREST = 4  # power of the distance: the nearest measured soups decide
 
@@ -142,26 +141,26 @@ def plot(front: Front, x: str, y: str, lambdas: Mapping[str, float], advised: Ma
         lambdas: The chosen λ.
         advised: The λ that votes suggest.
     """
-    known = [p for p in front.points if all(axis in p.mean or p.lambdas for axis in (x, y))]
-    at = {p: (_on(x, p.lambdas, p.estimate), _on(y, p.lambdas, p.estimate)) for p in known}
-    limits = [_limits(places) if axis in front.rewards else _SHARES for axis, places in zip((x, y), zip(*at.values()))]
-    axes = _Axes(_LEFT, _TOP, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM, *limits)
-    line = [(px.value, py.value) for px, py in map(at.get, front.soups)]
+    places = {point: _place(point.lambdas, {r: point.estimate(r) for r in point.mean}) for point in front.points}
+    at = {point: (place[x], place[y]) for point, place in places.items() if x in place and y in place}
+    ranges = [_limits(place[a] for place in places.values() if a in place) for a in (x, y)]
+    axes = _Axes(_LEFT, _TOP, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM, *ranges)
+    line = [(at[point][0].value, at[point][1].value) for point in front.soups]
     parts, labels = [f'<g aria-hidden="true">{axes.frame(x, y)}</g>'], []
     if len(front.ingredients) == 2 and len(line) > 1:
         parts += [axes.line([line[0], line[-1]], "chord"), axes.line(line, "line")]
     looks, chosen = looks_of(front), measured(front, lambdas)
-    for point, place in sorted(at.items(), key=lambda item: item[0].lambdas is not None):  # soups above the others
+    for point in [p for p in (*front.others, *front.soups) if p in at]:
         number = front.soups.index(point) if point.lambdas else None
-        parts.append(_mark(axes, *place, looks[point], _described(point), number, point is chosen))
+        parts.append(_mark(axes, *at[point], looks[point], _described(point), number, point is chosen))
         alone = [f"{name} alone" for name, weight in (point.lambdas or {}).items() if weight == 1]
         if alone or not point.lambdas:
-            labels.append(_label(axes, *place, alone[0] if alone else point.name))
+            labels.append(_label(axes, *at[point], alone[0] if alone else point.name))
     for kind, where in (("advised", advised), ("ring", lambdas)):
         if where:
-            mean = expected(front, where)
-            px, py = (_on(axis, where, lambda reward: Estimate(mean[reward])).value for axis in (x, y))
-            parts.append(f'<circle class="{kind}" cx="{axes.x(px)}" cy="{axes.y(py)}" r="11"/>')
+            place = _place(where, {r: Estimate(mean) for r, mean in expected(front, where).items()})
+            cx, cy = axes.x(place[x].value), axes.y(place[y].value)
+            parts.append(f'<circle class="{kind}" cx="{cx}" cy="{cy}" r="11"/>')
     told = escape(f"Front: {y} over {x}. Arrow keys move between soups, Enter chooses one.")
     many = ' class="many"' if len(front.soups) > _MANY else ""  # their intervals show one at a time
     return (
@@ -169,10 +168,9 @@ def plot(front: Front, x: str, y: str, lambdas: Mapping[str, float], advised: Ma
     )
 
 
-def _on(axis: str, lambdas: Mapping[str, float] | None, estimate: Callable[[str], Estimate]) -> Estimate:
-    """Where something is on an axis: its λ, or its reward."""
-    shares = {_lambda_axis(name): value for name, value in (lambdas or {}).items()}
-    return Estimate(shares[axis]) if axis in shares else estimate(axis)
+def _place(lambdas: Mapping[str, float] | None, rewards: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """Where something is on every axis."""
+    return {**rewards, **{_lambda_axis(name): Estimate(share) for name, share in (lambdas or {}).items()}}
 
 
 def _mark(axes: _Axes, x: Estimate, y: Estimate, look: Look, told: str, number: int | None, chosen: bool) -> str:

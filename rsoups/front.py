@@ -238,9 +238,11 @@ class Front:
             points: The soups by default; all points of a front that has none.
 
         Raises:
-            FrontError: A reward without a reference, or one that is not finite.
+            FrontError: A reward without a reference, or one that is not finite; no points.
         """
         at = checked_reference(reference, self.rewards)
+        if points is not None and not points:
+            raise FrontError("hypervolume is of one point at least, got none")
         return volume_of(self._stack(self._front if points is None else points), self.rewards, at)
 
     def igd_plus(self, other: Front) -> Estimate:

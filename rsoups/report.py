@@ -14,6 +14,7 @@ from typing import Any
 from rsoups._errors import FrontError
 from rsoups._resources import template
 from rsoups.charts import (
+    beside_look,
     chord_chart,
     chord_scatter,
     escaped,
@@ -259,8 +260,7 @@ class _Page:
                 )
             )
         for number, name in enumerate(self._others):
-            look = looks_of(self._others[name])[(self._others[name].soups or self._others[name].points)[0]]
-            keys.append((swatch(type(look)(f"c{(number + 2) % 5 + 1}", "circle"), hollow=True), name))
+            keys.append((swatch(beside_look(number), hollow=True), name))
         left = len(pairs) - len(charts)
         note = f'<p class="note">{left} more pairs of rewards are not drawn.</p>' if left > 0 else ""
         return _figure(charts, "Bars: 95% intervals. Up and right is better.", keys) + note
@@ -348,10 +348,7 @@ class _Page:
     def _figures(self) -> str:
         head, rows = _table(self._front)
         cells = "".join(
-            f'<tr><th scope="row">{escaped(row[0])}</th>'
-            + "".join(f"<td>{escaped(cell)}</td>" for cell in row[1:])
-            + "</tr>"
-            for row in rows
+            f'<tr><th scope="row">{escaped(row[0])}</th>{"".join(_cell(cell) for cell in row[1:])}</tr>' for row in rows
         )
         note = (
             ""
