@@ -6,6 +6,7 @@ rsoups explore runs/demo
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,13 +48,15 @@ def explore(
 
     Raises:
         FrontError, AdapterError: As `SweepFolder.read`.
-        RsoupsError: Gradio is not installed, or the port is taken.
+        RsoupsError: Gradio is not installed, or the address or the port cannot be had.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     try:
         from rsoups.explorer_page import Page
     except ModuleNotFoundError as error:
         raise RsoupsError(f"the explorer needs {error.name}: pip install 'rsoups[app]'") from None
+    if port is not None:
+        _check_port(host, port)
     found = SweepFolder.read(folder, base=base, adapters=adapters)
     live = LiveSoup.from_pretrained(found.base, found.adapters, method=found.method)
     page = Page(Tasting(found, live), publish).blocks
@@ -62,10 +65,18 @@ def explore(
         print(f"rsoups: {host} {words}", file=sys.stderr)
     try:
         _, url, _ = page.launch(server_name=host, server_port=port, **_launch_settings(host))
-    except OSError as error:
-        raise RsoupsError(f"cannot listen on {host}: {error}") from None
+    except OSError:
+        raise RsoupsError(f"no port is free on {host}: choose one with --port") from None
     print(f"{url}   (Ctrl-C ends it)", flush=True)
     page.block_thread()
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise RsoupsError(f"cannot listen on {host}, port {port} ({error}): choose another --port") from None
 
 
 def _launch_settings(host: str) -> dict[str, Any]:

@@ -96,8 +96,8 @@ class Page:
             max_length=LONGEST_PROMPT,
         )
         chosen = gr.Dropdown(choices, value=choices[0][1], label="or one of the sweep's", elem_id="sweeps")
-        temperature = min(2.0, float(settings.get("temperature", 0.0)))
-        longest = min(LONGEST, int(settings.get("max_new_tokens", 64)))
+        temperature = min(2.0, float(settings.get("temperature") or 0))
+        longest = min(LONGEST, int(settings.get("max_new_tokens") or 64))
         with gr.Accordion("How to generate", open=False):
             self._settings = [
                 gr.Slider(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Any
 
 from rsoups._errors import AdapterError, DatasetError, FrontError, OutputError
@@ -111,7 +113,7 @@ class SweepFolder:
             AdapterError: An ingredient that is not found or not readable, or no base.
         """
         if path is None:
-            raise FrontError(f"whose front? This needs the folder of a sweep: {_FIRST}")
+            raise FrontError(f"which sweep? Name its folder, or {_FIRST}")
         records = Path(path) if Path(path).is_file() else Path(path) / RECORDS
         if not records.is_file():
             raise FrontError(f"{path} holds no {RECORDS}: {_FIRST}")
@@ -196,36 +198,38 @@ def _settings(path: Path) -> dict[str, Any]:
         raise FrontError(f"{path} is not JSON ({error})") from None
     if not isinstance(found, dict) or not isinstance(found.get("adapters", {}), dict):
         raise FrontError(f"{path} holds no settings of a sweep")
-    for name, kinds in (("temperature", (int, float)), ("max_new_tokens", int), ("base", str)):
-        if not isinstance(found.get(name, kinds() if isinstance(kinds, type) else 0), kinds):
-            raise FrontError(f"{path}: {name} is {found[name]!r}")
+    for name, kind in (("temperature", (int, float)), ("max_new_tokens", int), ("base", str)):
+        if not isinstance(found.get(name), (kind, NoneType)):
+            raise FrontError(f"{path}: {name} is {found[name]!r}: these are no settings of a sweep")
     return found
 
 
 def _sources(folder: Path, names: list[str], settings: dict[str, Any], given: Mapping[str, str]) -> dict[str, str]:
     if unknown := sorted(set(given) - set(names)):
         raise AdapterError(f"the sweep has no ingredients {unknown}: they are {names}")
-    named = settings.get("adapters", {})
-    found = {}
+    named = {name: source for name, source in settings.get("adapters", {}).items() if isinstance(source, str)}
+    found, outside = {}, {}
     for name in names:
+        beside = f"ppo-{name}" if (folder / f"ppo-{name}").is_dir() else None  # as the demo leaves them
+        source = given.get(name) or named.get(name) or beside
         if name in given:
-            found[name] = str(given[name])
-        elif name in named:
-            found[name] = _within(folder, name, str(named[name]))
-        elif (beside := Path(_within(folder, name, f"ppo-{name}"))).is_dir():
-            found[name] = str(beside)
+            found[name] = str(source)
+        elif source and _leaves(folder, source):
+            outside[name] = os.path.normpath(folder / source)
+        elif source:
+            found[name] = str(folder / source) if (folder / source).exists() else source
+    if outside:
+        flags = " ".join(shlex.quote(f"{name}={path}") for name, path in outside.items())
+        raise AdapterError(f"the sweep's ingredients are outside of its folder: if you trust them, --adapters {flags}")
     if missing := [name for name in names if name not in found]:
         flags = " ".join(f"{name}=FOLDER" for name in missing)
         raise AdapterError(f"the sweep does not say where its ingredients {missing} are: --adapters {flags}")
     return found
 
 
-def _within(folder: Path, name: str, source: str) -> str:
-    """A folder that a file names, which is in the file's own; a Hub id as it is."""
+def _leaves(folder: Path, source: str) -> bool:
+    """Whether what a file names is outside of the file's own folder. (A Hub id is inside, where nothing is.)"""
     parts = PurePosixPath(source)
-    path = folder / source
-    if parts.is_absolute() or ".." in parts.parts or not path.resolve().is_relative_to(folder.resolve()):
-        raise AdapterError(
-            f"the sweep's ingredient {name!r} is {source!r}, outside of its folder: if you trust it, --adapters {name}={path}"
-        )
-    return str(path) if path.exists() else source
+    return (
+        parts.is_absolute() or ".." in parts.parts or not (folder / source).resolve().is_relative_to(folder.resolve())
+    )

@@ -93,6 +93,14 @@ def page(chromium, url):
     opened.close()
 
 
+# Every state of the first text, as a reader sees it.
+WATCH = """window.seen = [];
+new MutationObserver(() => {
+  const text = document.querySelector('#texts .chosen p').innerText.trim();
+  if (text && text !== '…' && text !== seen.at(-1)) seen.push(text);
+}).observe(document.querySelector('#texts'), { childList: true, subtree: true, characterData: true });"""
+
+
 def until(condition, what):
     for _ in range(200):
         if found := condition():
@@ -119,12 +127,15 @@ def test_choose_a_point_slide_and_generate(page, folder):
 
     typed = page.locator("#prompt textarea").input_value()
     prompt = next(p for p in prompts if question_of(p) == typed)
+    page.evaluate(WATCH)
     page.click("#generate")
     both, first, second = (text.strip() for text in said(prompt, [0.5, 0.5], [1, 0], [0, 1]))
     found = texts(page)
     assert list(found) == ["This soup", "letters alone", "words alone", "Base"]
     assert (found["This soup"], found["letters alone"], found["words alone"]) == (both, first, second)
     assert len(set(found.values())) == 4
+    grown = page.evaluate("window.seen")  # the text as it was streamed
+    assert len(grown) > 3 and all(found["This soup"].startswith(text) for text in grown)
 
     page.locator("[data-at='0'] .dot").click()  # a point of the front: the first ingredient alone
     until(lambda: texts(page)["This soup"] == first, "the text of the first end")

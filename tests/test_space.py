@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import httpx
 import pytest
@@ -88,3 +89,12 @@ def test_what_cannot_be_a_space(folder, tmp_path, capsys):  # noqa: F811
     assert "rsoups demo" in capsys.readouterr().err
     assert main(["explore", str(folder), "--adapters", "x"]) == 2
     assert "NAME=FOLDER" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_told_before_the_work(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["explore", str(tmp_path), "--port", str(port)]) == 2
+        assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+    assert main(["explore", str(tmp_path), "--port", "99999"]) == 2
+    assert "choose another --port" in capsys.readouterr().err

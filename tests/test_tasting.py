@@ -242,6 +242,9 @@ def copied(swept, tmp_path):
 def test_models_are_those_that_the_settings_name(swept, copied):
     for name, folder in (("a", "one"), ("b", "two")):
         tiny_adapter(copied / folder, seed=ord(name))
+    settings_of(copied, base=None, adapters={"a": "one", "b": None})
+    with pytest.raises(rsoups.AdapterError, match=r"does not say where its ingredients \['b'\] are"):
+        SweepFolder.read(copied)
     settings_of(copied, base="user/base", adapters={"a": "one", "b": "two"}, temperature=0.5)
     found = SweepFolder.read(copied / "records.jsonl")
     assert found.base == "user/base" and found.settings["temperature"] == 0.5
@@ -263,8 +266,12 @@ def test_models_beside_the_records_are_found_without_settings(swept, copied):
 def test_a_file_names_nothing_outside_its_folder(swept, copied, source, tmp_path_factory):
     (copied / "link").symlink_to(tmp_path_factory.mktemp("other"))
     settings_of(copied, adapters={"a": source, "b": "user/b"})
-    with pytest.raises(rsoups.AdapterError, match="outside of its folder: if you trust it, --adapters a="):
+    with pytest.raises(rsoups.AdapterError, match="outside of its folder: if you trust them, --adapters a=/"):
         SweepFolder.read(copied)
+    settings_of(copied, adapters={"a": "../a", "b": "../b c"})
+    with pytest.raises(rsoups.AdapterError) as refused:
+        SweepFolder.read(copied)
+    assert str(refused.value).endswith(f"--adapters a={copied.parent}/a 'b={copied.parent}/b c'")
 
 
 def test_what_cannot_be_explored_says_what_to_do(copied, tmp_path_factory):
