@@ -389,15 +389,19 @@ def parallel_chart(front: Front, series: Sequence[Series], models: Mapping[Point
     scale = _scaled(front, front.points)
     step = 560 / (len(front.rewards) - 1)
     at = {reward: round(60 + i * step, 1) for i, reward in enumerate(front.rewards)}
+    crowded = len(at) > 3 or max(map(len, at)) > 14
     body = []
-    for reward, x in at.items():
+    for number, (reward, x) in enumerate(at.items()):
         values = [p.mean[reward] for p in front.points]
-        body += [f'<path class="axis" d="M{x},60V360"/>', _text("name", x, 24, reward, "middle")]
-        body += [_text("tick", x, y, f"{value:.3g}", "middle") for y, value in ((48, max(values)), (384, min(values)))]
+        # Names at the edges stay inside; neighbours take turns where they are many or long.
+        anchor, middle = {0: ("start", 10.0), len(at) - 1: ("end", 670.0)}.get(number, ("middle", x))
+        up = 26 * (crowded and number % 2 == 0)
+        body += [f'<path class="axis" d="M{x},84V384"/>', _text("name", middle, 48 - up, reward, anchor)]
+        body += [_text("tick", x, y, f"{value:.3g}", "middle") for y, value in ((74, max(values)), (408, min(values)))]
     set_off = {entry.point for entry in series}
 
     def path(point: Point) -> str:
-        return "M" + "L".join(f"{x},{360 - 300 * scale(point, reward):.1f}" for reward, x in at.items())
+        return "M" + "L".join(f"{x},{384 - 300 * scale(point, reward):.1f}" for reward, x in at.items())
 
     for point in front.soups:
         if point not in set_off:
@@ -409,13 +413,13 @@ def parallel_chart(front: Front, series: Sequence[Series], models: Mapping[Point
     for entry in reversed(series):
         body.append(f'<path class="line {entry.look.colour} set-off" d="{path(entry.point)}"/>')
         for reward, x in at.items():
-            place = x, round(360 - 300 * scale(entry.point, reward), 1)
+            place = x, round(384 - 300 * scale(entry.point, reward), 1)
             body.append(
                 _mark(
                     entry.look, *place, f"{entry.name}\n{tip_of(entry.point, front.rewards)}", model=models[entry.point]
                 )
             )
-    return _svg(680, 400, "Every model as a line through its rewards", "".join(body), "wide")
+    return _svg(680, 424, "Every model as a line through its rewards", "".join(body), "wide")
 
 
 def spider_chart(front: Front, series: Sequence[Series], models: Mapping[Point, int]) -> str:
@@ -432,12 +436,13 @@ def spider_chart(front: Front, series: Sequence[Series], models: Mapping[Point, 
 
     body = [f'<path class="web" d="{ring([30 + 130 * k] * len(front.rewards))}"/>' for k in (0, 1 / 3, 2 / 3, 1)]
     for reward, angle in turn.items():
-        (x, y), (far_x, far_y) = place(reward, 160), place(reward, 176)
-        anchor = "middle" if abs(math.cos(angle)) < 0.3 else "start" if math.cos(angle) > 0 else "end"
-        shift = 0 if anchor == "middle" else (-30 if anchor == "start" else 30)
-        down = -6 if math.sin(angle) < -0.5 else 20 if math.sin(angle) > 0.3 else 4
+        x, y = place(reward, 160)
+        side = 0 if abs(math.cos(angle)) < 0.3 else 1 if math.cos(angle) > 0 else -1
+        anchor, at = {0: ("middle", x), 1: ("end", 438.0), -1: ("start", 2.0)}[
+            side
+        ]  # long names grow towards the middle
         body.append(f'<path class="web" d="M220,214L{x},{y}"/>')
-        body.append(_text("name", far_x + shift, far_y + down, reward, anchor))
+        body.append(_text("name", at, y + (28 if math.sin(angle) > 0.3 else -16), reward, anchor))
     for entry in reversed(series):
         reaches = [30 + 130 * scale(entry.point, reward) for reward in front.rewards]
         fill = " filled" if entry.look.colour == "soup" else ""

@@ -9,7 +9,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rsoups import __version__
 from rsoups._errors import AdapterError, DatasetError, FrontError, RsoupsError
@@ -98,6 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--rows", type=int, default=1000, help="how many of the dataset's rows are looked at")
     preview.set_defaults(run=_preview)
 
+    _add_fronts(commands)
+    _add_explore(commands)
+    for name, text in _RECIPES.items():  # listed here for --help; `main` runs them
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def _add_fronts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands over a sweep's records."""
     report = commands.add_parser("report", help="draw the front of a records file and write its report")
     report.add_argument("records", type=Path, help="records.jsonl of a sweep")
     report.add_argument("--out", type=Path, help="folder of the report; beside the records if left out")
@@ -127,14 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--votes", type=Path, help="votes.jsonl: what people chose between generations")
     select.set_defaults(run=_select)
 
-    _add_explore(commands)
 
-    for name, text in _RECIPES.items():  # listed here for --help; `main` runs them
-        commands.add_parser(name, help=text, add_help=False)
-    return parser
-
-
-def _add_explore(commands: Any) -> None:
+def _add_explore(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     explore = commands.add_parser("explore", help="choose λ on a page: slide, read, vote, save; or write it as a Space")
     explore.add_argument("folder", nargs="?", type=Path, help="of a sweep: records.jsonl, the models beside it")
     explore.add_argument("--base", help="folder or Hub id; the sweep's if left out")

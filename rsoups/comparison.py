@@ -87,7 +87,7 @@ def volume_of(stack: Stack, names: Sequence[str], at: Sequence[float]) -> Volume
 
 
 def _volume(stack: Stack, volumes: NDArray[np.float64], names: Sequence[str], at: Sequence[float]) -> Volume:
-    interval = Estimate.of(volumes)
+    interval = Estimate.basic(volumes)
     value, error = hypervolume_and_error(stack[0], at)
     return Volume(value, interval.low, interval.high, dict(zip(names, at, strict=True)), error)
 
@@ -101,9 +101,9 @@ def compared(first: Stack, second: Stack, prompts: int, names: Sequence[str], at
     return Comparison(
         prompts,
         (_volume(first, volumes[0], names, at), _volume(second, volumes[1], names, at)),
-        Estimate.of(volumes[0] - volumes[1]),
+        Estimate.basic(volumes[0] - volumes[1]),
         (distance(first, second), distance(second, first)),
-        (_over_draws(_coverage, first, second), _over_draws(_coverage, second, first)),
+        (Estimate.of(_over_draws(_coverage, first, second)), Estimate.of(_over_draws(_coverage, second, first))),
         attained,
     )
 
@@ -122,9 +122,9 @@ def advantage(
     return Advantage(
         _volume(soups, volumes[0], names, at),
         _volume(others, volumes[1], names, at),
-        Estimate.of(volumes[0] - volumes[1]),
+        Estimate.basic(volumes[0] - volumes[1]),
         runs,
-        (Estimate.of(volumes[0] / runs[0]), Estimate.of(volumes[1] / runs[1])),
+        (Estimate.basic(volumes[0] / runs[0]), Estimate.basic(volumes[1] / runs[1])),
     )
 
 
@@ -132,7 +132,8 @@ def distance(points: Stack, to: Stack) -> Estimate:
     """IGD+ of points to the Pareto set of others, in units of the rewards."""
     from moocore import igd_plus
 
-    return _over_draws(lambda a, b: float(igd_plus(a, ref=pareto_of(b), maximise=True)), points, to)
+    found = Estimate.basic(_over_draws(lambda a, b: float(igd_plus(a, ref=pareto_of(b), maximise=True)), points, to))
+    return Estimate(found.value, *(None if end is None else max(0.0, end) for end in (found.low, found.high)))
 
 
 def pareto_of(means: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -173,8 +174,8 @@ def attainment_draws(stack: Stack) -> list[NDArray[np.float64]]:
     return list(stack[1 : 1 + _ATTAINMENT_DRAWS.get(stack.shape[-1], 1)])
 
 
-def _over_draws(figure: Callable[[NDArray, NDArray], float], first: Stack, second: Stack) -> Estimate:
-    return Estimate.of([figure(a, b) for a, b in zip(first[: 1 + _DRAWS], second[: 1 + _DRAWS], strict=True)])
+def _over_draws(figure: Callable[[NDArray, NDArray], float], first: Stack, second: Stack) -> list[float]:
+    return [figure(a, b) for a, b in zip(first[: 1 + _DRAWS], second[: 1 + _DRAWS], strict=True)]
 
 
 def _coverage(points: NDArray[np.float64], of: NDArray[np.float64]) -> float:

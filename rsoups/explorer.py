@@ -73,8 +73,11 @@ def explore(
 
 def _check_port(host: str, port: int) -> None:
     try:
-        with socket.create_server((host, port)):
-            pass
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # as the server does: no wait after the last one
+            probe.bind((host, port))
     except (OSError, OverflowError) as error:
         raise RsoupsError(f"cannot listen on {host}, port {port} ({error}): choose another --port") from None
 

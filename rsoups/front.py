@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsoups._errors import FrontError
+from rsoups._files import json_lines
 from rsoups.comparison import (
     Advantage,
     Comparison,
@@ -67,17 +68,7 @@ class Front:
         Raises:
             FrontError: As `from_records`, no such file, or a line that is not JSON.
         """
-        records = []
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise FrontError(f"cannot read {path}: {error.strerror}; a sweep writes records.jsonl") from None
-        for number, line in enumerate(lines, 1):
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise FrontError(f"{path}, line {number}: not JSON ({error})") from None
-        return cls.from_records(records, seed)
+        return cls.from_records((record for _, record in json_lines(path, FrontError)), seed)
 
     @classmethod
     def from_records(cls, records: Iterable[Mapping[str, Any]], seed: int = 0) -> Front:
@@ -94,8 +85,7 @@ class Front:
         groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
         rewards: list[str] = []
         for number, record in enumerate(records, 1):
-            rewards = rewards or sorted(record.get("rewards") or [])
-            check_record(number, record, rewards)
+            rewards = check_record(number, record, rewards)
             key = json.dumps([record["name"], record["lambdas"], record["method"]])
             groups.setdefault(key, {}).setdefault(record["prompt"], []).append(record)
         if not groups:
@@ -401,6 +391,8 @@ class Front:
         if not self.soups:
             raise FrontError("votes choose among soups, and this front has none")
         utility = votes if isinstance(votes, VotedUtility) else fit_votes(votes, self.ingredients)
+        if sorted(utility.ingredients) != sorted(self.ingredients):
+            raise FrontError(f"the votes are about {utility.ingredients}, the soups weigh {self.ingredients}")
         best, share = utility.best_of([point.lambdas or {} for point in self.soups])
         return Choice(self.soups[best], f"best liked in {utility.votes} votes", share)
 

@@ -76,16 +76,26 @@ class Choice:
         return f"{self.point.label} ({self.rule}{sure}): {figures}"
 
 
-def check_record(number: int, record: Mapping[str, Any], rewards: list[str]) -> None:
-    if missing := [field for field in _FIELDS if field not in record]:
-        raise FrontError(f"record {number} lacks {missing}")
+def check_record(number: int, record: Mapping[str, Any], rewards: list[str]) -> list[str]:
+    """The names of the rewards, sorted: those given, or the record's own where none are.
+
+    Raises:
+        FrontError: No record, one that lacks a field or has other rewards, or a reward that is not finite.
+    """
+    if not isinstance(record, Mapping) or (missing := [field for field in _FIELDS if field not in record]):
+        lacks = f"lacks {missing}" if isinstance(record, Mapping) else f"is {record!r}"
+        raise FrontError(f"record {number} {lacks}; a record has {list(_FIELDS)}")
     where = f"record {number} ({record['name']}, lambdas {record['lambdas']}, prompt {record['prompt']!r})"
-    if sorted(record["rewards"]) != rewards or not rewards:
+    if not isinstance(record["prompt"], str) or not isinstance(record["rewards"], Mapping):
+        raise FrontError(f"{where}: prompt is a text, and rewards are values by name; got {record['rewards']!r}")
+    known = rewards or sorted(record["rewards"])
+    if sorted(record["rewards"]) != known or not known:
         raise FrontError(f"{where} has rewards {sorted(record['rewards'])}, others have {rewards}")
-    for reward in rewards:
+    for reward in known:
         score = record["rewards"][reward]
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
             raise FrontError(f"{where}: {reward} is {score!r}, must be a finite number")
+    return known
 
 
 def point_of_records(
@@ -116,7 +126,7 @@ def _extras(records: Sequence[Sequence[Mapping[str, Any]]], shares: NDArray[np.f
         if all(isinstance(r.get(key), (int, float)) and math.isfinite(r[key]) for some in records for r in some):
             columns[name] = [np.mean([r[key] for r in some]) for some in records]
     extras = estimates_of(np.array(list(columns.values()), dtype=np.float64).T, list(columns), shares)
-    if variety := distinct([r["response"] for some in records for r in some]):
+    if variety := distinct([[r["response"] for r in some] for some in records]):
         extras["distinct-2"] = variety
     if extras.pop("nll", None) and sum(columns.get("tokens", [0])) > 0:
         nll, tokens = means_with_draws(np.array([columns["nll"], columns["tokens"]]).T, shares).T

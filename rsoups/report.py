@@ -299,7 +299,9 @@ class _Page:
         series = series_of(front)
         charts = [parallel_chart(front, series, self._models), spider_chart(front, series, self._models)]
         keys = [(swatch(entry.look), entry.name) for entry in series]
+        left = sum(point not in {entry.point for entry in series} for point in front.others)
         text = "Each reward on its own scale, from the least to the largest of the models drawn; thin lines: the other soups."
+        text += f" {left} more models are in the table." if left else ""
         return _figure(charts, text, keys)
 
     def _drift(self) -> str:

@@ -9,7 +9,6 @@ regression finds the most probable u, and Laplace's approximation its covariance
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsoups._errors import VotesError
+from rsoups._files import json_lines
 
 CHOICES = ("a", "b", "tie")
 _OUTCOME = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -58,17 +58,10 @@ def read_votes(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         VotesError: No such file, or a line that is not a vote.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise VotesError(f"cannot read {path}: {error.strerror}") from None
     votes: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            votes.append(json.loads(line))
-        except ValueError as error:
-            raise VotesError(f"{path}, line {number}: not JSON ({error})") from None
-        check_vote(f"{path}, line {number}", votes[-1])
+    for number, vote in json_lines(path, VotesError):
+        check_vote(f"{path}, line {number}", vote)
+        votes.append(vote)
     return votes
 
 

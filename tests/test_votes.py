@@ -104,6 +104,8 @@ def test_votes_choose_a_point_of_the_front(tmp_path):
     assert choice.point.lambdas == {"A": 0.25, "B": 0.75} and "200 votes" in choice.rule
     assert 0.5 < choice.share <= 1 and front.select(votes=fit_votes(rows)).share == choice.share
     assert front.select(votes=rows[:10]).share < choice.share
+    with pytest.raises(rsoups.FrontError, match="about .'A', 'C'., the soups weigh"):
+        front.select(votes=fit_votes([], ["A", "C"]))
     with pytest.raises(rsoups.FrontError, match="has none"):
         Front.from_records([r for r in records(n=2)[0] if r["name"] == "base"]).select(votes=rows)
 
