@@ -18,7 +18,7 @@ from rsoups.live import LiveSoup
 from rsoups.sweep_folder import SweepFolder
 from rsoups.tasting import Tasting
 
-_LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
+_LOOPBACK = ["127.0.0.1", "localhost"]
 # Scripts and styles of Gradio are inline and build functions from text; nothing may come from, or go to, elsewhere.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; base-uri 'self'; form-action 'self'"
 
