@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         VotesError,
     )
     from rsoups.averaging import EMACallback, greedy, moving_average
+    from rsoups.explorer import explore
     from rsoups.front import Front
     from rsoups.full_weights import interpolate_checkpoints
     from rsoups.live import LiveSoup
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rsoups.report import write_report
     from rsoups.scoring import Reward, RewardCard, load_reward
     from rsoups.soup import Soup, interpolate
+    from rsoups.space import write_space
     from rsoups.sweeps import simplex, sweep
     from rsoups.votes import fit_votes
 
@@ -48,6 +50,7 @@ _HOMES = {
         "VotesError",
     ),
     "averaging": ("EMACallback", "greedy", "moving_average"),
+    "explorer": ("explore",),
     "front": ("Front",),
     "full_weights": ("interpolate_checkpoints",),
     "live": ("LiveSoup",),
@@ -55,6 +58,7 @@ _HOMES = {
     "report": ("write_report",),
     "scoring": ("Reward", "RewardCard", "load_reward"),
     "soup": ("Soup", "interpolate"),
+    "space": ("write_space",),
     "sweeps": ("simplex", "sweep"),
     "votes": ("fit_votes",),
 }
@@ -80,6 +84,7 @@ __all__ = [
     "Soup",
     "TrainingError",
     "VotesError",
+    "explore",
     "fit_votes",
     "greedy",
     "interpolate",
@@ -89,6 +94,7 @@ __all__ = [
     "simplex",
     "sweep",
     "write_report",
+    "write_space",
 ]
 
 

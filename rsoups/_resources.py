@@ -93,6 +93,11 @@ def raw_rows(task: Task, dataset: str | None, split: str) -> Iterable[dict[str, 
     return load_dataset(source, task.subset if own else None, split=name, streaming=streaming)
 
 
+def asset(name: str) -> str:
+    """A text that ships: a page, a style sheet, a script."""
+    return (_PACKAGE / "assets" / name).read_text(encoding="utf-8")
+
+
 def template(name: str) -> Template:
     """A page with $-placeholders, as it ships."""
-    return Template((_PACKAGE / "assets" / name).read_text(encoding="utf-8"))
+    return Template(asset(name))

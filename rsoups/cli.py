@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     preview.set_defaults(run=_preview)
 
     _add_fronts(commands)
+    _add_explore(commands)
     for name, text in _RECIPES.items():  # listed here for --help; `main` runs them
         commands.add_parser(name, help=text, add_help=False)
     return parser
@@ -135,6 +136,17 @@ def _add_fronts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     select.add_argument("--knee", action="store_true", help="where the front bends")
     select.add_argument("--votes", type=Path, help="votes.jsonl: what people chose between generations")
     select.set_defaults(run=_select)
+
+
+def _add_explore(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    explore = commands.add_parser("explore", help="choose λ on a page: slide, read, vote, save; or write it as a Space")
+    explore.add_argument("folder", nargs="?", type=Path, help="of a sweep: records.jsonl, the models beside it")
+    explore.add_argument("--base", help="folder or Hub id; the sweep's if left out")
+    explore.add_argument("--adapters", nargs="+", default=[], metavar="NAME=FOLDER", help="the sweep's if left out")
+    explore.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    explore.add_argument("--port", type=int, help="the first free one from 7860 if left out")
+    explore.add_argument("--export", type=Path, metavar="FOLDER", help="write a Hugging Face Space there instead")
+    explore.set_defaults(run=_explore)
 
 
 def _recipe(name: str, arguments: list[str]) -> None:
@@ -329,6 +341,20 @@ def _limit(text: str) -> tuple[str, str]:
     if not place:
         raise FrontError(f"the limit {text!r} is not like 'REWARD >= 0.2'")
     return text[:place].strip(), text[place:]
+
+
+def _explore(args: argparse.Namespace) -> None:
+    from rsoups.explorer import explore
+    from rsoups.space import write_space
+
+    if wrong := [pair for pair in args.adapters if "=" not in pair]:
+        raise AdapterError(f"--adapters takes NAME=FOLDER or NAME=HUB_ID, got {wrong}")
+    models = {"base": args.base, "adapters": dict(pair.split("=", 1) for pair in args.adapters)}
+    if args.export:
+        write_space(args.folder, args.export, **models)
+        print(f"{args.export}\npublish it: hf upload user/name {args.export} . --repo-type space")
+    else:
+        explore(args.folder, host=args.host, port=args.port, **models)
 
 
 if __name__ == "__main__":

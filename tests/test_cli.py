@@ -192,6 +192,7 @@ def test_choices_and_reports_that_cannot_be_made(tmp_path, capsys, arguments, wo
         ["preview"],
         ["report"],
         ["select"],
+        ["explore"],
         ["sweep"],
         ["demo"],
     ],

@@ -33,10 +33,13 @@ ORDER = [
     {"comparison", "points", "selection", "stacking"},
     {"_resources", "front"},
     {"soup", "scoring", "hub"},
-    {"averaging", "full_weights", "inspection", "live", "merging"},
-    {"ppo", "sweeps"},
-    {"charts", "plots"},
+    {"averaging", "full_weights", "inspection", "live", "merging", "sweep_folder"},
+    {"ppo", "streaming", "sweeps"},
+    {"charts", "plots", "space", "tasting"},
     {"report"},
+    {"explorer_view"},
+    {"explorer_page"},
+    {"explorer"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -121,6 +124,8 @@ def test_the_wheel_holds_one_package_with_its_cards_recipes_and_assets(wheel):
         "recipes/configs/embedded.yaml",
         "assets/tiny-llama/model.safetensors",
         "assets/concepts/test.jsonl",
+        "assets/explorer.css",
+        "assets/explorer.js",
     ):
         assert f"rsoups/{needed}" in names
     assert not [name for name in names if name.endswith((".pyc", ".bin", ".pt"))]
@@ -150,6 +155,6 @@ print("works")
 def test_nothing_fetched_is_in_the_assets():
     """The embedded weights and our own prompts; none of the sentences that they were trained on."""
     files = {p.suffix for p in (ROOT / "rsoups" / "assets").rglob("*") if p.is_file()}
-    assert files <= {".json", ".safetensors", ".md", ".jsonl", ".html"}
+    assert files <= {".css", ".html", ".js", ".json", ".jsonl", ".md", ".safetensors"}
     size = sum(p.stat().st_size for p in (ROOT / "rsoups" / "assets").rglob("*"))
     assert size < 16 * 2**20
