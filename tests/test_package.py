@@ -17,12 +17,14 @@ SOURCES = sorted((ROOT / "rsoups").glob("*.py"))
 # DESIGN: imports point one way. A module may import from rsoups only what stands in an earlier row.
 ORDER = [
     {"_errors"},
-    {"_files"},
-    {"actor_critic", "adapters", "callbacks", "checkpoints", "low_rank", "rl_math", "sampling", "front", "tasks"},
+    {"_cards", "_files"},
+    {"actor_critic", "adapters", "callbacks", "checkpoints", "judge_client", "low_rank", "rl_math", "sampling", "front"}
+    | {"reward_inputs", "tasks"},
     {"stacking"},
     {"_resources"},
-    {"soup", "scoring", "hub"},
+    {"soup", "judge", "hub"},
     {"averaging", "full_weights", "inspection", "live", "merging"},
+    {"scoring"},
     {"ppo", "sweeps"},
     {"report"},
     {"cli"},

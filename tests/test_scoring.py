@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rsoups
 from rsoups import RewardCard, load_reward
-from rsoups.scoring import cards, check_scores, reward_function
+from rsoups.scoring import cards, check_scores, read_card, reward_function
 from rsoups.tasks import question_of
 
 PROMPTS = [f"### Instruction: w1 w2 ### Input: {' w3' * (i % 4 + 1)} ### Response: " for i in range(12)]
@@ -156,7 +156,17 @@ BAD_CARDS = [
     ("name: x\nmodel: y\nquestion: '{response}'", r"no field \['response'\]"),
     ("name: x\nmodel: y\nresponse: last", "response is 'last'"),
     ("[1, 2]", "mapping"),
-    ("name: x", r"missing field\(s\) \['model'\]"),
+    ("model: x", r"missing field\(s\) \['name'\]"),
+    ("name: x", "names either its model, or models"),
+    ("name: x\nmodel: y\nmodels: [a, b]\naverage: weights", "names either its model, or models"),
+    ("name: x\nmodel: y\naverage: weights", "average and lambdas go with models"),
+    ("name: x\nmodels: [a]\naverage: weights", "must be a list of two or more"),
+    ("name: x\nmodels: a\naverage: weights", "must be a list of two or more"),
+    ("name: x\nmodels: [a, b]", "average is None"),
+    ("name: x\nmodels: [a, b]\naverage: scores\nrevision: main", "write each as id@revision"),
+    ("name: x\nmodel: y\ncut: middle", "cut is 'middle'"),
+    ("name: x\nmodel: y\ndtype: int8", "dtype is 'int8'"),
+    ("name: x\nmodel: y\nmax_length: 0", "max_length is 0"),
     ("name: x\nmodel: y\ntemplate: z", r"unknown field\(s\) \['template'\]"),
     ("name: x\nmodel: y\ninput: triple", "input is 'triple'"),
     ("name: x\nmodel: y\nsign: 2", "sign is 2"),
@@ -187,8 +197,10 @@ def test_an_unknown_reward_lists_the_shipped_ones():
 
 @pytest.mark.parametrize("name", sorted(cards()))
 def test_shipped_cards_are_valid(name):
-    card = RewardCard.read(cards()[name])
-    assert card.name == name and card.model.count("/") == 1
+    card = read_card(cards()[name])
+    assert card.name == name
+    if isinstance(card, RewardCard):
+        assert card.model.count("/") == 1
 
 
 @pytest.mark.parametrize("scores", [[1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [math.inf, 1.0]])
