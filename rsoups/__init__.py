@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rsoups.averaging import EMACallback, greedy, moving_average
     from rsoups.front import Front
     from rsoups.full_weights import interpolate_checkpoints
+    from rsoups.judge import Judge, JudgeCard
     from rsoups.live import LiveSoup
     from rsoups.ppo import PPOConfig, PPOTrainer
     from rsoups.report import write_report
@@ -47,6 +48,7 @@ _HOMES = {
     "averaging": ("EMACallback", "greedy", "moving_average"),
     "front": ("Front",),
     "full_weights": ("interpolate_checkpoints",),
+    "judge": ("Judge", "JudgeCard"),
     "live": ("LiveSoup",),
     "ppo": ("PPOConfig", "PPOTrainer"),
     "report": ("write_report",),
@@ -64,6 +66,8 @@ __all__ = [
     "Front",
     "FrontError",
     "HubError",
+    "Judge",
+    "JudgeCard",
     "LambdasError",
     "LiveSoup",
     "OutputError",
