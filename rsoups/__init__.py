@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rsoups.judge import Judge, JudgeCard
     from rsoups.live import LiveSoup
     from rsoups.ppo import PPOConfig, PPOTrainer
+    from rsoups.probing import Probe, Sample, probe
     from rsoups.report import write_report
     from rsoups.scoring import Reward, RewardCard, load_reward
     from rsoups.soup import Soup, interpolate
@@ -51,6 +52,7 @@ _HOMES = {
     "judge": ("Judge", "JudgeCard"),
     "live": ("LiveSoup",),
     "ppo": ("PPOConfig", "PPOTrainer"),
+    "probing": ("Probe", "Sample", "probe"),
     "report": ("write_report",),
     "scoring": ("Reward", "RewardCard", "load_reward"),
     "soup": ("Soup", "interpolate"),
@@ -73,10 +75,12 @@ __all__ = [
     "OutputError",
     "PPOConfig",
     "PPOTrainer",
+    "Probe",
     "Reward",
     "RewardCard",
     "RewardError",
     "RsoupsError",
+    "Sample",
     "Soup",
     "TrainingError",
     "greedy",
@@ -84,6 +88,7 @@ __all__ = [
     "interpolate_checkpoints",
     "load_reward",
     "moving_average",
+    "probe",
     "simplex",
     "sweep",
     "write_report",

@@ -127,6 +127,11 @@ class JudgeCard:
             raise RewardError(f"reward card {self.name!r}: judge is {self.judge!r}, must be a mapping of fields")
         check_calibration(self.name, self.mean, self.std)
 
+    def summary(self) -> str:
+        """Who judges, where, and by what scale, on one line."""
+        low, high = self.judge.scale
+        return f"{self.judge.model:50} {self.judge.endpoint or 'in this process':28} judged from {low} to {high}"
+
 
 class Judge:
     """A loaded judge: ``judge(prompts, responses) -> list[float]``.
@@ -147,6 +152,8 @@ class Judge:
     Raises:
         RewardError: The key's variable is not set, or a model cannot be loaded or does not know the scale's numbers.
     """
+
+    columns: tuple[str, ...] = ()  # of a dataset: a judge looks at prompt and response only
 
     def __init__(
         self, card: JudgeCard, device: str = "cpu", trust_remote_code: bool = False, cache: str | Path | None = None

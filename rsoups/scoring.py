@@ -6,12 +6,10 @@ question is always in the input: `question_of` finds it in the prompt (the paper
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import math
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from rsoups._cards import check_calibration, made, read_card_file
 from rsoups._errors import RewardError, RsoupsError
 from rsoups._resources import resolve, shipped
+from rsoups.function_rewards import FunctionReward, check_scores, imported
 from rsoups.judge import Judge, JudgeCard
 from rsoups.reward_inputs import FIELD, FIELDS, batches, encode_pairs, encode_texts, filled, padded
 from rsoups.tasks import first_sentence, question_of, response_start
@@ -126,6 +125,12 @@ class RewardCard:
         """
         return made(cls, read_card_file(path), str(path))
 
+    def summary(self) -> str:
+        """Who scores, what it reads, and which logit counts, on one line."""
+        who = self.model or f"average of {self.average}: {', '.join(self.models or ())}"
+        minus = f" - logit {self.minus}" if self.minus is not None else ""
+        return f"{who:50} {self.input:28} {'-' if self.sign < 0 else ''}logit {self.logit}{minus}"
+
     def said(self, response: str) -> str:
         """The part of a response that is scored."""
         return _RESPONSES[self.response](response)
@@ -141,9 +146,15 @@ def cards() -> dict[str, Path]:
 
 
 class LoadedReward(Protocol):
-    """What `load_reward` returns, whatever its kind: a name, and prompts and responses in, one float each out."""
+    """What `load_reward` returns, whatever its kind: prompts and responses in, one float each out.
+
+    Attributes:
+        name: Of records, logs and plots.
+        columns: Those of a dataset that it looks at beside prompts and responses, passed by name.
+    """
 
     name: str
+    columns: tuple[str, ...]
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]: ...
 
@@ -163,6 +174,8 @@ class Reward:
         RewardError: A model that cannot be loaded, that asks for code of its own without leave, that lacks the card's
             logits, or that cannot be averaged with the others.
     """
+
+    columns: tuple[str, ...] = ()  # of a dataset: a model looks at prompt and response only
 
     def __init__(self, card: RewardCard, device: str = "cpu", trust_remote_code: bool = False):
         if card.average == "scores":
@@ -203,7 +216,8 @@ class Reward:
     def _load(self, source: str, trust_remote_code: bool) -> Any:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        options = {"revision": self.card.revision, "trust_remote_code": trust_remote_code}
+        # Of "main", said aloud, transformers also looks for the conversion bot's safetensors where it holds a pickle only.
+        options = {"revision": self.card.revision or "main", "trust_remote_code": trust_remote_code}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, **options)
             return AutoModelForSequenceClassification.from_pretrained(
@@ -269,7 +283,7 @@ class Reward:
         Args:
             prompts: Policy prompts (the question is taken out of the prompt format) or bare questions.
             responses: As many responses.
-            columns: Of a dataset; a model does not look at them.
+            columns: Of a dataset; not looked at.
 
         Raises:
             RewardError: Unequal numbers, or a score that is not finite (the sample is shown).
@@ -308,6 +322,8 @@ class Reward:
 class AveragedScores:
     """Several loaded reward models, of any kinds: the score is the weighted mean of theirs."""
 
+    columns: tuple[str, ...] = ()
+
     def __init__(self, card: RewardCard, device: str = "cpu", trust_remote_code: bool = False):
         from rsoups.soup import weights_of
 
@@ -328,50 +344,6 @@ class AveragedScores:
         """Score each response to its prompt; errors as of `Reward`."""
         rows = zip(*(member(prompts, responses) for member in self.members), strict=True)
         return [math.fsum(weight * score for weight, score in zip(self.lambdas, row, strict=True)) for row in rows]
-
-
-def check_scores(name: str, scores: Sequence[float], prompts: Sequence[str], responses: Sequence[str]) -> None:
-    """Refuse scores that would poison a run.
-
-    Raises:
-        RewardError: Not one score per sample, or a score that is NaN or infinite; names the reward and the sample.
-    """
-    if len(scores) != len(responses):
-        raise RewardError(f"reward {name!r} returned {len(scores)} scores for {len(responses)} responses")
-    for score, prompt, response in zip(scores, prompts, responses, strict=True):
-        if not math.isfinite(score):
-            raise RewardError(f"reward {name!r} returned {score} for prompt {prompt!r}, response {response!r}")
-
-
-class FunctionReward:
-    """A function as a reward: ``reward(prompts, responses, **columns) -> list[float]``.
-
-    Takes ``f(prompts, responses)`` and TRL's ``f(prompts, completions, **columns)`` alike; a function gets those of the
-    dataset's columns that it names, or all where it takes any.
-    """
-
-    def __init__(self, function: Callable[..., Any], name: str | None = None):
-        self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
-        self.__name__ = self.name
-        self._function = function
-        parameters = inspect.signature(function).parameters
-        self._any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        self._known = set(parameters)
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
-        """Score each response to its prompt.
-
-        Raises:
-            RewardError: Not one finite score for each response (the sample is shown).
-        """
-        passed = {key: value for key, value in columns.items() if self._any or key in self._known}
-        if "completions" in self._known:
-            scores = self._function(prompts=list(prompts), completions=list(responses), **passed)
-        else:
-            scores = self._function(list(prompts), list(responses), **passed)
-        scores = [float(score) for score in scores]
-        check_scores(self.name, scores, prompts, responses)
-        return scores
 
 
 def read_card(path: str | Path) -> RewardCard | JudgeCard:
@@ -417,22 +389,10 @@ def load_reward(
         return Reward(RewardCard(name=path.name, model=text), device, trust_remote_code)
     module, separator, name = text.partition(":")
     if separator:
-        return FunctionReward(_imported(module, name), name)
+        return FunctionReward(imported(module, name), name)
     raise RewardError(
         f"no reward {text!r}; shipped cards: {sorted(known)}, or give a YAML card, a classifier's Hub id or module:function"
     )
-
-
-def _imported(module: str, name: str) -> Callable[..., Any]:
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RewardError(f"no reward function {module}:{name}: {error}") from None
-    if not callable(found):
-        raise RewardError(f"{module}:{name} is {type(found).__name__}, not a function")
-    return found
 
 
 def reward_function(

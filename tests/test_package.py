@@ -19,13 +19,13 @@ ORDER = [
     {"_errors"},
     {"_cards", "_files"},
     {"actor_critic", "adapters", "callbacks", "checkpoints", "judge_client", "low_rank", "rl_math", "sampling", "front"}
-    | {"reward_inputs", "tasks"},
+    | {"function_rewards", "reward_inputs", "tasks"},
     {"stacking"},
     {"_resources"},
     {"soup", "judge", "hub"},
     {"averaging", "full_weights", "inspection", "live", "merging"},
     {"scoring"},
-    {"ppo", "sweeps"},
+    {"ppo", "probing", "sweeps"},
     {"report"},
     {"cli"},
 ]
