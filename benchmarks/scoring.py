@@ -63,7 +63,9 @@ def samples(mix, seed):
     text = lambda least, most: " ".join(draw.choices(words, k=draw.randint(least, most)))  # noqa: E731
     if mix == "long":
         return [text(1, 100) for _ in range(RESPONSES)], [text(8, 256) for _ in range(RESPONSES)]
-    return [text(2, 20)[: draw.randint(5, 100)].strip() for _ in range(RESPONSES)], [text(16, 32) for _ in range(RESPONSES)]
+    return [text(2, 20)[: draw.randint(5, 100)].strip() for _ in range(RESPONSES)], [
+        text(16, 32) for _ in range(RESPONSES)
+    ]
 
 
 def timed(score, device):

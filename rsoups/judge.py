@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -105,7 +106,7 @@ class JudgeCard:
 
     Attributes:
         name: Names the reward in records, logs and plots.
-        judge: Who judges, by what; from a card a mapping of `JudgeSettings`' fields.
+        judge: Who judges, by what: the fields of `JudgeSettings`.
         mean, std: The score is ``(rating - mean) / std``: from a named calibration, so that rewards can be mixed.
         calibration: What mean and std were measured on.
         source: Where the rubric comes from.
@@ -113,7 +114,7 @@ class JudgeCard:
     """
 
     name: str
-    judge: JudgeSettings
+    judge: Mapping[str, Any]
     mean: float = 0.0
     std: float = 1.0
     calibration: str | None = None
@@ -121,16 +122,20 @@ class JudgeCard:
     licence: str = ""
 
     def __post_init__(self) -> None:
-        if isinstance(self.judge, Mapping):
-            object.__setattr__(self, "judge", made(JudgeSettings, self.judge, f"reward card {self.name!r}, judge"))
-        if not isinstance(self.judge, JudgeSettings):
+        if not isinstance(self.judge, Mapping):
             raise RewardError(f"reward card {self.name!r}: judge is {self.judge!r}, must be a mapping of fields")
+        _ = self.settings  # refuses what is wrong with them
         check_calibration(self.name, self.mean, self.std)
+
+    @cached_property
+    def settings(self) -> JudgeSettings:
+        """The fields of `judge`, checked."""
+        return made(JudgeSettings, self.judge, f"reward card {self.name!r}, judge")
 
     def summary(self) -> str:
         """Who judges, where, and by what scale, on one line."""
-        low, high = self.judge.scale
-        return f"{self.judge.model:50} {self.judge.endpoint or 'in this process':28} judged from {low} to {high}"
+        low, high = self.settings.scale
+        return f"{self.settings.model:50} {self.settings.endpoint or 'in this process':28} judged from {low} to {high}"
 
 
 class Judge:
@@ -161,7 +166,7 @@ class Judge:
         self.card = card
         self.name = self.__name__ = card.name  # TRL logs a reward under its __name__
         self._rater: _Server | _Local
-        if card.judge.endpoint is None:
+        if card.settings.endpoint is None:
             self._rater = _Local(card, device, trust_remote_code)
         else:
             folder = cache or os.environ.get("RSOUPS_CACHE") or Path("~/.cache/rsoups")
@@ -211,14 +216,14 @@ class _Server:
     """Rates by asking a server, several requests at a time."""
 
     def __init__(self, card: JudgeCard, cache: Path):
-        self._name, self._settings = card.name, card.judge
+        self._name, self._settings = card.name, card.settings
         key = None
-        if card.judge.key is not None and not (key := os.environ.get(card.judge.key, "").strip()):
+        if card.settings.key is not None and not (key := os.environ.get(card.settings.key, "").strip()):
             raise RewardError(
-                f"reward {card.name!r}: the environment variable {card.judge.key}, with the key, is not set"
+                f"reward {card.name!r}: the environment variable {card.settings.key}, with the key, is not set"
             )
-        url = f"{str(card.judge.endpoint).rstrip('/')}/chat/completions"
-        s = card.judge
+        url = f"{str(card.settings.endpoint).rstrip('/')}/chat/completions"
+        s = card.settings
         self._client = Client(url, key, s.scale, s.attempts, s.timeout, s.price, cache)
         self.counts = self._client.counts
 
@@ -272,17 +277,17 @@ class _Local:
     def __init__(self, card: JudgeCard, device: str, trust_remote_code: bool):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self._name, self._settings, self.counts = card.name, card.judge, Counts()
-        source = resolve(card.judge.model)
-        options = {"revision": card.judge.revision, "trust_remote_code": trust_remote_code}
+        self._name, self._settings, self.counts = card.name, card.settings, Counts()
+        source = resolve(card.settings.model)
+        options = {"revision": card.settings.revision, "trust_remote_code": trust_remote_code}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=card.judge.dtype, use_safetensors=True, **options
+                source, dtype=card.settings.dtype, use_safetensors=True, **options
             )
         except (OSError, ValueError) as error:
             raise RewardError(
-                f"reward {card.name!r}: cannot load {card.judge.model!r} (only safetensors are read, and code of its own runs "
+                f"reward {card.name!r}: cannot load {card.settings.model!r} (only safetensors are read, code of its own runs "
                 f"with trust_remote_code only): {error}"
             ) from error
         self._model = model.eval().requires_grad_(False).to(device)

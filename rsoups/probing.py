@@ -310,7 +310,8 @@ def sample_of(
     found = load_rows(task, dataset, split, rows)
     with_references = [row for row in found if row["references"]]
     if with_references:
-        columns = {"references": [row["references"] for row in with_references]}
+        # The response itself is no reference, where there are others to compare it with.
+        columns = {"references": [row["references"][1:] or row["references"] for row in with_references]}
         responses = [task.cut(row["references"][0]) for row in with_references]
         return Sample([row["prompt"] for row in with_references], responses, columns)
     prompts = [row["prompt"] for row in found]

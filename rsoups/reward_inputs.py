@@ -15,7 +15,7 @@ FIELDS = {"question", "response", "bos", "eos", "sep"}
 _NO_ROOM = "a response fills all %d tokens that a reward model reads: its end is not seen"
 
 # Tokens of a batch, padding included. On a CPU (benchmarks/scoring.py) larger ones leave its caches and get slower.
-_BATCH_TOKENS, _BATCH_TOKENS_ON_CPU = 8_192, 1_024
+_BATCH_TOKENS, _BATCH_TOKENS_ON_CPU = 8_192, 768
 
 logger = logging.getLogger(__name__)
 

@@ -68,6 +68,7 @@ def test_rewards_are_listed(capsys):
     assert main(["rewards"]) == 0
     shown = capsys.readouterr().out
     assert "bart-faithful" in shown and "reversed_pair" in shown and "logit 1 - logit 0" in shown
+    assert "judge-relevance" in shown and "http://127.0.0.1:8000/v1" in shown and "judged from 1 to 5" in shown
     assert len(shown.splitlines()) == len(cards())
 
 
@@ -117,6 +118,33 @@ def test_preview_shows_prompts_and_what_a_reward_sees(tmp_path, capsys):
     assert "'custom'" in capsys.readouterr().err
 
 
+def test_probe_says_what_a_reward_pays_for(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text("def words(prompts, responses): return [len(r.split()) for r in responses]")
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"prompt": f"p{i % 5}", "response": "w " * (i + 1)}) for i in range(20)]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    command = [
+        "probe",
+        "mine:words",
+        "naturalness",
+        "--records",
+        "records.jsonl",
+        "--rows",
+        "12",
+        "--out",
+        "probe.json",
+    ]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "12 responses" in shown and "strongly prefers longer responses: rho = 1.00" in shown and "agreement" in shown
+    found = json.loads((tmp_path / "probe.json").read_text())
+    assert found["findings"]["words"][0]["rho"]["value"] == pytest.approx(1)
+    assert set(found["findings"]) == {"words", "naturalness"}
+    assert main(["probe", "naturalness", "--records", "nothing.jsonl"]) == 2
+    assert "no records file nothing.jsonl" in capsys.readouterr().err
+    assert main(["probe", "naturalness", "--task", "nothing"]) == 2
+
+
 def test_report_draws_from_records_alone(tmp_path, capsys):
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in records(n=5)[0]))
@@ -134,6 +162,7 @@ def test_report_draws_from_records_alone(tmp_path, capsys):
         ["merge"],
         ["rewards"],
         ["score"],
+        ["probe"],
         ["tasks"],
         ["preview"],
         ["report"],

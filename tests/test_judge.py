@@ -285,7 +285,7 @@ def test_the_shipped_judges_rate_three_aspects(server):
     judges = {name: read_card(path) for name, path in cards().items() if name.startswith("judge-")}
     assert set(judges) == {f"judge-{aspect}" for aspect in ("relevance", "factuality", "completeness")}
     for name, card in judges.items():
-        assert name.removeprefix("judge-") in card.judge.rubric and card.judge.key is None
+        assert name.removeprefix("judge-") in card.settings.rubric and card.settings.key is None
         assert Path(cards()[name]).read_text().count("\n    ") >= 6  # a line for each step of the scale, and more
 
 
