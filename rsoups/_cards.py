@@ -12,6 +12,8 @@ import yaml
 
 from rsoups._errors import RewardError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # auto: as the weights are stored
+
 _T = TypeVar("_T")
 
 

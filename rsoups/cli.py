@@ -178,6 +178,7 @@ def _rewards(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
+    from rsoups.judge import Judge
     from rsoups.scoring import Reward, load_reward
 
     reward = load_reward(args.reward, args.device, trust_remote_code=args.trust_remote_code)
@@ -188,9 +189,12 @@ def _score(args: argparse.Namespace) -> None:
         print(f"score   {found['score']:.6g}")
     else:
         print(f"score   {reward([args.prompt], [args.response])[0]:.6g}")
+    if isinstance(reward, Judge):
+        print(f"asked   {reward.counts}")
 
 
 def _probe(args: argparse.Namespace) -> None:
+    from rsoups.judge import Judge
     from rsoups.probing import probe, sample_of, sample_of_records
     from rsoups.scoring import load_reward
 
@@ -203,6 +207,9 @@ def _probe(args: argparse.Namespace) -> None:
         )
     found = probe({reward.name: reward for reward in loaded}, sample, seed=args.seed)
     print(found.to_text())
+    for reward in loaded:
+        if isinstance(reward, Judge):
+            print(f"{reward.name} was asked: {reward.counts}")
     if args.out:
         args.out.write_text(found.to_json(), "utf-8")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from rsoups._cards import check_calibration, made
+from rsoups._cards import DTYPES, check_calibration, made
 from rsoups._errors import RewardError
 from rsoups._resources import resolve
 from rsoups.judge_client import Client, Counts
@@ -74,6 +75,8 @@ class JudgeSettings:
                 _refuse(f"{name} is {value!r}, must be an integer of 1 or more")
         if not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
             _refuse(f"timeout is {self.timeout!r}, must be above 0 seconds")
+        if self.dtype not in DTYPES:
+            _refuse(f"dtype is {self.dtype!r}, must be one of {list(DTYPES)}")
         if not isinstance(self.parameters, Mapping) or not set(self.parameters).isdisjoint(_OURS):
             _refuse(f"parameters is {self.parameters!r}, must be a mapping without {list(_OURS)}")
         self._check_endpoint()
@@ -83,6 +86,8 @@ class JudgeSettings:
             if self.key is not None or self.price is not None:
                 _refuse("key and price go with an endpoint")
             return
+        if self.key is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", str(self.key)):
+            _refuse("key must be the name of an environment variable, such as OPENAI_API_KEY, and never the key itself")
         url = urlsplit(str(self.endpoint))
         if url.scheme not in ("http", "https") or not url.hostname:
             _refuse(f"endpoint is {self.endpoint!r}, must be an http(s) URL such as http://127.0.0.1:8000/v1")
@@ -278,13 +283,13 @@ class _Local:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._name, self._settings, self.counts = card.name, card.settings, Counts()
-        source = resolve(card.settings.model)
+        source, dtype = resolve(card.settings.model), card.settings.dtype
+        if dtype == "auto" and source != card.settings.model:
+            dtype = "float32"  # the embedded weights are stored in half precision to be small
         options = {"revision": card.settings.revision, "trust_remote_code": trust_remote_code}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=card.settings.dtype, use_safetensors=True, **options
-            )
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
         except (OSError, ValueError) as error:
             raise RewardError(
                 f"reward {card.name!r}: cannot load {card.settings.model!r} (only safetensors are read, code of its own runs "

@@ -274,7 +274,7 @@ def _change(check: str, before: Values, after: Values, draws: NDArray[np.int64])
     if check == "template":
         rho = _rho(before, after, draws)
         if rho is not None and moved.any():
-            text += f"; ranks the responses {'alike' if rho.value > 0.9 else 'otherwise'}: rho = {rho.value:.2f}"
+            text += f"; ranks the responses {'alike' if rho.value > 0.9 else 'differently'}: rho = {rho.value:.2f}"
     elif check == "nothing":
         text += f"; on average above {float((before < after.mean()).mean()):.0%} of the sample's scores"
     return Finding(check, f"{_SAID[check]} {text}", rho=rho, change=change, higher=higher)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from rsoups._cards import check_calibration, made, read_card_file
+from rsoups._cards import DTYPES, check_calibration, made, read_card_file
 from rsoups._errors import RewardError, RsoupsError
 from rsoups._resources import resolve, shipped
 from rsoups.function_rewards import FunctionReward, check_scores, imported
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _INPUTS = ("pair", "reversed_pair")
 _AVERAGES = ("weights", "scores")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _RESPONSES: dict[str, Callable[[str], str]] = {"whole": str, "first_sentence": first_sentence}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -91,7 +90,7 @@ class RewardCard:
             self._refuse(f"input is {self.input!r}, must be one of {list(_INPUTS)} or a template with {{response}}")
         if unknown := {*FIELD.findall(self.input)} - FIELDS or {*FIELD.findall(self.question)} - {"question"}:
             self._refuse(f"no field {sorted(unknown)} for templates; {sorted(FIELDS)}")
-        allowed = {"response": (*_RESPONSES,), "sign": (1, -1), "cut": ("end", "start"), "dtype": _DTYPES}
+        allowed = {"response": (*_RESPONSES,), "sign": (1, -1), "cut": ("end", "start"), "dtype": DTYPES}
         for field, values in allowed.items():
             if (value := getattr(self, field)) not in values:
                 self._refuse(f"{field} is {value!r}, must be one of {list(values)}")

@@ -20,8 +20,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rsoups
+from rsoups.cli import main
 from rsoups.judge_client import parse_rating
-from rsoups.scoring import cards, read_card
+from rsoups.scoring import cards, read_card, reward_function
 
 KEY = "sk-0123456789-secret"
 
@@ -252,11 +253,13 @@ BAD = [
     ({"concurrency": 0}, "concurrency is 0"),
     ({"attempts": True}, "attempts is True"),
     ({"timeout": 0}, "timeout is 0"),
+    ({"dtype": "int8"}, "dtype is 'int8'"),
     ({"parameters": {"stream": True}}, "without .*'stream'"),
     ({"parameters": 3}, "parameters is 3"),
     ({"endpoint": "localhost:8000"}, "must be an http"),
     ({"endpoint": "http://user:pw@host/v1"}, "endpoint holds credentials"),
     ({"endpoint": None, "key": "K"}, "key and price go with an endpoint"),
+    ({"key": "sk-pw"}, "name of an environment variable"),
     ({"price": {"input": 1}}, "must be input and output"),
     ({"secret": "x"}, r"unknown field\(s\) \['secret'\]"),
 ]
@@ -348,3 +351,27 @@ def test_what_a_local_judge_cannot_do_is_refused(tmp_path, local):
         judge(["a" * 1024], ["b"])
     with pytest.raises(rsoups.RewardError, match="cannot load"):
         rsoups.load_reward(local_card(tmp_path, tmp_path / "nothing"))
+
+
+def test_rsoups_score_asks_a_judge_and_says_so(tmp_path, server, capsys):
+    card = str(card_of(tmp_path, server, attempts=1))
+    assert main(["score", "--reward", card, "--prompt", "Why?", "--response", "a b c"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "score   1",
+        "asked   calls 1, cached 0, retries 0, failures 0, input tokens 100, output tokens 7, cost 0",
+    ]
+    server.faults = [(500, {}, "down")]
+    assert main(["score", "--reward", card, "--prompt", "Why?", "--response", "a b"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(
+        "rsoups: reward 'helpful': no rating in 1 attempts: status 500"
+    )
+
+
+def test_a_judge_is_a_reward_of_a_ppo_run(tmp_path, server):
+    """TRL's signature, with what TRL passes beside."""
+    logged = {}
+    function = reward_function(rsoups.load_reward(card_of(tmp_path, server)), str.strip)
+    extras = {"completion_ids": [[1]], "trainer_state": None, "log_extra": None, "log_metric": logged.__setitem__}
+    assert function(prompts=["Why?"], completions=[" a b c "], **extras) == [1.0]
+    assert function.__name__ == "helpful" and logged["helpful/calls"] == 1
