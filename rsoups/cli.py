@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rsoups import __version__
-from rsoups._errors import AdapterError, DatasetError, RsoupsError
+from rsoups._errors import AdapterError, DatasetError, OutputError, RewardError, RsoupsError
 from rsoups._resources import shipped
 
 if TYPE_CHECKING:
@@ -199,19 +199,23 @@ def _probe(args: argparse.Namespace) -> None:
     from rsoups.scoring import load_reward
 
     loaded = [load_reward(name, args.device, trust_remote_code=args.trust_remote_code) for name in args.rewards]
+    if len(names := {reward.name for reward in loaded}) < len(loaded):
+        raise RewardError(f"{len(loaded)} rewards with {len(names)} names, {sorted(names)}: give each its own")
     if args.records:
         sample = sample_of_records(args.records, args.rows, args.seed)
     else:
-        sample = sample_of(
-            _task(args), args.dataset, split=args.split, rows=args.rows, model=args.model, seed=args.seed
-        )
+        options = {"split": args.split, "rows": args.rows, "model": args.model, "device": args.device}
+        sample = sample_of(_task(args), args.dataset, seed=args.seed, **options)
     found = probe({reward.name: reward for reward in loaded}, sample, seed=args.seed)
     print(found.to_text())
     for reward in loaded:
         if isinstance(reward, Judge):
             print(f"{reward.name} was asked: {reward.counts}")
     if args.out:
-        args.out.write_text(found.to_json(), "utf-8")
+        try:
+            args.out.write_text(found.to_json(), "utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write {args.out}: {error.strerror}") from None
 
 
 def _task(args: argparse.Namespace) -> Task:

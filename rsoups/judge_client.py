@@ -89,7 +89,8 @@ class Client:
             raise RewardError("a judge's key holds blanks or characters that no header can carry")
         self._key, self._scale, self._attempts, self._price, self._cache = key, scale, attempts, price, cache
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._url, self._http = url, httpx2.Client(headers=headers, timeout=timeout)
+        limits = httpx2.Limits(max_connections=None)  # the caller's threads are the limit
+        self._url, self._http = url, httpx2.Client(headers=headers, timeout=timeout, limits=limits)
         self._errors = (httpx2.TransportError, httpx2.DecodingError)
         self._lock = threading.Lock()
         self.counts = Counts()

@@ -293,6 +293,7 @@ def sample_of(
     temperature: float = 0.7,
     max_new_tokens: int = 32,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Sample:
     """A dataset's prompts with its reference responses; where it has none, with a policy's.
 
@@ -303,10 +304,12 @@ def sample_of(
         rows: How many, the first ones.
         model: The policy, where it is needed: folder, Hub id or ``rsoups/...``.
         temperature, max_new_tokens, seed: Of its sampling.
+        device: Where it runs.
 
     Raises:
-        DatasetError: Missing file or column, or no usable row.
+        DatasetError: Too few rows, a missing file or column, no usable row, or a policy that cannot be loaded.
     """
+    _check_rows(rows)
     found = load_rows(task, dataset, split, rows)
     with_references = [row for row in found if row["references"]]
     if with_references:
@@ -315,15 +318,17 @@ def sample_of(
         responses = [task.cut(row["references"][0]) for row in with_references]
         return Sample([row["prompt"] for row in with_references], responses, columns)
     prompts = [row["prompt"] for row in found]
-    return Sample(prompts, [task.cut(text) for text in _answers(model, prompts, temperature, max_new_tokens, seed)])
+    texts = _answers(model, prompts, temperature, max_new_tokens, seed, device)
+    return Sample(prompts, [task.cut(text) for text in texts])
 
 
 def sample_of_records(path: str | Path, rows: int = 200, seed: int = 0) -> Sample:
     """Some of a sweep's responses, drawn from all its records, each pair of prompt and response once.
 
     Raises:
-        DatasetError: No such file, or a record without prompt or response.
+        DatasetError: Too few rows, no such file, or a record without prompt or response.
     """
+    _check_rows(rows)
     if not Path(path).is_file():
         raise DatasetError(f"no records file {path}")
     try:
@@ -334,26 +339,34 @@ def sample_of_records(path: str | Path, rows: int = 200, seed: int = 0) -> Sampl
     return Sample([prompt for prompt, _ in drawn], [response for _, response in drawn])
 
 
-def _answers(name: str, prompts: list[Any], temperature: float, max_new_tokens: int, seed: int) -> list[str]:
+def _check_rows(rows: int) -> None:
+    if rows < _LEAST:
+        raise DatasetError(f"a probe of {rows} responses says nothing: {_LEAST} or more are needed")
+
+
+def _answers(
+    name: str, prompts: list[Any], temperature: float, max_new_tokens: int, seed: int, device: str
+) -> list[str]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve(name)
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    dtype = torch.float32 if source != name else "auto"  # embedded weights are stored in half precision to be small
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"cannot load {name!r}, who was to answer the prompts: {error}") from error
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    # Embedded weights are stored in half precision to be small.
-    dtype = torch.float32 if source != name else "auto"
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True).eval()
-    texts = [
-        text
-        if isinstance(text, str)
-        else tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
-        for text in prompts
-    ]
+    model.eval().to(device)
+    chat = {"tokenize": False, "add_generation_prompt": True}
+    texts = [p if isinstance(p, str) else tokenizer.apply_chat_template(p, **chat) for p in prompts]
     answers: list[str] = []
     torch.manual_seed(seed)
     for start in range(0, len(texts), _BATCH):
-        inputs = tokenizer(texts[start : start + _BATCH], return_tensors="pt", padding=True)
+        inputs = tokenizer(texts[start : start + _BATCH], return_tensors="pt", padding=True).to(device)
         inputs.pop("token_type_ids", None)
         with torch.inference_mode(), fast_sampling(model.device):
             ids = model.generate(

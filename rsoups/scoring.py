@@ -25,6 +25,7 @@ from rsoups.reward_inputs import FIELD, FIELDS, batches, encode_pairs, encode_te
 from rsoups.tasks import first_sentence, question_of, response_start
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 _INPUTS = ("pair", "reversed_pair")
@@ -162,7 +163,7 @@ class Reward:
     """A loaded reward model: ``reward(prompts, responses) -> list[float]``.
 
     Runs without gradients, in the card's precision, sorted by length into batches of equal padding; scores do not depend on
-    the batching. Models whose weights a card averages are averaged once, in float64, on the disk's temporary folder.
+    the batching. Models whose weights a card averages are averaged once, in float64, by way of a temporary folder.
 
     Args:
         card: What the reward is.
@@ -266,8 +267,7 @@ class Reward:
 
         (encoded,) = self.encode([prompt], [response])
         with torch.inference_mode():
-            inputs = {key: torch.tensor([value], device=self._model.device) for key, value in encoded.items()}
-            logits = self._model(**inputs).logits[0].float().tolist()
+            logits = self._logits([encoded])[0].tolist()
         names = self._model.config.id2label
         return {
             "text": self._tokenizer.decode(encoded["input_ids"]),
@@ -295,9 +295,7 @@ class Reward:
         scores = [0.0] * len(encoded)
         with torch.inference_mode():
             for batch in batches(encoded, self._model.device):
-                rows = [encoded[i] for i in batch]
-                self._model.config.pad_token_id = pad = self._pad_for(rows)
-                logits = self._model(**padded(rows, pad, self._model.device)).logits.float()
+                logits = self._logits([encoded[i] for i in batch])
                 raw = logits[:, self._columns[0]]
                 if len(self._columns) == 2:
                     raw = raw - logits[:, self._columns[1]]
@@ -306,16 +304,18 @@ class Reward:
         check_scores(self.name, scores, prompts, responses)
         return scores
 
-    def _pad_for(self, rows: list[dict[str, list[int]]]) -> int:
-        """The id that pads a batch.
+    def _logits(self, rows: list[dict[str, list[int]]]) -> Tensor:
+        """(B, labels), float32.
 
         Decoders read the score at the last token that is not padding, by its id: what stands in for a missing pad token
         must be in no row (an end-of-text token may well be the last one of a text).
         """
-        if self._pad_id is not None:
-            return self._pad_id
-        used = {token for row in rows for token in row["input_ids"]}
-        return next(token for token in range(len(used) + 1) if token not in used)
+        pad = self._pad_id
+        if pad is None:
+            used = {token for row in rows for token in row["input_ids"]}
+            pad = next(token for token in range(len(used) + 1) if token not in used)
+        self._model.config.pad_token_id = pad
+        return self._model(**padded(rows, pad, self._model.device)).logits.float()
 
 
 class AveragedScores:

@@ -142,7 +142,17 @@ def test_probe_says_what_a_reward_pays_for(tmp_path, capsys, monkeypatch):
     assert set(found["findings"]) == {"words", "naturalness"}
     assert main(["probe", "naturalness", "--records", "nothing.jsonl"]) == 2
     assert "no records file nothing.jsonl" in capsys.readouterr().err
-    assert main(["probe", "naturalness", "--task", "nothing"]) == 2
+    for wrong, words in (
+        (["naturalness", "--task", "nothing"], "'custom'"),
+        (["naturalness", "naturalness"], "2 rewards with 1 names"),
+        (["naturalness", "--rows", "0"], "a probe of 0 responses"),
+        (["naturalness", "--model", "no/model"], "cannot load 'no/model'"),
+        (
+            ["mine:words", "--records", "records.jsonl", "--out", "no/such/probe.json"],
+            "cannot write no/such/probe.json",
+        ),
+    ):
+        assert main(["probe", *wrong]) == 2 and words in capsys.readouterr().err
 
 
 def test_report_draws_from_records_alone(tmp_path, capsys):

@@ -149,6 +149,8 @@ def test_a_text_that_ends_with_end_of_text_is_scored_at_its_end(tmp_path, caplog
         rows = [torch.tensor([tokenizer(response)["input_ids"] + [2]]) for response in responses]
         expected = [model(row).logits[0, 0].item() for row in rows]  # alone and without a pad token: at the last one
     assert reward(["w9"] * 4, responses) == pytest.approx(expected, abs=1e-5)
+    for response, score in zip(responses, expected, strict=True):
+        assert reward.explain("w9", response)["logits"]["LABEL_0"] == pytest.approx(score, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "electra", "deberta"])
