@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 import rsoups
 from rsoups import RewardCard, load_reward
+from rsoups._resources import shipped
+from rsoups.judge import JudgeCard, JudgeSettings
 from rsoups.reward_inputs import encode_texts
 from rsoups.scoring import cards, check_scores, read_card, reward_function
 from rsoups.tasks import question_of
@@ -295,6 +298,12 @@ def test_shipped_cards_are_valid(name):
     assert card.name == name
     if isinstance(card, RewardCard):
         assert card.model.count("/") == 1
+
+
+@pytest.mark.parametrize("kind", [RewardCard, JudgeCard, JudgeSettings])
+def test_the_schema_is_documented(kind):
+    text = (shipped("rewards") / "README.md").read_text("utf-8")
+    assert not [field.name for field in fields(kind) if f"`{field.name}`" not in text]
 
 
 @pytest.mark.parametrize("scores", [[1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [math.inf, 1.0]])
