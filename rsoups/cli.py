@@ -85,20 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     score.set_defaults(run=_score)
 
-    probe = commands.add_parser("probe", help="what rewards make of length, nothing, noise, templates, wrong questions")
-    probe.add_argument("rewards", nargs="+", help="rewards, as in rsoups score")
-    probe.add_argument("--task", default="concepts", help="a task's name, or custom")
-    probe.add_argument("--dataset", help="file, folder or Hub id; the task's own if left out")
-    probe.add_argument("--template", help="of a custom task's prompts")
-    probe.add_argument("--split", default="test", choices=("train", "test"))
-    probe.add_argument("--model", default="rsoups/tiny-llama", help="who answers where the data holds no references")
-    probe.add_argument("--records", help="take the responses of a sweep's records.jsonl instead")
-    probe.add_argument("--rows", type=int, default=200, help="how many responses are looked at")
-    probe.add_argument("--seed", type=int, default=0)
-    probe.add_argument("--device", default="cpu")
-    probe.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a model")
-    probe.add_argument("--out", type=Path, help="JSON file of the figures")
-    probe.set_defaults(run=_probe)
+    _add_probe(commands)
 
     tasks = commands.add_parser("tasks", help="the tasks that write prompts")
     tasks.set_defaults(run=_tasks)
@@ -121,6 +108,23 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in _RECIPES.items():  # listed here for --help; `main` runs them
         commands.add_parser(name, help=text, add_help=False)
     return parser
+
+
+def _add_probe(commands: argparse._SubParsersAction) -> None:
+    probe = commands.add_parser("probe", help="what rewards make of length, nothing, noise, templates, wrong questions")
+    probe.add_argument("rewards", nargs="+", help="rewards, as in rsoups score")
+    probe.add_argument("--task", default="concepts", help="a task's name, or custom")
+    probe.add_argument("--dataset", help="file, folder or Hub id; the task's own if left out")
+    probe.add_argument("--template", help="of a custom task's prompts")
+    probe.add_argument("--split", default="test", choices=("train", "test"))
+    probe.add_argument("--model", default="rsoups/tiny-llama", help="who answers where the data holds no references")
+    probe.add_argument("--records", help="take the responses of a sweep's records.jsonl instead")
+    probe.add_argument("--rows", type=int, default=200, help="how many responses are looked at")
+    probe.add_argument("--seed", type=int, default=0)
+    probe.add_argument("--device", default="cpu")
+    probe.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a model")
+    probe.add_argument("--out", type=Path, help="JSON file of the figures")
+    probe.set_defaults(run=_probe)
 
 
 def _recipe(name: str, arguments: list[str]) -> None:
