@@ -205,7 +205,9 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     train, held_out = prompts(script, training, tokenizer, min(room, script.max_prompt_length or room))
     device = script.reward_device or str(training.device)
     cut = task_of(script).cut
-    rewards = [reward_function(load_reward(name, device), cut, tokenizer) for name in script.reward]
+    trusted = training.trust_remote_code
+    loaded = [load_reward(name, device, trust_remote_code=trusted) for name in script.reward]
+    rewards = [reward_function(reward, cut, tokenizer) for reward in loaded]
     _, kind = ALGORITHMS[script.algorithm]
     trainer = kind(
         model=actor,

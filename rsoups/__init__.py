@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from rsoups.explorer import explore
     from rsoups.front import Front
     from rsoups.full_weights import interpolate_checkpoints
+    from rsoups.judge import Judge, JudgeCard
     from rsoups.live import LiveSoup
     from rsoups.ppo import PPOConfig, PPOTrainer
+    from rsoups.probing import Probe, Sample, probe
     from rsoups.report import write_report
     from rsoups.scoring import Reward, RewardCard, load_reward
     from rsoups.soup import Soup, interpolate
@@ -53,8 +55,10 @@ _HOMES = {
     "explorer": ("explore",),
     "front": ("Front",),
     "full_weights": ("interpolate_checkpoints",),
+    "judge": ("Judge", "JudgeCard"),
     "live": ("LiveSoup",),
     "ppo": ("PPOConfig", "PPOTrainer"),
+    "probing": ("Probe", "Sample", "probe"),
     "report": ("write_report",),
     "scoring": ("Reward", "RewardCard", "load_reward"),
     "soup": ("Soup", "interpolate"),
@@ -72,15 +76,19 @@ __all__ = [
     "Front",
     "FrontError",
     "HubError",
+    "Judge",
+    "JudgeCard",
     "LambdasError",
     "LiveSoup",
     "OutputError",
     "PPOConfig",
     "PPOTrainer",
+    "Probe",
     "Reward",
     "RewardCard",
     "RewardError",
     "RsoupsError",
+    "Sample",
     "Soup",
     "TrainingError",
     "VotesError",
@@ -91,6 +99,7 @@ __all__ = [
     "interpolate_checkpoints",
     "load_reward",
     "moving_average",
+    "probe",
     "simplex",
     "sweep",
     "write_report",

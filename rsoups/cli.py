@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsoups import __version__
-from rsoups._errors import AdapterError, DatasetError, FrontError, RsoupsError
+from rsoups._errors import AdapterError, DatasetError, FrontError, OutputError, RewardError, RsoupsError
 from rsoups._resources import shipped
 
 if TYPE_CHECKING:
     from rsoups.front import Front
+    from rsoups.tasks import Task
 
 _RECIPES = {
     "sweep": "generate and score at every λ, then draw the front and write the report",
@@ -84,7 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--prompt", required=True, help="a policy's prompt, or a bare question")
     score.add_argument("--response", required=True)
     score.add_argument("--device", default="cpu")
+    score.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     score.set_defaults(run=_score)
+
+    _add_probe(commands)
 
     tasks = commands.add_parser("tasks", help="the tasks that write prompts")
     tasks.set_defaults(run=_tasks)
@@ -149,6 +153,23 @@ def _add_explore(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     explore.set_defaults(run=_explore)
 
 
+def _add_probe(commands: argparse._SubParsersAction) -> None:
+    probe = commands.add_parser("probe", help="what rewards make of length, nothing, noise, templates, wrong questions")
+    probe.add_argument("rewards", nargs="+", help="rewards, as in rsoups score")
+    probe.add_argument("--task", default="concepts", help="a task's name, or custom")
+    probe.add_argument("--dataset", help="file, folder or Hub id; the task's own if left out")
+    probe.add_argument("--template", help="of a custom task's prompts")
+    probe.add_argument("--split", default="test", choices=("train", "test"))
+    probe.add_argument("--model", default="rsoups/tiny-llama", help="who answers where the data holds no references")
+    probe.add_argument("--records", help="take the responses of a sweep's records.jsonl instead")
+    probe.add_argument("--rows", type=int, default=200, help="how many responses are looked at")
+    probe.add_argument("--seed", type=int, default=0)
+    probe.add_argument("--device", default="cpu")
+    probe.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a model")
+    probe.add_argument("--out", type=Path, help="JSON file of the figures")
+    probe.set_defaults(run=_probe)
+
+
 def _recipe(name: str, arguments: list[str]) -> None:
     script = str(shipped("recipes") / f"{name}.py")
     sys.argv = [script, *arguments]
@@ -197,20 +218,17 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _rewards(args: argparse.Namespace) -> None:
-    from rsoups.scoring import RewardCard, cards
+    from rsoups.scoring import cards, read_card
 
     for name, path in cards().items():
-        card = RewardCard.read(path)
-        logit = f"{'-' if card.sign < 0 else ''}logit {card.logit}" + (
-            f" - logit {card.minus}" if card.minus is not None else ""
-        )
-        print(f"{name:20} {card.model:50} {card.input:28} {logit}")
+        print(f"{name:20} {read_card(path).summary()}")
 
 
 def _score(args: argparse.Namespace) -> None:
+    from rsoups.judge import Judge
     from rsoups.scoring import Reward, load_reward
 
-    reward = load_reward(args.reward, args.device)
+    reward = load_reward(args.reward, args.device, trust_remote_code=args.trust_remote_code)
     if isinstance(reward, Reward):
         found = reward.explain(args.prompt, args.response)
         print(f"input   {found['text']}\nids     {found['ids']}")
@@ -218,6 +236,41 @@ def _score(args: argparse.Namespace) -> None:
         print(f"score   {found['score']:.6g}")
     else:
         print(f"score   {reward([args.prompt], [args.response])[0]:.6g}")
+    if isinstance(reward, Judge):
+        print(f"asked   {reward.counts}")
+
+
+def _probe(args: argparse.Namespace) -> None:
+    from rsoups.judge import Judge
+    from rsoups.probing import probe, sample_of, sample_of_records
+    from rsoups.scoring import load_reward
+
+    loaded = [load_reward(name, args.device, trust_remote_code=args.trust_remote_code) for name in args.rewards]
+    if len(names := {reward.name for reward in loaded}) < len(loaded):
+        raise RewardError(f"{len(loaded)} rewards with {len(names)} names, {sorted(names)}: give each its own")
+    if args.records:
+        sample = sample_of_records(args.records, args.rows, args.seed)
+    else:
+        options = {"split": args.split, "rows": args.rows, "model": args.model, "device": args.device}
+        sample = sample_of(_task(args), args.dataset, seed=args.seed, **options)
+    found = probe({reward.name: reward for reward in loaded}, sample, seed=args.seed)
+    print(found.to_text())
+    for reward in loaded:
+        if isinstance(reward, Judge):
+            print(f"{reward.name} was asked: {reward.counts}")
+    if args.out:
+        try:
+            args.out.write_text(found.to_json(), "utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write {args.out}: {error.strerror}") from None
+
+
+def _task(args: argparse.Namespace) -> Task:
+    from rsoups.tasks import TASKS, custom_task
+
+    if args.task not in {*TASKS, "custom"} or (args.task == "custom" and not args.dataset):
+        raise DatasetError(f"--task is one of {[*TASKS, 'custom']}, and custom needs a --dataset; got {args.task!r}")
+    return custom_task(args.dataset, args.template) if args.task == "custom" else TASKS[args.task]
 
 
 def _tasks(args: argparse.Namespace) -> None:
@@ -238,11 +291,8 @@ def _preview(args: argparse.Namespace) -> None:
 
     from rsoups._resources import raw_rows, resolve
     from rsoups.scoring import Reward, load_reward
-    from rsoups.tasks import TASKS, custom_task
 
-    if args.task not in {*TASKS, "custom"} or (args.task == "custom" and not args.dataset):
-        raise DatasetError(f"--task is one of {[*TASKS, 'custom']}, and custom needs a --dataset; got {args.task!r}")
-    task = custom_task(args.dataset, args.template) if args.task == "custom" else TASKS[args.task]
+    task = _task(args)
     raw = list(islice(raw_rows(task, args.dataset, args.split), args.rows))
     rows = task.rows(raw)
     tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))

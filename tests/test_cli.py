@@ -68,6 +68,7 @@ def test_rewards_are_listed(capsys):
     assert main(["rewards"]) == 0
     shown = capsys.readouterr().out
     assert "bart-faithful" in shown and "reversed_pair" in shown and "logit 1 - logit 0" in shown
+    assert "judge-relevance" in shown and "http://127.0.0.1:8000/v1" in shown and "judged from 1 to 5" in shown
     assert len(shown.splitlines()) == len(cards())
 
 
@@ -115,6 +116,43 @@ def test_preview_shows_prompts_and_what_a_reward_sees(tmp_path, capsys):
     assert "reference: It is 0." in shown and "▁number ▁ 0" in shown.split("naturalness reads:")[1]
     assert main(["preview", "--task", "nothing"]) == 2
     assert "'custom'" in capsys.readouterr().err
+
+
+def test_probe_says_what_a_reward_pays_for(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text("def words(prompts, responses): return [len(r.split()) for r in responses]")
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"prompt": f"p{i % 5}", "response": "w " * (i + 1)}) for i in range(20)]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    command = [
+        "probe",
+        "mine:words",
+        "naturalness",
+        "--records",
+        "records.jsonl",
+        "--rows",
+        "12",
+        "--out",
+        "probe.json",
+    ]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "12 responses" in shown and "strongly prefers longer responses: rho = 1.00" in shown and "agreement" in shown
+    found = json.loads((tmp_path / "probe.json").read_text())
+    assert found["findings"]["words"][0]["rho"]["value"] == pytest.approx(1)
+    assert set(found["findings"]) == {"words", "naturalness"}
+    assert main(["probe", "naturalness", "--records", "nothing.jsonl"]) == 2
+    assert "no records file nothing.jsonl" in capsys.readouterr().err
+    for wrong, words in (
+        (["naturalness", "--task", "nothing"], "'custom'"),
+        (["naturalness", "naturalness"], "2 rewards with 1 names"),
+        (["naturalness", "--rows", "0"], "a probe of 0 responses"),
+        (["naturalness", "--model", "no/model"], "cannot load 'no/model'"),
+        (
+            ["mine:words", "--records", "records.jsonl", "--out", "no/such/probe.json"],
+            "cannot write no/such/probe.json",
+        ),
+    ):
+        assert main(["probe", *wrong]) == 2 and words in capsys.readouterr().err
 
 
 def test_report_draws_from_records_alone(tmp_path, capsys):
@@ -188,6 +226,7 @@ def test_choices_and_reports_that_cannot_be_made(tmp_path, capsys, arguments, wo
         ["merge"],
         ["rewards"],
         ["score"],
+        ["probe"],
         ["tasks"],
         ["preview"],
         ["report"],

@@ -154,7 +154,8 @@ def by_hand(name, tokenizer, question, response):
 
 
 def test_every_card_of_the_paper_is_here():
-    assert set(GOLDEN) | {"naturalness", "coverage", "rating"} == set(cards())
+    of_models = {name for name, path in cards().items() if "model" in yaml.safe_load(path.read_text("utf-8"))}
+    assert set(GOLDEN) | {"naturalness", "coverage", "rating"} == of_models
 
 
 @pytest.mark.parametrize("made", GOLDEN, indirect=True)
