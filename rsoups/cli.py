@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rsoups import __version__
-from rsoups._errors import AdapterError, DatasetError, RsoupsError
+from rsoups._errors import AdapterError, DatasetError, RewardError, RsoupsError
 from rsoups._resources import shipped
 
 _RECIPES = {
@@ -73,10 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     rewards = commands.add_parser("rewards", help="the reward cards that ship with rsoups")
     rewards.set_defaults(run=_rewards)
 
-    score = commands.add_parser("score", help="score one response, and show what the reward model reads")
+    score = commands.add_parser("score", help="score one response, and show what a reward model reads")
     score.add_argument("--reward", required=True, help="a card's name or path, a classifier's Hub id, module:function")
     score.add_argument("--prompt", required=True, help="a policy's prompt, or a bare question")
     score.add_argument("--response", required=True)
+    score.add_argument("--reference", nargs="+", help="texts that a statistical reward compares the response with")
     score.add_argument("--device", default="cpu")
     score.set_defaults(run=_score)
 
@@ -155,6 +156,10 @@ def _rewards(args: argparse.Namespace) -> None:
 
     for name, path in cards().items():
         card = RewardCard.read(path)
+        if card.function is not None:
+            arguments = ", ".join(f"{key}={value!r}" for key, value in card.arguments.items())
+            print(f"{name:20} {card.function.removeprefix('rsoups.')}({arguments})")
+            continue
         logit = f"{'-' if card.sign < 0 else ''}logit {card.logit}" + (
             f" - logit {card.minus}" if card.minus is not None else ""
         )
@@ -171,7 +176,13 @@ def _score(args: argparse.Namespace) -> None:
         print("logits  " + ", ".join(f"{label} {value:.6g}" for label, value in found["logits"].items()))
         print(f"score   {found['score']:.6g}")
     else:
-        print(f"score   {reward([args.prompt], [args.response])[0]:.6g}")
+        if "references" in reward.needs and not args.reference:
+            raise RewardError(f"reward {reward.name!r} compares a response with references: say --reference TEXT ...")
+        columns = {"references": [args.reference]} if args.reference else {}
+        (score,) = reward([args.prompt], [args.response], **columns)
+        if (card := reward.card) and (card.sign, card.mean, card.std) != (1, 0, 1):
+            print(f"raw     {card.sign * (score * card.std + card.mean):.6g}")
+        print(f"score   {score:.6g}")
 
 
 def _tasks(args: argparse.Namespace) -> None:
@@ -198,9 +209,9 @@ def _preview(args: argparse.Namespace) -> None:
         raise DatasetError(f"--task is one of {[*TASKS, 'custom']}, and custom needs a --dataset; got {args.task!r}")
     task = custom_task(args.dataset, args.template) if args.task == "custom" else TASKS[args.task]
     raw = list(islice(raw_rows(task, args.dataset, args.split), args.rows))
-    rows = task.rows(raw)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))
     reward = load_reward(args.reward) if args.reward else None
+    rows = task.rows(raw, kept=reward.columns if reward else ())
+    tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))
     print(f"{len(rows)} of the first {len(raw)} rows kept, {len(raw) - len(rows)} dropped")
     for row in rows[:5]:
         text = row["prompt"]
@@ -214,7 +225,8 @@ def _preview(args: argparse.Namespace) -> None:
                 found = reward.explain(row["prompt"], said)
                 print(f"  {reward.name} reads: {found['text']}\n  and scores it {found['score']:.4g}")
             elif reward is not None:
-                print(f"  {reward.name} scores it {reward([row['prompt']], [said])[0]:.4g}")
+                columns = {name: [row[name]] for name in reward.columns if name in row}
+                print(f"  {reward.name} scores it {reward([row['prompt']], [said], **columns)[0]:.4g}")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -1,19 +1,18 @@
 """Reward cards and rewards: prompts and responses in, one float each out.
 
-A card (``rewards/*.yaml``) says which model scores, what its input is made of, and which logit is the score. The
-question is always in the input: `question_of` finds it in the prompt (the paper's released code lost it for two tasks).
+A card (``rewards/*.yaml``) says which model scores, what its input is made of, and which logit is the score; or which of
+rsoups' functions does. The question is always in a model's input: `question_of` finds it in the prompt (the paper's released
+code lost it for two tasks).
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ import yaml
 
 from rsoups._errors import RewardError, RsoupsError
 from rsoups._resources import resolve, shipped
+from rsoups.function_rewards import FunctionReward, check_scores, imported, of_card
 from rsoups.tasks import first_sentence, question_of, response_start
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _INPUTS = ("pair", "reversed_pair")
 _FIELD = re.compile(r"\{(\w+)\}")  # in templates
 _FIELDS = {"question", "response", "bos", "eos", "sep"}
 _RESPONSES: dict[str, Callable[[str], str]] = {"whole": str, "first_sentence": first_sentence}
+_OF_MODELS = ("revision", "input", "question", "logit", "minus", "max_length")  # fields that a function has no use for
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NO_ROOM = "a response fills all %d tokens that a reward model reads: its end is not seen"
 _BATCH_TOKENS = 8_192  # per scoring batch, padding included
@@ -43,7 +44,9 @@ class RewardCard:
 
     Attributes:
         name: Names the reward in records, logs and plots.
-        model: Hub id, folder, or ``rsoups/...`` for an embedded one: a sequence classifier.
+        model: Hub id, folder, or ``rsoups/...`` for an embedded one: a sequence classifier. Or:
+        function: ``rsoups.text_metrics:...`` or ``rsoups.text_checks:...``.
+        arguments: Of the function.
         revision: Hub revision, None for the newest.
         input: ``pair``: tokenizer(question, response); ``reversed_pair``: tokenizer(response, question); or one text, a
             template with ``{response}`` and, where the model reads them, ``{question}``, ``{bos}``, ``{eos}``, ``{sep}``.
@@ -51,8 +54,8 @@ class RewardCard:
         response: ``whole``, or ``first_sentence`` of it.
         logit: Index or label of the logit that is the score.
         minus: Index or label of a logit to subtract from it, None for none.
-        sign: 1, or -1 where a higher logit is worse.
-        mean, std: The score is ``(sign * logit - mean) / std``: from a named calibration, so that rewards can be mixed.
+        sign: 1, or -1 where a higher logit (or function's value) is worse.
+        mean, std: The score is ``(sign * logit - mean) / std``, from a named calibration, so that rewards can be mixed.
         calibration: What mean and std were measured on.
         max_length: Tokens; a longer input loses the end of its question, never of its response.
         source: Where the input recipe comes from.
@@ -60,7 +63,9 @@ class RewardCard:
     """
 
     name: str
-    model: str
+    model: str | None = None
+    function: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
     input: str = "pair"
     question: str = "{question}"
@@ -76,6 +81,15 @@ class RewardCard:
     licence: str = ""
 
     def __post_init__(self) -> None:
+        if (self.model is None) == (self.function is None):
+            raise RewardError(f"reward card {self.name!r}: names one of model and function")
+        if self.function is None and self.arguments:
+            raise RewardError(f"reward card {self.name!r}: arguments are a function's, and this is a model's card")
+        if not isinstance(self.arguments, dict):
+            raise RewardError(f"reward card {self.name!r}: arguments is {self.arguments!r}, must be a mapping")
+        changed = [f.name for f in fields(self) if f.name in _OF_MODELS and getattr(self, f.name) != f.default]
+        if self.function is not None and changed:
+            raise RewardError(f"reward card {self.name!r}: {changed} are a model's, and this is a function's card")
         if self.input not in _INPUTS and "{response}" not in self.input:
             raise RewardError(
                 f"reward card {self.name!r}: input is {self.input!r}, must be one of {list(_INPUTS)} or a template with "
@@ -87,10 +101,10 @@ class RewardCard:
             raise RewardError(f"reward card {self.name!r}: response is {self.response!r}, not of {sorted(_RESPONSES)}")
         if self.sign not in (1, -1):
             raise RewardError(f"reward card {self.name!r}: sign is {self.sign!r}, must be 1 or -1")
-        for field in ("mean", "std"):
-            value = getattr(self, field)
+        for name in ("mean", "std"):
+            value = getattr(self, name)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise RewardError(f"reward card {self.name!r}: {field} is {value!r}, must be a finite number")
+                raise RewardError(f"reward card {self.name!r}: {name} is {value!r}, must be a finite number")
         if self.std <= 0:
             raise RewardError(f"reward card {self.name!r}: std is {self.std!r}, must be above 0")
 
@@ -107,12 +121,20 @@ class RewardCard:
             raise RewardError(f"{path}: not YAML ({error})") from None
         if not isinstance(data, dict):
             raise RewardError(f"{path}: a reward card is a mapping of fields, not {type(data).__name__}")
-        known = {field.name for field in fields(cls)}
+        known = {f.name for f in fields(cls)}
         if unknown := set(data) - known:
             raise RewardError(f"{path}: unknown field(s) {sorted(unknown)}; a card has {sorted(known)}")
-        if missing := {"name", "model"} - set(data):
-            raise RewardError(f"{path}: missing field(s) {sorted(missing)}")
+        if "name" not in data:
+            raise RewardError(f"{path}: missing field(s) ['name']")
         return cls(**data)
+
+    def said(self, response: str) -> str:
+        """The part of a response that is scored."""
+        return _RESPONSES[self.response](response)
+
+    def scaled(self, raw: Any) -> Any:
+        """The score of a raw value (a number, or a tensor of them): sign, then mean and std."""
+        return (self.sign * raw - self.mean) / self.std
 
 
 def cards() -> dict[str, Path]:
@@ -127,10 +149,13 @@ class Reward:
     depend on the batching.
     """
 
+    columns: tuple[str, ...] = ()  # of a dataset: a model looks at prompt and response only
+
     def __init__(self, card: RewardCard, device: str = "cpu"):
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        assert card.model is not None
         self.card = card
         self.name = self.__name__ = card.name  # TRL logs a reward under its __name__
         source = resolve(card.model)
@@ -166,7 +191,7 @@ class Reward:
         """The model's input for each sample, unpadded."""
         card = self.card
         questions = [_filled(card.question, question=question_of(prompt)) for prompt in prompts]
-        said = [_RESPONSES[card.response](response) for response in responses]
+        said = [card.said(response) for response in responses]
         if card.input in _INPUTS:
             return encode_pairs(
                 self._tokenizer, questions, said, card.max_length, reverse=card.input == "reversed_pair"
@@ -195,7 +220,7 @@ class Reward:
         Args:
             prompts: Policy prompts (the question is taken out of the prompt format) or bare questions.
             responses: As many responses.
-            columns: Of a dataset; a model does not look at them.
+            columns: Of a dataset; not looked at.
 
         Raises:
             RewardError: Unequal numbers, or a score that is not finite (the sample is shown).
@@ -216,8 +241,7 @@ class Reward:
                 raw = logits[:, self._columns[0]]
                 if len(self._columns) == 2:
                     raw = raw - logits[:, self._columns[1]]
-                values = (self.card.sign * raw - self.card.mean) / self.card.std
-                for i, value in zip(batch, values.tolist(), strict=True):
+                for i, value in zip(batch, self.card.scaled(raw).tolist(), strict=True):
                     scores[i] = value
         check_scores(self.name, scores, prompts, responses)
         return scores
@@ -289,89 +313,47 @@ def _filled(template: str, **values: str) -> str:
     return _FIELD.sub(lambda match: values[match[1]], template)
 
 
-def check_scores(name: str, scores: Sequence[float], prompts: Sequence[str], responses: Sequence[str]) -> None:
-    """Refuse scores that would poison a run.
-
-    Raises:
-        RewardError: Not one score per sample, or a score that is NaN or infinite; names the reward and the sample.
-    """
-    if len(scores) != len(responses):
-        raise RewardError(f"reward {name!r} returned {len(scores)} scores for {len(responses)} responses")
-    for score, prompt, response in zip(scores, prompts, responses, strict=True):
-        if not math.isfinite(score):
-            raise RewardError(f"reward {name!r} returned {score} for prompt {prompt!r}, response {response!r}")
-
-
-class FunctionReward:
-    """A function as a reward: ``reward(prompts, responses, **columns) -> list[float]``.
-
-    Takes ``f(prompts, responses)`` and TRL's ``f(prompts, completions, **columns)`` alike; a function gets those of the
-    dataset's columns that it names, or all where it takes any.
-    """
-
-    def __init__(self, function: Callable[..., Any], name: str | None = None):
-        self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
-        self.__name__ = self.name
-        self._function = function
-        parameters = inspect.signature(function).parameters
-        self._any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        self._known = set(parameters)
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
-        """Score each response to its prompt.
-
-        Raises:
-            RewardError: Not one finite score for each response (the sample is shown).
-        """
-        passed = {key: value for key, value in columns.items() if self._any or key in self._known}
-        if "completions" in self._known:
-            scores = self._function(prompts=list(prompts), completions=list(responses), **passed)
-        else:
-            scores = self._function(list(prompts), list(responses), **passed)
-        scores = [float(score) for score in scores]
-        check_scores(self.name, scores, prompts, responses)
-        return scores
-
-
-def load_reward(source: str | Path | Callable[..., Any], device: str = "cpu") -> Reward | FunctionReward:
+def load_reward(
+    source: str | Path | Callable[..., Any], device: str = "cpu", **arguments: Any
+) -> Reward | FunctionReward:
     """Load a reward.
 
     Args:
-        source: A shipped card's name (``"naturalness"``, ``"deberta-v3-large-v2"``, ...), the path of a YAML card, a sequence
-            classifier's Hub id or folder (read as ``tokenizer(question, response)``, score logits[0]), ``"module:function"``
-            (also of a file beside you), or a function.
+        source: A shipped card's name (``"naturalness"``, ``"rouge-l"``, ...), the path of a YAML card, a sequence classifier's
+            Hub id or folder (read as ``tokenizer(question, response)``, score logits[0]), ``"module:function"`` (also of a
+            file beside you), or a function.
         device: Where a model runs.
+        arguments: Of the function that a card names, over the card's own.
 
     Raises:
         RewardError: No such reward (the shipped ones are listed), or an invalid one.
     """
-    if callable(source):
-        return FunctionReward(source)
     text, known = str(source), cards()
     path = known.get(text, Path(text))
-    if path.is_file():
-        return Reward(RewardCard.read(path), device)
+    if not callable(source) and path.is_file():
+        card = RewardCard.read(path)
+        return _of_card(replace(card, arguments=card.arguments | arguments), device)
+    if arguments:
+        raise RewardError(
+            f"{text} is no card: only a function that a card names takes the argument(s) {sorted(arguments)}"
+        )
+    if callable(source):
+        return FunctionReward(source)
     if path.is_dir() or _HUB_ID.fullmatch(text):
         logger.info("%s is no card: scored as tokenizer(question, response), logits[0]", text)
         return Reward(RewardCard(name=path.name, model=text), device)
     module, separator, name = text.partition(":")
     if separator:
-        return FunctionReward(_imported(module, name), name)
+        return FunctionReward(imported(module, name), name)
     raise RewardError(
         f"no reward {text!r}; shipped cards: {sorted(known)}, or give a YAML card, a classifier's Hub id or module:function"
     )
 
 
-def _imported(module: str, name: str) -> Callable[..., Any]:
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RewardError(f"no reward function {module}:{name}: {error}") from None
-    if not callable(found):
-        raise RewardError(f"{module}:{name} is {type(found).__name__}, not a function")
-    return found
+def _of_card(card: RewardCard, device: str) -> Reward | FunctionReward:
+    if card.function is not None:
+        return FunctionReward(of_card(card.name, card.function, card.arguments), card.name, card)
+    return Reward(card, device)
 
 
 def reward_function(

@@ -9,7 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rsoups
 from rsoups import RewardCard, load_reward
-from rsoups.scoring import cards, check_scores, reward_function
+from rsoups.function_rewards import check_columns, check_scores
+from rsoups.scoring import cards, reward_function
 from rsoups.tasks import question_of
 
 PROMPTS = [f"### Instruction: w1 w2 ### Input: {' w3' * (i % 4 + 1)} ### Response: " for i in range(12)]
@@ -156,7 +157,7 @@ BAD_CARDS = [
     ("name: x\nmodel: y\nquestion: '{response}'", r"no field \['response'\]"),
     ("name: x\nmodel: y\nresponse: last", "response is 'last'"),
     ("[1, 2]", "mapping"),
-    ("name: x", r"missing field\(s\) \['model'\]"),
+    ("name: x", "names one of model and function"),
     ("name: x\nmodel: y\ntemplate: z", r"unknown field\(s\) \['template'\]"),
     ("name: x\nmodel: y\ninput: triple", "input is 'triple'"),
     ("name: x\nmodel: y\nsign: 2", "sign is 2"),
@@ -164,6 +165,29 @@ BAD_CARDS = [
     ("name: x\nmodel: y\nmean: .nan", "mean is nan"),
     ("name: [", "not YAML"),
     ("name: x\nmodel: rsoups/nothing", "no embedded asset"),
+    ("model: x", r"missing field\(s\) \['name'\]"),
+    ("name: x\nmodel: y\nfunction: rsoups.text_checks:length", "names one of model and function"),
+    ("name: x\nmodel: y\narguments: {target: 3}", "arguments are a function's"),
+    ("name: x\nfunction: rsoups.text_checks:length\narguments: 3", "arguments is 3, must be a mapping"),
+    ("name: x\nfunction: rsoups.text_checks:length\narguments: {words: 3}", r"length: .*'words'|length: .*'target'"),
+    (
+        "name: x\nfunction: rsoups.text_checks:length\nlogit: 1\ninput: reversed_pair",
+        r"\['input', 'logit'\] are a model's",
+    ),
+    *(
+        (
+            f"name: x\nfunction: '{function}'",
+            "must be one of .*rsoups.text_checks:length.*without a card, as module:function",
+        )
+        for function in (
+            "os:system",
+            "rsoups.cli:main",
+            "rsoups.text_metrics:library",  # imports what it is told to
+            "rsoups.text_metrics:read_jsonl",
+            "rsoups.text_checks:__builtins__",
+            "rsoups.text_checks",
+        )
+    ),
 ]
 
 
@@ -188,7 +212,8 @@ def test_an_unknown_reward_lists_the_shipped_ones():
 @pytest.mark.parametrize("name", sorted(cards()))
 def test_shipped_cards_are_valid(name):
     card = RewardCard.read(cards()[name])
-    assert card.name == name and card.model.count("/") == 1
+    assert card.name == name
+    assert card.model.count("/") == 1 if card.function is None else card.function.startswith("rsoups.text_")
 
 
 @pytest.mark.parametrize("scores", [[1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [math.inf, 1.0]])
@@ -222,6 +247,48 @@ def test_functions_are_rewards(tmp_path, monkeypatch):
         rsoups.scoring.FunctionReward(lambda prompts, responses: [1.0], "bad")(["p"] * 2, ["r"] * 2)
     with pytest.raises(rsoups.RewardError, match="'nan' returned nan"):
         rsoups.scoring.FunctionReward(lambda prompts, responses: [math.nan], "nan")(["p"], ["r"])
+
+
+def test_a_functions_card_scales_and_cuts_as_a_models_does(tmp_path):
+    fields = {"function": "rsoups.text_checks:length", "arguments": "{target: 4}", "mean": 0.25, "std": 0.5, "sign": -1}
+    reward = load_reward(write_card(tmp_path, name="short", response="first_sentence", **fields))
+    assert reward(["p"] * 2, ["a b. c d e", "a b c d"]) == [(0.5 - 0.25) / 0.5, (0 - 0.25) / 0.5]
+    assert reward.name == reward.__name__ == "short"
+    (other,) = load_reward(tmp_path / "card.yaml", target=2)(["p"], ["a b. c d e"])
+    assert other == -0.5
+
+
+def test_the_columns_of_a_function_are_those_that_it_names():
+    def trls(prompts, completions, completion_ids, answer, trainer_state=None, hint=None, **columns):
+        assert (answer, hint, columns) == (["a"], ["h"], {"other": [1]})
+        return [1.0]
+
+    reward = load_reward(trls)
+    assert (reward.columns, reward.needs) == (("answer", "hint"), ("answer",))
+    assert reward(["p"], ["r"], completion_ids=[[1]], answer=["a"], hint=["h"], other=[1]) == [1]
+    with pytest.raises(rsoups.RewardError, match=r"'trls' needs the column\(s\) \['answer'\]"):
+        reward(["p"], ["r"], completion_ids=[[1]])
+    assert load_reward(lambda prompts, responses, answer: [0.0]).needs == ("answer",)
+    assert load_reward(lambda texts, answers: [0.0]).columns == ()
+
+
+def test_data_without_a_needed_column_is_refused_with_its_name():
+    rewards = [load_reward("meteor"), load_reward("keywords"), load_reward(len_of_zero)]
+    check_columns(rewards, {"prompt": ["p"] * 2, "references": [["r"]] * 2, "number": [0, 0]})
+    for columns, words in (
+        ({"prompt": ["p"]}, r"'meteor' needs a column 'references', the dataset gives \['prompt'\]"),
+        (
+            {"prompt": ["p"] * 3, "references": [["r"], [], None]},
+            "'meteor' needs 'references' of every row: 2 of 3 have none",
+        ),
+        ({"prompt": ["p"], "references": [["r"]]}, "'len_of_zero' needs a column 'number'"),
+    ):
+        with pytest.raises(rsoups.RewardError, match=words):
+            check_columns(rewards, columns)
+
+
+def len_of_zero(prompts, completions, number):
+    return number
 
 
 def test_a_classifiers_folder_is_a_reward(tmp_path):
