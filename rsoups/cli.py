@@ -152,11 +152,12 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _rewards(args: argparse.Namespace) -> None:
-    from rsoups.scoring import RewardCard, cards
+    from rsoups.function_rewards import FunctionCard
+    from rsoups.scoring import cards, read_card
 
     for name, path in cards().items():
-        card = RewardCard.read(path)
-        if card.function is not None:
+        card = read_card(path)
+        if isinstance(card, FunctionCard):
             arguments = ", ".join(f"{key}={value!r}" for key, value in card.arguments.items())
             print(f"{name:20} {card.function.removeprefix('rsoups.')}({arguments})")
             continue

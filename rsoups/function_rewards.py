@@ -1,4 +1,4 @@
-"""Functions as rewards: one's own, those that a card names, and the check of what any reward returns."""
+"""Functions as rewards: one's own, those that a card names, and the checks of what any reward gets and returns."""
 
 from __future__ import annotations
 
@@ -7,16 +7,69 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rsoups._cards import check_calibration
 from rsoups._errors import RewardError
-
-if TYPE_CHECKING:
-    from rsoups.scoring import RewardCard
 
 _OF_CARDS = ("rsoups.text_checks", "rsoups.text_metrics")  # a YAML file is data: it does not choose what code runs
 _OF_TRL = {"completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}  # with every batch, no columns
+
+
+@dataclass(frozen=True)
+class FunctionCard:
+    """A reward that is a function of rsoups. Each field is a key of the YAML file.
+
+    Attributes:
+        name: Names the reward in records, logs and plots.
+        function: ``rsoups.text_metrics:...`` or ``rsoups.text_checks:...``.
+        arguments: Of the function; its docstring says which.
+        sign: 1, or -1 where a higher value is worse.
+        mean, std: The score is ``(sign * value - mean) / std``, from a named calibration, so that rewards can be mixed.
+        calibration: What mean and std were measured on.
+        source: Where the function comes from.
+    """
+
+    name: str
+    function: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    sign: int = 1
+    mean: float = 0.0
+    std: float = 1.0
+    calibration: str | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.arguments, Mapping):
+            raise RewardError(f"reward card {self.name!r}: arguments is {self.arguments!r}, must be a mapping")
+        if self.sign not in (1, -1):
+            raise RewardError(f"reward card {self.name!r}: sign is {self.sign!r}, must be 1 or -1")
+        check_calibration(self.name, self.mean, self.std)
+
+    def made(self) -> Callable[..., list[float]]:
+        """The function, made of the card's arguments.
+
+        Raises:
+            RewardError: A function that is not one of rsoups' own, or arguments that it does not take.
+        """
+        module, _, name = self.function.partition(":")
+        known = {f"{module}:{name}" for module in _OF_CARDS for name in importlib.import_module(module).__all__}
+        if self.function not in known:
+            raise RewardError(
+                f"reward card {self.name!r}: function is {self.function!r}, must be one of {sorted(known)}; any other one is a "
+                "reward without a card, as module:function"
+            )
+        function = getattr(importlib.import_module(module), name)
+        try:
+            inspect.signature(function).bind(**self.arguments)
+        except TypeError as error:
+            raise RewardError(
+                f"reward card {self.name!r}: {self.function}: {error}; the card's arguments are {dict(self.arguments)} (say "
+                "others in a card of your own; recipes/calibrate.py --arguments writes one)"
+            ) from None
+        return function(**self.arguments)
 
 
 class FunctionReward:
@@ -29,10 +82,10 @@ class FunctionReward:
         name: Of records, logs and plots.
         columns: The dataset's columns that the function names.
         needs: Those among them without a default.
-        card: Whose sign, mean and std apply, if any.
+        card: Whose sign, mean and std apply; None for a function of one's own.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str | None = None, card: RewardCard | None = None):
+    def __init__(self, function: Callable[..., Any], name: str | None = None, card: FunctionCard | None = None):
         self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
         self.__name__ = self.name
         self.card = card
@@ -46,6 +99,11 @@ class FunctionReward:
         self.columns = tuple(p.name for p in named)
         self.needs = tuple(p.name for p in named if p.default is p.empty)
 
+    @classmethod
+    def of(cls, card: FunctionCard) -> FunctionReward:
+        """The reward that a card names."""
+        return cls(card.made(), card.name, card)
+
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
         """Score each response to its prompt.
 
@@ -56,12 +114,13 @@ class FunctionReward:
         if lacking := [name for name in self.needs if columns.get(name) is None]:
             raise RewardError(f"reward {self.name!r} needs the column(s) {lacking} beside prompts and responses")
         passed = {key: value for key, value in columns.items() if self._any or key in self._known}
-        said = [self.card.said(response) for response in responses] if self.card else list(responses)
         if "completions" in self._known:
-            scores = self._function(prompts=list(prompts), completions=said, **passed)
+            values = self._function(prompts=list(prompts), completions=list(responses), **passed)
         else:
-            scores = self._function(list(prompts), said, **passed)
-        scores = [self.card.scaled(float(score)) if self.card else float(score) for score in scores]
+            values = self._function(list(prompts), list(responses), **passed)
+        scores = [float(value) for value in values]
+        if (card := self.card) is not None:
+            scores = [(card.sign * score - card.mean) / card.std for score in scores]
         check_scores(self.name, scores, prompts, responses)
         return scores
 
@@ -117,32 +176,3 @@ def imported(module: str, name: str) -> Callable[..., Any]:
     if not callable(found):
         raise RewardError(f"{module}:{name} is {type(found).__name__}, not a function")
     return found
-
-
-def of_card(card: str, function: str, arguments: Mapping[str, Any]) -> Callable[..., list[float]]:
-    """The reward that a card's function makes of its arguments.
-
-    Args:
-        card: The card's name, for messages.
-        function: ``rsoups.text_metrics:...`` or ``rsoups.text_checks:...``.
-        arguments: Of that function.
-
-    Raises:
-        RewardError: Any other function, or arguments that it does not take.
-    """
-    module, _, name = function.partition(":")
-    known = {f"{module}:{name}" for module in _OF_CARDS for name in importlib.import_module(module).__all__}
-    if function not in known:
-        raise RewardError(
-            f"reward card {card!r}: function is {function!r}, must be one of {sorted(known)}; any other one is a reward "
-            "without a card, as module:function"
-        )
-    made_by = getattr(importlib.import_module(module), name)
-    try:
-        inspect.signature(made_by).bind(**arguments)
-    except TypeError as error:
-        raise RewardError(
-            f"reward card {card!r}: {function}: {error}; the card's arguments are {dict(arguments)} (say others in a card of "
-            "your own; recipes/calibrate.py --arguments writes one)"
-        ) from None
-    return made_by(**arguments)

@@ -1,8 +1,7 @@
 """Reward cards and rewards: prompts and responses in, one float each out.
 
-A card (``rewards/*.yaml``) says which model scores, what its input is made of, and which logit is the score; or which of
-rsoups' functions does. The question is always in a model's input: `question_of` finds it in the prompt (the paper's released
-code lost it for two tasks).
+A card (``rewards/*.yaml``) says which model scores, what its input is made of, and which logit is the score. The
+question is always in the input: `question_of` finds it in the prompt (the paper's released code lost it for two tasks).
 """
 
 from __future__ import annotations
@@ -12,15 +11,14 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from rsoups._cards import made, read_card_file
 from rsoups._errors import RewardError, RsoupsError
 from rsoups._resources import resolve, shipped
-from rsoups.function_rewards import FunctionReward, check_scores, imported, of_card
+from rsoups.function_rewards import FunctionCard, FunctionReward, check_scores, imported
 from rsoups.tasks import first_sentence, question_of, response_start
 
 if TYPE_CHECKING:
@@ -30,7 +28,6 @@ _INPUTS = ("pair", "reversed_pair")
 _FIELD = re.compile(r"\{(\w+)\}")  # in templates
 _FIELDS = {"question", "response", "bos", "eos", "sep"}
 _RESPONSES: dict[str, Callable[[str], str]] = {"whole": str, "first_sentence": first_sentence}
-_OF_MODELS = ("revision", "input", "question", "logit", "minus", "max_length")  # fields that a function has no use for
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NO_ROOM = "a response fills all %d tokens that a reward model reads: its end is not seen"
 _BATCH_TOKENS = 8_192  # per scoring batch, padding included
@@ -44,9 +41,7 @@ class RewardCard:
 
     Attributes:
         name: Names the reward in records, logs and plots.
-        model: Hub id, folder, or ``rsoups/...`` for an embedded one: a sequence classifier. Or:
-        function: ``rsoups.text_metrics:...`` or ``rsoups.text_checks:...``.
-        arguments: Of the function.
+        model: Hub id, folder, or ``rsoups/...`` for an embedded one: a sequence classifier.
         revision: Hub revision, None for the newest.
         input: ``pair``: tokenizer(question, response); ``reversed_pair``: tokenizer(response, question); or one text, a
             template with ``{response}`` and, where the model reads them, ``{question}``, ``{bos}``, ``{eos}``, ``{sep}``.
@@ -54,8 +49,8 @@ class RewardCard:
         response: ``whole``, or ``first_sentence`` of it.
         logit: Index or label of the logit that is the score.
         minus: Index or label of a logit to subtract from it, None for none.
-        sign: 1, or -1 where a higher logit (or function's value) is worse.
-        mean, std: The score is ``(sign * logit - mean) / std``, from a named calibration, so that rewards can be mixed.
+        sign: 1, or -1 where a higher logit is worse.
+        mean, std: The score is ``(sign * logit - mean) / std``: from a named calibration, so that rewards can be mixed.
         calibration: What mean and std were measured on.
         max_length: Tokens; a longer input loses the end of its question, never of its response.
         source: Where the input recipe comes from.
@@ -63,9 +58,7 @@ class RewardCard:
     """
 
     name: str
-    model: str | None = None
-    function: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
+    model: str
     revision: str | None = None
     input: str = "pair"
     question: str = "{question}"
@@ -81,15 +74,6 @@ class RewardCard:
     licence: str = ""
 
     def __post_init__(self) -> None:
-        if (self.model is None) == (self.function is None):
-            raise RewardError(f"reward card {self.name!r}: names one of model and function")
-        if self.function is None and self.arguments:
-            raise RewardError(f"reward card {self.name!r}: arguments are a function's, and this is a model's card")
-        if not isinstance(self.arguments, dict):
-            raise RewardError(f"reward card {self.name!r}: arguments is {self.arguments!r}, must be a mapping")
-        changed = [f.name for f in fields(self) if f.name in _OF_MODELS and getattr(self, f.name) != f.default]
-        if self.function is not None and changed:
-            raise RewardError(f"reward card {self.name!r}: {changed} are a model's, and this is a function's card")
         if self.input not in _INPUTS and "{response}" not in self.input:
             raise RewardError(
                 f"reward card {self.name!r}: input is {self.input!r}, must be one of {list(_INPUTS)} or a template with "
@@ -101,10 +85,10 @@ class RewardCard:
             raise RewardError(f"reward card {self.name!r}: response is {self.response!r}, not of {sorted(_RESPONSES)}")
         if self.sign not in (1, -1):
             raise RewardError(f"reward card {self.name!r}: sign is {self.sign!r}, must be 1 or -1")
-        for name in ("mean", "std"):
-            value = getattr(self, name)
+        for field in ("mean", "std"):
+            value = getattr(self, field)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise RewardError(f"reward card {self.name!r}: {name} is {value!r}, must be a finite number")
+                raise RewardError(f"reward card {self.name!r}: {field} is {value!r}, must be a finite number")
         if self.std <= 0:
             raise RewardError(f"reward card {self.name!r}: std is {self.std!r}, must be above 0")
 
@@ -115,26 +99,7 @@ class RewardCard:
         Raises:
             RewardError: Not a YAML mapping, an unknown or missing key, or a value that is out of range.
         """
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise RewardError(f"{path}: not YAML ({error})") from None
-        if not isinstance(data, dict):
-            raise RewardError(f"{path}: a reward card is a mapping of fields, not {type(data).__name__}")
-        known = {f.name for f in fields(cls)}
-        if unknown := set(data) - known:
-            raise RewardError(f"{path}: unknown field(s) {sorted(unknown)}; a card has {sorted(known)}")
-        if "name" not in data:
-            raise RewardError(f"{path}: missing field(s) ['name']")
-        return cls(**data)
-
-    def said(self, response: str) -> str:
-        """The part of a response that is scored."""
-        return _RESPONSES[self.response](response)
-
-    def scaled(self, raw: Any) -> Any:
-        """The score of a raw value (a number, or a tensor of them): sign, then mean and std."""
-        return (self.sign * raw - self.mean) / self.std
+        return made(cls, read_card_file(path), str(path))
 
 
 def cards() -> dict[str, Path]:
@@ -155,7 +120,6 @@ class Reward:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        assert card.model is not None
         self.card = card
         self.name = self.__name__ = card.name  # TRL logs a reward under its __name__
         source = resolve(card.model)
@@ -163,8 +127,9 @@ class Reward:
             self._tokenizer = AutoTokenizer.from_pretrained(source, revision=card.revision)
             # The embedded weights are stored in half precision to be small, and computed with in float32.
             dtype = torch.float32 if source != card.model else "auto"
+            # Of "main", said aloud, transformers also looks for the conversion bot's safetensors where it holds a pickle only.
             model = AutoModelForSequenceClassification.from_pretrained(
-                source, revision=card.revision, dtype=dtype, use_safetensors=True
+                source, revision=card.revision or "main", dtype=dtype, use_safetensors=True
             )
         except OSError as error:
             raise RewardError(
@@ -191,7 +156,7 @@ class Reward:
         """The model's input for each sample, unpadded."""
         card = self.card
         questions = [_filled(card.question, question=question_of(prompt)) for prompt in prompts]
-        said = [card.said(response) for response in responses]
+        said = [_RESPONSES[card.response](response) for response in responses]
         if card.input in _INPUTS:
             return encode_pairs(
                 self._tokenizer, questions, said, card.max_length, reverse=card.input == "reversed_pair"
@@ -241,7 +206,8 @@ class Reward:
                 raw = logits[:, self._columns[0]]
                 if len(self._columns) == 2:
                     raw = raw - logits[:, self._columns[1]]
-                for i, value in zip(batch, self.card.scaled(raw).tolist(), strict=True):
+                values = (self.card.sign * raw - self.card.mean) / self.card.std
+                for i, value in zip(batch, values.tolist(), strict=True):
                     scores[i] = value
         check_scores(self.name, scores, prompts, responses)
         return scores
@@ -313,6 +279,26 @@ def _filled(template: str, **values: str) -> str:
     return _FIELD.sub(lambda match: values[match[1]], template)
 
 
+def read_card(path: str | Path) -> RewardCard | FunctionCard:
+    """Read and check a card of any kind.
+
+    Raises:
+        RewardError: Not a YAML mapping, an unknown or missing key, or a value that is out of range.
+    """
+    data = read_card_file(path)
+    return made(FunctionCard, data, str(path)) if "function" in data else made(RewardCard, data, str(path))
+
+
+def _of_card(card: RewardCard | FunctionCard, device: str, arguments: dict[str, Any]) -> Reward | FunctionReward:
+    if isinstance(card, FunctionCard):
+        return FunctionReward.of(replace(card, arguments={**card.arguments, **arguments}))
+    if arguments:
+        raise RewardError(
+            f"reward {card.name!r} is a model: only a function's card takes argument(s), {sorted(arguments)}"
+        )
+    return Reward(card, device)
+
+
 def load_reward(
     source: str | Path | Callable[..., Any], device: str = "cpu", **arguments: Any
 ) -> Reward | FunctionReward:
@@ -331,8 +317,7 @@ def load_reward(
     text, known = str(source), cards()
     path = known.get(text, Path(text))
     if not callable(source) and path.is_file():
-        card = RewardCard.read(path)
-        return _of_card(replace(card, arguments=card.arguments | arguments), device)
+        return _of_card(read_card(path), device, arguments)
     if arguments:
         raise RewardError(
             f"{text} is no card: only a function that a card names takes the argument(s) {sorted(arguments)}"
@@ -348,12 +333,6 @@ def load_reward(
     raise RewardError(
         f"no reward {text!r}; shipped cards: {sorted(known)}, or give a YAML card, a classifier's Hub id or module:function"
     )
-
-
-def _of_card(card: RewardCard, device: str) -> Reward | FunctionReward:
-    if card.function is not None:
-        return FunctionReward(of_card(card.name, card.function, card.arguments), card.name, card)
-    return Reward(card, device)
 
 
 def reward_function(

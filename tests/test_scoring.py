@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import rsoups
 from rsoups import RewardCard, load_reward
 from rsoups.function_rewards import check_columns, check_scores
-from rsoups.scoring import cards, reward_function
+from rsoups.scoring import cards, read_card, reward_function
 from rsoups.tasks import question_of
 
 PROMPTS = [f"### Instruction: w1 w2 ### Input: {' w3' * (i % 4 + 1)} ### Response: " for i in range(12)]
@@ -157,7 +157,7 @@ BAD_CARDS = [
     ("name: x\nmodel: y\nquestion: '{response}'", r"no field \['response'\]"),
     ("name: x\nmodel: y\nresponse: last", "response is 'last'"),
     ("[1, 2]", "mapping"),
-    ("name: x", "names one of model and function"),
+    ("name: x", r"missing field\(s\) \['model'\]"),
     ("name: x\nmodel: y\ntemplate: z", r"unknown field\(s\) \['template'\]"),
     ("name: x\nmodel: y\ninput: triple", "input is 'triple'"),
     ("name: x\nmodel: y\nsign: 2", "sign is 2"),
@@ -166,14 +166,12 @@ BAD_CARDS = [
     ("name: [", "not YAML"),
     ("name: x\nmodel: rsoups/nothing", "no embedded asset"),
     ("model: x", r"missing field\(s\) \['name'\]"),
-    ("name: x\nmodel: y\nfunction: rsoups.text_checks:length", "names one of model and function"),
-    ("name: x\nmodel: y\narguments: {target: 3}", "arguments are a function's"),
+    ("name: x\nmodel: y\nfunction: rsoups.text_checks:length", r"unknown field\(s\) \['model'\]"),
+    ("name: x\nmodel: y\narguments: {target: 3}", r"unknown field\(s\) \['arguments'\]"),
     ("name: x\nfunction: rsoups.text_checks:length\narguments: 3", "arguments is 3, must be a mapping"),
-    ("name: x\nfunction: rsoups.text_checks:length\narguments: {words: 3}", r"length: .*'words'|length: .*'target'"),
-    (
-        "name: x\nfunction: rsoups.text_checks:length\nlogit: 1\ninput: reversed_pair",
-        r"\['input', 'logit'\] are a model's",
-    ),
+    ("name: x\nfunction: rsoups.text_checks:length\narguments: {words: 3}", r"text_checks:length: .*'target'"),
+    ("name: x\nfunction: rsoups.text_checks:length\nsign: 0", "sign is 0"),
+    ("name: x\nfunction: rsoups.text_checks:length\nstd: -1", "std is -1"),
     *(
         (
             f"name: x\nfunction: '{function}'",
@@ -211,9 +209,10 @@ def test_an_unknown_reward_lists_the_shipped_ones():
 
 @pytest.mark.parametrize("name", sorted(cards()))
 def test_shipped_cards_are_valid(name):
-    card = RewardCard.read(cards()[name])
+    card = read_card(cards()[name])
     assert card.name == name
-    assert card.model.count("/") == 1 if card.function is None else card.function.startswith("rsoups.text_")
+    if isinstance(card, RewardCard):
+        assert card.model.count("/") == 1
 
 
 @pytest.mark.parametrize("scores", [[1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [math.inf, 1.0]])
@@ -249,13 +248,12 @@ def test_functions_are_rewards(tmp_path, monkeypatch):
         rsoups.scoring.FunctionReward(lambda prompts, responses: [math.nan], "nan")(["p"], ["r"])
 
 
-def test_a_functions_card_scales_and_cuts_as_a_models_does(tmp_path):
+def test_a_functions_card_scales_as_a_models_does(tmp_path):
     fields = {"function": "rsoups.text_checks:length", "arguments": "{target: 4}", "mean": 0.25, "std": 0.5, "sign": -1}
-    reward = load_reward(write_card(tmp_path, name="short", response="first_sentence", **fields))
-    assert reward(["p"] * 2, ["a b. c d e", "a b c d"]) == [(0.5 - 0.25) / 0.5, (0 - 0.25) / 0.5]
+    reward = load_reward(write_card(tmp_path, name="short", **fields))
+    assert reward(["p"] * 2, ["a b", "a b c d"]) == [(0.5 - 0.25) / 0.5, (0 - 0.25) / 0.5]
     assert reward.name == reward.__name__ == "short"
-    (other,) = load_reward(tmp_path / "card.yaml", target=2)(["p"], ["a b. c d e"])
-    assert other == -0.5
+    assert load_reward(tmp_path / "card.yaml", target=2)(["p"], ["a b"]) == [-0.5]
 
 
 def test_the_columns_of_a_function_are_those_that_it_names():

@@ -196,7 +196,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(name, libr
         ("rouge-l", {"score": "f1"}, "score is 'f1'"),
         ("cider", {}, "missing a required argument: 'corpus'"),
         ("cider", {"corpus": "nowhere.jsonl"}, "cannot read the reference set 'nowhere.jsonl'"),
-        ("coverage", {"order": 1}, "arguments are a function's"),
+        ("coverage", {"order": 1}, "'coverage' is a model: only a function's card"),
         (len, {"order": 1}, "is no card"),
     ],
 )
