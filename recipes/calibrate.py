@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rsoups import RewardError, load_reward
 from rsoups._resources import load_rows, resolve
-from rsoups.function_rewards import check_columns
+from rsoups.function_rewards import check_columns, columns_read
 from rsoups.sampling import fast_sampling
 from rsoups.tasks import TASKS, Task, columns_of, custom_task
 
@@ -96,9 +96,9 @@ def main() -> None:
     task = custom_task(args.dataset, args.template) if args.task == "custom" else TASKS[args.task]
     arguments = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.arguments)}
     rewards = [load_reward(name, DEVICE, **arguments) for name in args.reward]
-    if bare := [reward.name for reward in rewards if reward.card is None]:
+    if bare := [reward.name for reward in rewards if getattr(reward, "card", None) is None]:
         raise RewardError(f"{bare} are functions without a card: scale them yourself")
-    rows = load_rows(task, args.dataset, args.split, args.rows, {name for r in rewards for name in r.columns})
+    rows = load_rows(task, args.dataset, args.split, args.rows, columns_read(rewards))
     place = f"{args.task}, {Path(args.dataset or task.dataset).name}, {args.split}"
     if args.policy:
         measured_on = f"samples of {args.policy} at temperature {args.temperature:g} for the prompts of {place}"
@@ -108,7 +108,7 @@ def main() -> None:
         if args.policy:
             card = calibrated(reward, rows, measured_on)
         else:
-            compared = "references" in reward.columns
+            compared = "references" in columns_read([reward])
             others = ", each against the row's others" if compared else ""
             card = calibrated(reward, of_people(rows, task, compared), f"reference responses of {place}{others}")
         path = args.out / f"{reward.name}.yaml"

@@ -41,7 +41,7 @@ from trl.trainer.utils import use_adapter
 from rsoups import PPOConfig, PPOTrainer, load_reward
 from rsoups._resources import load_rows, resolve
 from rsoups.adapters import read_adapter
-from rsoups.function_rewards import check_columns
+from rsoups.function_rewards import check_columns, columns_read
 from rsoups.ppo import reset_adapter
 from rsoups.scoring import reward_function
 from rsoups.tasks import TASKS, Task, columns_of, custom_task, fit_prompts, with_prefixes
@@ -208,8 +208,8 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     rewards = [load_reward(name, script.reward_device or str(training.device)) for name in script.reward]
     context = AutoConfig.from_pretrained(resolve(model.model_name_or_path), revision=model.model_revision)
     room = context.get_text_config().max_position_embeddings - training.max_completion_length
-    wanted = {name for reward in rewards for name in reward.columns}
-    train, held_out = prompts(script, training, tokenizer, min(room, script.max_prompt_length or room), wanted)
+    room = min(room, script.max_prompt_length or room)
+    train, held_out = prompts(script, training, tokenizer, room, columns_read(rewards))
     for columns in filter(None, (train, held_out)):
         check_columns(rewards, columns)
     actor, lora = policy(script, model)

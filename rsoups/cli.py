@@ -168,6 +168,7 @@ def _rewards(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
+    from rsoups.function_rewards import columns_read
     from rsoups.scoring import Reward, load_reward
 
     reward = load_reward(args.reward, args.device)
@@ -177,11 +178,11 @@ def _score(args: argparse.Namespace) -> None:
         print("logits  " + ", ".join(f"{label} {value:.6g}" for label, value in found["logits"].items()))
         print(f"score   {found['score']:.6g}")
     else:
-        if "references" in reward.needs and not args.reference:
+        if "references" in columns_read([reward]) and not args.reference:
             raise RewardError(f"reward {reward.name!r} compares a response with references: say --reference TEXT ...")
         columns = {"references": [args.reference]} if args.reference else {}
         (score,) = reward([args.prompt], [args.response], **columns)
-        if (card := reward.card) and (card.sign, card.mean, card.std) != (1, 0, 1):
+        if (card := getattr(reward, "card", None)) and (card.sign, card.mean, card.std) != (1, 0, 1):
             print(f"raw     {card.sign * (score * card.std + card.mean):.6g}")
         print(f"score   {score:.6g}")
 
@@ -203,6 +204,7 @@ def _preview(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from rsoups._resources import raw_rows, resolve
+    from rsoups.function_rewards import columns_read
     from rsoups.scoring import Reward, load_reward
     from rsoups.tasks import TASKS, custom_task
 
@@ -211,7 +213,8 @@ def _preview(args: argparse.Namespace) -> None:
     task = custom_task(args.dataset, args.template) if args.task == "custom" else TASKS[args.task]
     raw = list(islice(raw_rows(task, args.dataset, args.split), args.rows))
     reward = load_reward(args.reward) if args.reward else None
-    rows = task.rows(raw, kept=reward.columns if reward else ())
+    wanted = columns_read([reward])
+    rows = task.rows(raw, kept=wanted)
     tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))
     print(f"{len(rows)} of the first {len(raw)} rows kept, {len(raw) - len(rows)} dropped")
     for row in rows[:5]:
@@ -226,7 +229,7 @@ def _preview(args: argparse.Namespace) -> None:
                 found = reward.explain(row["prompt"], said)
                 print(f"  {reward.name} reads: {found['text']}\n  and scores it {found['score']:.4g}")
             elif reward is not None:
-                columns = {name: [row[name]] for name in reward.columns if name in row}
+                columns = {name: [row[name]] for name in wanted & set(row)}
                 print(f"  {reward.name} scores it {reward([row['prompt']], [said], **columns)[0]:.4g}")
 
 

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,11 @@ def check_scores(name: str, scores: Sequence[float], prompts: Sequence[str], res
     for score, prompt, response in zip(scores, prompts, responses, strict=True):
         if not math.isfinite(score):
             raise RewardError(f"reward {name!r} returned {score} for prompt {prompt!r}, response {response!r}")
+
+
+def columns_read(rewards: Iterable[Any]) -> set[str]:
+    """The dataset's columns that loaded rewards look at, by name."""
+    return {name for reward in rewards for name in getattr(reward, "columns", ())}
 
 
 def check_columns(rewards: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> None:

@@ -114,8 +114,6 @@ class Reward:
     depend on the batching.
     """
 
-    columns: tuple[str, ...] = ()  # of a dataset: a model looks at prompt and response only
-
     def __init__(self, card: RewardCard, device: str = "cpu"):
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer

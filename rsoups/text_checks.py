@@ -24,7 +24,7 @@ def length(target: int) -> CheckReward:
     """How near the response is to a number of words: ``-|words - target| / target``; 0 at best, -1 for nothing said."""
     if not isinstance(target, int) or target < 1:
         raise RewardError(f"length: target is {target!r}, must be a number of words, 1 or more")
-    return _reward("length", lambda response: -abs(len(response.split()) - target) / target)
+    return _reward("length", lambda response: 0.0 - abs(len(response.split()) - target) / target)
 
 
 def matches(pattern: str) -> CheckReward:
@@ -52,8 +52,8 @@ def valid_json(keys: Sequence[str] = ()) -> CheckReward:
 def keyword_coverage() -> Callable[..., list[float]]:
     """The share of the words asked for that the response has, in any inflection (equal Porter stems), 0 to 1.
 
-    They are the dataset's column ``keywords`` (a list of words or phrases in each row), or the question's parts between its
-    commas ("dog, run, ice cream").
+    They are the dataset's column ``keywords`` (words or phrases, as a list or between commas), or the question's parts
+    between its commas ("dog, run, ice cream").
     """
     stem = library("nltk.stem.porter").PorterStemmer().stem
 
@@ -65,8 +65,9 @@ def keyword_coverage() -> Callable[..., list[float]]:
     ) -> list[float]:
         scores = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            asked = question_of(prompt).split(",") if keywords is None else keywords[i]
-            wanted = [found for text in asked if (found := stems(text)).strip()]
+            asked = question_of(prompt) if keywords is None else keywords[i]
+            parts = asked.split(",") if isinstance(asked, str) else asked
+            wanted = [found for text in parts if (found := stems(text)).strip()]
             if not wanted:
                 raise RewardError(f"keyword_coverage: no words are asked for by {prompt!r}")
             said = stems(completion)
@@ -86,7 +87,7 @@ def readability(grade: float) -> CheckReward:
     if not isinstance(grade, (int, float)):
         raise RewardError(f"readability: grade is {grade!r}, must be a number")
     index = library("textstat").automated_readability_index
-    return _reward("readability", lambda response: -abs(index(response) - grade))
+    return _reward("readability", lambda response: 0.0 - abs(index(response) - grade))
 
 
 def _no_number(constant: str) -> NoReturn:

@@ -46,6 +46,7 @@ def test_keywords_come_from_the_question_or_a_column():
         1,
         pytest.approx(2 / 3),
     ]
+    assert reward(["p"], ["cats sleep"], keywords=["cat, sleep, eat"]) == pytest.approx([2 / 3])
     with pytest.raises(rsoups.RewardError, match="no words are asked for"):
         reward(["p"], ["r"], keywords=[[]])
 
