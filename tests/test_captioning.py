@@ -62,7 +62,10 @@ def test_records_hold_every_score_against_the_prompts_own_references(recipe, tmp
 
 @pytest.mark.slow
 def test_the_whole_recipe(tmp_path):
-    rows = write(tmp_path / "rows.jsonl", ROWS * 30)
+    asked = [row["concepts"] for row in read_jsonl(Path(resolve("rsoups/concepts")) / "train.jsonl")[:90]]
+    said = [[f"a {words[0]} and the {words[1]}.", f"{' '.join(words)} in a park", "nothing else"] for words in asked]
+    pairs = zip(asked, said, strict=True)
+    rows = write(tmp_path / "rows.jsonl", [{"concepts": words, "sentences": texts} for words, texts in pairs])
     command = [sys.executable, str(RECIPES / "captioning.py"), "--train", str(rows), "--test", str(rows)]
     command += ["--rollouts", "1", "--prompts", "5", "--out", str(tmp_path / "out")]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
