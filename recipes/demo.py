@@ -34,7 +34,7 @@ def run(title: str, arguments: list[str]) -> None:
     started = time.monotonic()
     finished = subprocess.run([sys.executable, *arguments], check=False)
     if finished.returncode:
-        sys.exit(f"{title}: failed with exit code {finished.returncode}; run the demo again to go on from here")
+        sys.exit(f"{title}: failed with exit code {finished.returncode}; run this again to go on from here")
     print(f"  {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,9 @@ def resolve(name: str) -> str:
     return str(_PACKAGE / "assets" / asset)
 
 
-def load_rows(task: Task, dataset: str | None, split: str, limit: int | None = None) -> list[dict[str, Any]]:
+def load_rows(
+    task: Task, dataset: str | None, split: str, limit: int | None = None, kept: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Rows of a task, ``{"prompt", "references"}``.
 
     Args:
@@ -43,6 +45,7 @@ def load_rows(task: Task, dataset: str | None, split: str, limit: int | None = N
         dataset: As `raw_rows` takes it.
         split: ``"train"`` or ``"test"``.
         limit: Keep the first `limit` rows that the task can use.
+        kept: Further columns to keep, where the dataset has them: those that rewards read.
 
     Raises:
         DatasetError: Missing file or column, or no usable row.
@@ -52,7 +55,7 @@ def load_rows(task: Task, dataset: str | None, split: str, limit: int | None = N
     most = task.most.get(split) if _is_own(task, dataset) else None
     # Seen only where it takes a while: datasets of the Hub.
     raw = tqdm(raw_rows(task, dataset, split), desc=f"{task.name}, {split}", unit=" rows", delay=3, leave=False)
-    return task.rows(raw, min(filter(None, (limit, most)), default=None))
+    return task.rows(raw, min(filter(None, (limit, most)), default=None), kept)
 
 
 def _is_own(task: Task, dataset: str | None) -> bool:

@@ -80,10 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     rewards = commands.add_parser("rewards", help="the reward cards that ship with rsoups")
     rewards.set_defaults(run=_rewards)
 
-    score = commands.add_parser("score", help="score one response, and show what the reward model reads")
+    score = commands.add_parser("score", help="score one response, and show what a reward model reads")
     score.add_argument("--reward", required=True, help="a card's name or path, a classifier's Hub id, module:function")
     score.add_argument("--prompt", required=True, help="a policy's prompt, or a bare question")
     score.add_argument("--response", required=True)
+    score.add_argument("--reference", nargs="+", help="texts that a statistical reward compares the response with")
     score.add_argument("--device", default="cpu")
     score.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     score.set_defaults(run=_score)
@@ -225,6 +226,7 @@ def _rewards(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
+    from rsoups.function_rewards import columns_read
     from rsoups.judge import Judge
     from rsoups.scoring import Reward, load_reward
 
@@ -235,7 +237,13 @@ def _score(args: argparse.Namespace) -> None:
         print("logits  " + ", ".join(f"{label} {value:.6g}" for label, value in found["logits"].items()))
         print(f"score   {found['score']:.6g}")
     else:
-        print(f"score   {reward([args.prompt], [args.response])[0]:.6g}")
+        if "references" in columns_read([reward]) and not args.reference:
+            raise RewardError(f"reward {reward.name!r} compares a response with references: say --reference TEXT ...")
+        columns = {"references": [args.reference]} if args.reference else {}
+        (score,) = reward([args.prompt], [args.response], **columns)
+        if (card := getattr(reward, "card", None)) and (card.mean, card.std) != (0, 1):
+            print(f"raw     {getattr(card, 'sign', 1) * (score * card.std + card.mean):.6g}")
+        print(f"score   {score:.6g}")
     if isinstance(reward, Judge):
         print(f"asked   {reward.counts}")
 
@@ -290,13 +298,15 @@ def _preview(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from rsoups._resources import raw_rows, resolve
+    from rsoups.function_rewards import columns_read
     from rsoups.scoring import Reward, load_reward
 
     task = _task(args)
     raw = list(islice(raw_rows(task, args.dataset, args.split), args.rows))
-    rows = task.rows(raw)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))
     reward = load_reward(args.reward) if args.reward else None
+    wanted = columns_read([reward])
+    rows = task.rows(raw, kept=wanted)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))
     print(f"{len(rows)} of the first {len(raw)} rows kept, {len(raw) - len(rows)} dropped")
     for row in rows[:5]:
         text = row["prompt"]
@@ -310,7 +320,8 @@ def _preview(args: argparse.Namespace) -> None:
                 found = reward.explain(row["prompt"], said)
                 print(f"  {reward.name} reads: {found['text']}\n  and scores it {found['score']:.4g}")
             elif reward is not None:
-                print(f"  {reward.name} scores it {reward([row['prompt']], [said])[0]:.4g}")
+                columns = {name: [row[name]] for name in wanted & set(row)}
+                print(f"  {reward.name} scores it {reward([row['prompt']], [said], **columns)[0]:.4g}")
 
 
 def _front(path: Path) -> Front:

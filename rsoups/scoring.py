@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from rsoups._cards import DTYPES, check_calibration, made, read_card_file
 from rsoups._errors import RewardError, RsoupsError
 from rsoups._resources import resolve, shipped
-from rsoups.function_rewards import FunctionReward, check_scores, imported
+from rsoups.function_rewards import FunctionCard, FunctionReward, check_scores, imported
 from rsoups.judge import Judge, JudgeCard
 from rsoups.reward_inputs import FIELD, FIELDS, batches, encode_pairs, encode_texts, filled, padded
 from rsoups.tasks import first_sentence, question_of, response_start
@@ -345,17 +345,26 @@ class AveragedScores:
         return [math.fsum(weight * score for weight, score in zip(self.lambdas, row, strict=True)) for row in rows]
 
 
-def read_card(path: str | Path) -> RewardCard | JudgeCard:
+def read_card(path: str | Path) -> RewardCard | FunctionCard | JudgeCard:
     """Read and check a card of any kind.
 
     Raises:
         RewardError: Not a YAML mapping, an unknown or missing key, or a value that is out of range.
     """
     data = read_card_file(path)
-    return made(JudgeCard, data, str(path)) if "judge" in data else made(RewardCard, data, str(path))
+    kind: Any = JudgeCard if "judge" in data else FunctionCard if "function" in data else RewardCard
+    return made(kind, data, str(path))
 
 
-def _of_card(card: RewardCard | JudgeCard, device: str, trust_remote_code: bool) -> LoadedReward:
+def _of_card(
+    card: RewardCard | FunctionCard | JudgeCard, device: str, trust_remote_code: bool, arguments: dict[str, Any]
+) -> LoadedReward:
+    if isinstance(card, FunctionCard):
+        return FunctionReward.of(replace(card, arguments={**card.arguments, **arguments}))
+    if arguments:
+        raise RewardError(
+            f"reward {card.name!r} is a model: only a function's card takes arguments, {sorted(arguments)}"
+        )
     if isinstance(card, JudgeCard):
         return Judge(card, device, trust_remote_code)
     kind = AveragedScores if card.average == "scores" else Reward
@@ -363,26 +372,33 @@ def _of_card(card: RewardCard | JudgeCard, device: str, trust_remote_code: bool)
 
 
 def load_reward(
-    source: str | Path | Callable[..., Any], device: str = "cpu", *, trust_remote_code: bool = False
+    source: str | Path | Callable[..., Any],
+    device: str = "cpu",
+    *,
+    trust_remote_code: bool = False,
+    **arguments: Any,
 ) -> LoadedReward:
     """Load a reward.
 
     Args:
-        source: A shipped card's name (``"naturalness"``, ``"deberta-v3-large-v2"``, ...), the path of a YAML card, a sequence
-            classifier's Hub id or folder (read as ``tokenizer(question, response)``, score logits[0]), ``"module:function"``
-            (also of a file beside you), or a function.
+        source: A shipped card's name (``"naturalness"``, ``"rouge-l"``, ...), the path of a YAML card, a sequence classifier's
+            Hub id or folder (read as ``tokenizer(question, response)``, score logits[0]), ``"module:function"`` (also of a
+            file beside you), or a function.
         device: Where a model runs.
         trust_remote_code: Run Python code that comes with a model, of a kind that transformers does not know.
+        arguments: Of the function that a card names, over the card's own.
 
     Raises:
         RewardError: No such reward (the shipped ones are listed), or an invalid one.
     """
-    if callable(source):
-        return FunctionReward(source)
     text, known = str(source), cards()
     path = known.get(text, Path(text))
-    if path.is_file():
-        return _of_card(read_card(path), device, trust_remote_code)
+    if not callable(source) and path.is_file():
+        return _of_card(read_card(path), device, trust_remote_code, arguments)
+    if arguments:
+        raise RewardError(f"{text} is no card: only a function that a card names takes arguments, {sorted(arguments)}")
+    if callable(source):
+        return FunctionReward(source)
     if path.is_dir() or _HUB_ID.fullmatch(text):
         logger.info("%s is no card: scored as tokenizer(question, response), logits[0]", text)
         return Reward(RewardCard(name=path.name, model=text), device, trust_remote_code)

@@ -69,6 +69,7 @@ def test_rewards_are_listed(capsys):
     shown = capsys.readouterr().out
     assert "bart-faithful" in shown and "reversed_pair" in shown and "logit 1 - logit 0" in shown
     assert "judge-relevance" in shown and "http://127.0.0.1:8000/v1" in shown and "judged from 1 to 5" in shown
+    assert "rouge-l-recall       text_metrics:rouge_l(score='recall')" in shown
     assert len(shown.splitlines()) == len(cards())
 
 
@@ -86,6 +87,18 @@ def test_score_shows_what_the_model_reads(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["score", "--reward", "mine:words", "--prompt", "p", "--response", "a b c"]) == 0
     assert capsys.readouterr().out == "score   3\n"
+
+
+def test_score_compares_with_references(tmp_path, capsys):
+    said = ["score", "--prompt", "p", "--response", "A dog runs"]
+    assert main([*said, "--reward", "rouge-l-recall", "--reference", "the cat", "a dog sleeps there"]) == 0
+    assert capsys.readouterr().out == "score   0.5\n"
+    assert main([*said, "--reward", "rouge-l-recall"]) == 2
+    assert "say --reference TEXT" in capsys.readouterr().err
+    card = tmp_path / "scaled.yaml"
+    card.write_text("name: r\nfunction: rsoups.text_checks:length\narguments: {target: 4}\nmean: -1\nstd: 2\nsign: -1")
+    assert main([*said, "--reward", str(card)]) == 0
+    assert capsys.readouterr().out == "raw     -0.25\nscore   0.625\n"
 
 
 def test_tasks_are_listed(capsys):

@@ -18,10 +18,11 @@ SOURCES = sorted((ROOT / "rsoups").glob("*.py"))
 ORDER = [
     {"_errors"},
     {"_cards", "_files", "tensor_files"},
-    {"actor_critic", "adapters", "callbacks", "checkpoints", "estimates", "function_rewards", "judge_client"}
-    | {"low_rank", "reward_inputs", "rl_math", "sampling", "tasks", "votes"},
-    {"comparison", "points", "selection", "stacking"},
-    {"_resources", "front"},
+    {"actor_critic", "adapters", "callbacks", "checkpoints", "estimates", "judge_client", "low_rank", "reward_inputs"}
+    | {"rl_math", "sampling", "tasks", "votes"},
+    {"comparison", "points", "selection", "stacking", "text_metrics"},
+    {"front", "text_checks"},
+    {"_resources", "function_rewards"},
     {"soup", "judge", "hub"},
     {"averaging", "full_weights", "inspection", "live", "merging", "sweep_folder"},
     {"scoring", "streaming"},

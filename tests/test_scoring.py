@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 import rsoups
 from rsoups import RewardCard, load_reward
 from rsoups._resources import shipped
+from rsoups.function_rewards import FunctionCard, check_columns
 from rsoups.judge import JudgeCard, JudgeSettings
 from rsoups.reward_inputs import encode_texts
 from rsoups.scoring import cards, check_scores, read_card, reward_function
@@ -271,6 +272,27 @@ BAD_CARDS = [
     ("name: x\nmodel: y\nmean: .nan", "mean is nan"),
     ("name: [", "not YAML"),
     ("name: x\nmodel: rsoups/nothing", "no embedded asset"),
+    ("model: x", r"missing field\(s\) \['name'\]"),
+    ("name: x\nmodel: y\nfunction: rsoups.text_checks:length", r"unknown field\(s\) \['model'\]"),
+    ("name: x\nmodel: y\narguments: {target: 3}", r"unknown field\(s\) \['arguments'\]"),
+    ("name: x\nfunction: rsoups.text_checks:length\narguments: 3", "arguments is 3, must be a mapping"),
+    ("name: x\nfunction: rsoups.text_checks:length\narguments: {words: 3}", r"text_checks:length: .*'target'"),
+    ("name: x\nfunction: rsoups.text_checks:length\nsign: 0", "sign is 0"),
+    ("name: x\nfunction: rsoups.text_checks:length\nstd: -1", "std is -1"),
+    *(
+        (
+            f"name: x\nfunction: '{function}'",
+            "must be one of .*rsoups.text_checks:length.*without a card, as module:function",
+        )
+        for function in (
+            "os:system",
+            "rsoups.cli:main",
+            "rsoups.text_metrics:library",  # imports what it is told to
+            "rsoups.text_metrics:read_jsonl",
+            "rsoups.text_checks:__builtins__",
+            "rsoups.text_checks",
+        )
+    ),
 ]
 
 
@@ -300,7 +322,7 @@ def test_shipped_cards_are_valid(name):
         assert card.model.count("/") == 1
 
 
-@pytest.mark.parametrize("kind", [RewardCard, JudgeCard, JudgeSettings])
+@pytest.mark.parametrize("kind", [RewardCard, FunctionCard, JudgeCard, JudgeSettings])
 def test_the_schema_is_documented(kind):
     text = (shipped("rewards") / "README.md").read_text("utf-8")
     assert not [field.name for field in fields(kind) if f"`{field.name}`" not in text]
@@ -337,6 +359,47 @@ def test_functions_are_rewards(tmp_path, monkeypatch):
         rsoups.scoring.FunctionReward(lambda prompts, responses: [1.0], "bad")(["p"] * 2, ["r"] * 2)
     with pytest.raises(rsoups.RewardError, match="'nan' returned nan"):
         rsoups.scoring.FunctionReward(lambda prompts, responses: [math.nan], "nan")(["p"], ["r"])
+
+
+def test_a_functions_card_scales_as_a_models_does(tmp_path):
+    fields = {"function": "rsoups.text_checks:length", "arguments": "{target: 4}", "mean": 0.25, "std": 0.5, "sign": -1}
+    reward = load_reward(write_card(tmp_path, name="short", **fields))
+    assert reward(["p"] * 2, ["a b", "a b c d"]) == [(0.5 - 0.25) / 0.5, (0 - 0.25) / 0.5]
+    assert reward.name == reward.__name__ == "short"
+    assert load_reward(tmp_path / "card.yaml", target=2)(["p"], ["a b"]) == [-0.5]
+
+
+def test_the_columns_of_a_function_are_those_that_it_names():
+    def trls(prompts, completions, completion_ids, answer, trainer_state=None, hint=None, **columns):
+        assert (answer, hint, columns) == (["a"], ["h"], {"other": [1]})
+        return [1.0]
+
+    reward = load_reward(trls)
+    assert (reward.columns, reward.needs) == (("answer", "hint"), ("answer",))
+    assert reward(["p"], ["r"], completion_ids=[[1]], answer=["a"], hint=["h"], other=[1]) == [1]
+    with pytest.raises(rsoups.RewardError, match=r"'trls' needs the column\(s\) \['answer'\]"):
+        reward(["p"], ["r"], completion_ids=[[1]])
+    assert load_reward(lambda prompts, responses, answer: [0.0]).needs == ("answer",)
+    assert load_reward(lambda texts, answers: [0.0]).columns == ()
+
+
+def test_data_without_a_needed_column_is_refused_with_its_name():
+    rewards = [load_reward("meteor"), load_reward("keywords"), load_reward(len_of_zero)]
+    check_columns(rewards, {"prompt": ["p"] * 2, "references": [["r"]] * 2, "number": [0, 0]})
+    for columns, words in (
+        ({"prompt": ["p"]}, r"'meteor' needs a column 'references', the dataset gives \['prompt'\]"),
+        (
+            {"prompt": ["p"] * 3, "references": [["r"], [], None]},
+            "'meteor' needs 'references' of every row: 2 of 3 have none",
+        ),
+        ({"prompt": ["p"], "references": [["r"]]}, "'len_of_zero' needs a column 'number'"),
+    ):
+        with pytest.raises(rsoups.RewardError, match=words):
+            check_columns(rewards, columns)
+
+
+def len_of_zero(prompts, completions, number):
+    return number
 
 
 def test_a_classifiers_folder_is_a_reward(tmp_path):

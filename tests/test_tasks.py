@@ -11,6 +11,7 @@ from rsoups import DatasetError
 from rsoups._resources import load_rows, resolve
 from rsoups.tasks import (
     TASKS,
+    columns_of,
     custom_task,
     first_sentence,
     fit_prompts,
@@ -49,6 +50,19 @@ def test_responses_are_cut_at_the_first_sentence():
     assert first_sentence("A dog runs. A cat sleeps.") == "A dog runs."
     assert first_sentence("It costs 3.50 today! Really.") == "It costs 3.50 today!"
     assert first_sentence(" no end\nhere ") == "no end here"
+
+
+def test_rows_keep_the_columns_that_rewards_read():
+    task = custom_task("x")
+    rows = task.rows([{"prompt": "a", "answer": 1, "other": 2}, {"prompt": "b", "response": "r"}], kept=["answer"])
+    assert rows == [{"prompt": "a", "answer": 1, "references": []}, {"prompt": "b", "references": ["r"]}]
+    rows = task.rows([{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 0}], kept=["answer", "nothing"])
+    assert columns_of(rows) == {"prompt": ["a", "b"], "answer": [1, 0]}  # no row has references
+    rows = [{"prompt": "a", "references": ["r"]}, {"prompt": "b", "references": []}]
+    assert columns_of(rows) == {"prompt": ["a", "b"], "references": [["r"], []]}
+    assert columns_of([]) == {}
+    ragged = [{"prompt": "a", "references": ["r"]}, {"prompt": "b", "references": [], "n": 0}]
+    assert columns_of(ragged)["n"] == [None, 0]
 
 
 def test_prompts_that_leave_no_room_are_refused_or_dropped():
