@@ -39,7 +39,7 @@ from trl import (
 from trl.trainer.utils import use_adapter
 
 from rsoups import PPOConfig, PPOTrainer, load_reward
-from rsoups._resources import load_rows, resolve
+from rsoups._resources import resolve, train_and_held_out
 from rsoups.adapters import read_adapter
 from rsoups.function_rewards import check_columns, columns_read
 from rsoups.ppo import reset_adapter
@@ -69,7 +69,8 @@ class ScriptArguments:
         metadata={"help": "Of a custom task's prompts, such as 'Summarise: {article}'; its column prompt if unset."},
     )
     dataset: str | None = field(
-        default=None, metadata={"help": "JSONL file, folder or Hub id; the task's own if unset."}
+        default=None,
+        metadata={"help": "File (its last tenth, or fewer, held out), folder or Hub id; the task's own if unset."},
     )
     algorithm: str = field(
         default="ppo", metadata={"help": "Whose settings, and which trainer.", "choices": sorted(ALGORITHMS)}
@@ -130,8 +131,8 @@ def prompts(
     """What to train on and what is held out: columns of prompts, as the policy reads them and no longer than `room` tokens,
     of their references, where the data has any, and of what else is `kept` for the rewards."""
     found = []
-    for split, limit in (("train", None), ("test", script.eval_prompts)):
-        rows = load_rows(task_of(script), script.dataset, split, limit, kept) if limit != 0 else []
+    splits = train_and_held_out(task_of(script), script.dataset, script.eval_prompts, kept)
+    for split, rows in zip(("train", "held-out"), splits, strict=True):
         if script.prefix_tokens:
             ids = partial(tokenizer.encode, add_special_tokens=False)
             begun = with_prefixes(rows, ids, tokenizer.decode, *script.prefix_tokens, seed=training.seed)

@@ -58,6 +58,18 @@ def load_rows(
     return task.rows(raw, min(filter(None, (limit, most)), default=None), kept)
 
 
+def train_and_held_out(
+    task: Task, dataset: str | None, held_out: int, kept: Collection[str] = ()
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to train on, and at most `held_out` others to judge by: the first of the dataset's test split, or of one file, which
+    has no splits, its last ones, a tenth of it at most."""
+    train = load_rows(task, dataset, "train", kept=kept)
+    if Path(resolve(dataset or task.dataset)).name.endswith(_TABLES):
+        count = min(held_out, len(train) // 10)
+        return train[: len(train) - count], train[len(train) - count :]
+    return train, load_rows(task, dataset, "test", held_out, kept) if held_out else []
+
+
 def _is_own(task: Task, dataset: str | None) -> bool:
     return dataset is None or dataset == task.dataset
 

@@ -1,5 +1,6 @@
 """The recipes: what they parse, and the whole chain on the embedded models, short."""
 
+import gzip
 import json
 import math
 import random
@@ -249,6 +250,25 @@ def test_from_adapters_to_the_report(runs, tmp_path):
         assert {"front.png", "report.html", "report.md"} <= {path.name for path in out.iterdir()}
         front = rsoups.Front.from_jsonl(out / "records.jsonl")
         assert front.rewards == ["coverage", "naturalness"] and len(front.soups) == 3
+
+
+def test_the_assistant_task_runs_on_any_file_in_the_format_of_hh_rlhf(tmp_path):
+    with gzip.open(tmp_path / "hh.jsonl.gz", "wt") as file:
+        for i in range(40):
+            turns = f"\n\nHuman: How do I mend {i} socks?\n\nAssistant: With a needle.\n\nHuman: Ok\n\nAssistant: Bye."
+            file.write(json.dumps({"chosen": turns, "rejected": turns}) + "\n")
+    flags = [
+        "--config",
+        CONFIGS / "embedded.yaml",
+        "--task",
+        "assistant",
+        "--dataset",
+        tmp_path / "hh.jsonl.gz",
+        *SHORT,
+    ]
+    launch(RECIPES / "ppo_reward.py", "--reward", "naturalness", "--output_dir", tmp_path / "run", *flags)
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "held_out_results.json").read_text())["after"].keys() >= {"reward", "kl"}
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])

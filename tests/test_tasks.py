@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from rsoups import DatasetError
-from rsoups._resources import load_rows, resolve
+from rsoups._resources import load_rows, resolve, train_and_held_out
 from rsoups.tasks import (
     TASKS,
     columns_of,
@@ -234,6 +234,19 @@ def test_rows_from_files_and_folders(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"concepts": [}\n')
     with pytest.raises(DatasetError, match="bad.jsonl, line 1"):
         read_jsonl(tmp_path / "bad.jsonl")
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path):
+    rows = [{"prompt": f"Why {i}?"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    one = custom_task(str(tmp_path / "rows.jsonl"))
+    for asked, held_out in ((64, 4), (3, 3), (0, 0)):
+        train, rest = ([row["prompt"] for row in part] for part in train_and_held_out(one, None, asked))
+        assert len(rest) == held_out and train + rest == [row["prompt"] for row in rows]
+    (tmp_path / "train.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "Other?"}))
+    train, rest = train_and_held_out(custom_task(str(tmp_path)), None, 64)
+    assert len(train) == 40 and [row["prompt"] for row in rest] == ["Other?"]
 
 
 def test_embedded_names_are_known_or_refused():
