@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from trl import TrlParser
 
-from rsoups import load_reward, sweep, write_report
+from rsoups import load_reward, simplex, sweep, write_report
 from rsoups._resources import load_rows
-from rsoups.sweeps import simplex
 from rsoups.tasks import TASKS, read_jsonl
 
 

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from rsoups.averaging import EMACallback, greedy, moving_average
     from rsoups.front import Front
     from rsoups.full_weights import interpolate_checkpoints
+    from rsoups.grids import simplex
     from rsoups.live import LiveSoup
     from rsoups.ppo import PPOConfig, PPOTrainer
     from rsoups.report import write_report
     from rsoups.scoring import Reward, RewardCard, load_reward
     from rsoups.soup import Soup, interpolate
-    from rsoups.sweeps import simplex, sweep
+    from rsoups.sweeps import sweep
 
 __version__ = "0.1.0"
 
@@ -47,12 +48,13 @@ _HOMES = {
     "averaging": ("EMACallback", "greedy", "moving_average"),
     "front": ("Front",),
     "full_weights": ("interpolate_checkpoints",),
+    "grids": ("simplex",),
     "live": ("LiveSoup",),
     "ppo": ("PPOConfig", "PPOTrainer"),
     "report": ("write_report",),
     "scoring": ("Reward", "RewardCard", "load_reward"),
     "soup": ("Soup", "interpolate"),
-    "sweeps": ("simplex", "sweep"),
+    "sweeps": ("sweep",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -105,7 +105,8 @@ class Front:
             scores = _checked(number, record, rewards)
             key = json.dumps([record["name"], record["lambdas"], record["method"]])
             heads.setdefault(key, record)
-            groups.setdefault(key, {}).setdefault(record["prompt"], []).append(scores)
+            prompt = record["prompt"] if isinstance(record["prompt"], str) else json.dumps(record["prompt"])
+            groups.setdefault(key, {}).setdefault(prompt, []).append(scores)
         if not groups:
             raise FrontError("no records: there is nothing to make a front of")
         prompts = sorted(next(iter(groups.values())))

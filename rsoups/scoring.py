@@ -289,7 +289,7 @@ def _filled(template: str, **values: str) -> str:
     return _FIELD.sub(lambda match: values[match[1]], template)
 
 
-def check_scores(name: str, scores: Sequence[float], prompts: Sequence[str], responses: Sequence[str]) -> None:
+def check_scores(name: str, scores: Sequence[float], prompts: Sequence[Any], responses: Sequence[str]) -> None:
     """Refuse scores that would poison a run.
 
     Raises:

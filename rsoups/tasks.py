@@ -145,11 +145,11 @@ class Task:
         return out
 
 
-def fit_prompts(prompts: list[str], lengths: list[int], longest: int, policy: str) -> list[str]:
+def fit_prompts(prompts: list[Any], lengths: list[int], longest: int, policy: str) -> list[Any]:
     """Prompts that leave room for a response in the model's context.
 
     Args:
-        prompts: Texts.
+        prompts: Texts, or whatever stands for them.
         lengths: Tokens of each.
         longest: Tokens that a prompt may have.
         policy: ``"refuse"`` prompts that are longer, or ``"drop"`` them.

@@ -30,7 +30,7 @@ def two(tmp_path):
 
 
 def run(two, out, rewards=REWARDS, **kwargs):
-    settings = {"lambdas": [[1, 0], [0.5, 0.5], [0, 1]], "max_new_tokens": 6, "batch_size": 3, "progress": False}
+    settings = {"lambdas": [[1, 0], [0.5, 0.5], [0, 1]], "max_new_tokens": 6, "batch_tokens": 30, "progress": False}
     return rsoups.sweep(
         tiny_llama(), two, rewards, PROMPTS, tokenizer=tiny_tokenizer(WORDS), out=out, **(settings | kwargs)
     )
@@ -48,7 +48,9 @@ def test_one_record_for_every_model_and_prompt(two, tmp_path):
     front = run(two, tmp_path / "records.jsonl", others={"MORL": two["a"]}, seed=3)
     records = read_jsonl(tmp_path / "records.jsonl")
     assert len(records) == 5 * 4
-    assert set(records[0]) == {"name", "lambdas", "method", "prompt", "response", "rewards", "seed"}
+    assert list(records[0]) == [
+        *("name", "lambdas", "method", "prompt", "response", "rewards", "seed", "sample", "tokens", "kl", "base_nll")
+    ]
     for row in records:
         assert row["rewards"] == {name: f([row["prompt"]], [row["response"]])[0] for name, f in REWARDS.items()}
         assert row["seed"] == 3
@@ -61,7 +63,7 @@ def test_one_record_for_every_model_and_prompt(two, tmp_path):
 
 
 def test_responses_are_those_of_generate_on_the_merged_model(two, tmp_path):
-    run(two, tmp_path / "records.jsonl", temperature=0, batch_size=1)
+    run(two, tmp_path / "records.jsonl", temperature=0, batch_tokens=1)
     tokenizer, model = tiny_tokenizer(WORDS), rsoups.interpolate(two, [0.5, 0.5]).load(tiny_llama()).merge_and_unload()
     found = {
         r["prompt"]: r["response"]
