@@ -163,8 +163,8 @@ class Generator:
             Answer(
                 decode.text(one),
                 len(one.ids),
-                0.0 if _is_base(item.model) else round(one.logp - chosen, 5),
-                round(-plain, 5),
+                0.0 if _is_base(item.model) else round(one.logp - chosen, 4),
+                round(-plain, 4),
             )
             for item, one, plain, chosen in zip(batch, said, at_one, as_chosen, strict=True)
         ]
