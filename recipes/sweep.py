@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from trl import TrlParser
 
-from rsoups import DatasetError, Front, load_reward, simplex, sweep, write_report
+from rsoups import DatasetError, load_reward, simplex, sweep, write_report
 from rsoups._resources import load_rows
 from rsoups.tasks import TASKS, Task, custom_task, read_jsonl
 
@@ -85,13 +85,12 @@ def main(script: ScriptArguments) -> None:
     rows = load_rows(task, script.dataset, "test")
     asked = list({repr(row["prompt"]): row for row in reversed(rows)}.values())[::-1][: script.prompts]
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    rewards = {reward.name: reward for name in script.reward if (reward := load_reward(name, device))}
-    held_out = {reward.name: reward for name in script.held_out_reward if (reward := load_reward(name, device))}
+    loaded = {source: load_reward(source, device) for source in [*script.reward, *script.held_out_reward]}
     adapters = named(script.adapters)
-    front: Front = sweep(
+    front = sweep(
         script.model_name_or_path,
         adapters,
-        rewards | held_out,
+        {reward.name: reward for reward in loaded.values()},
         [row["prompt"] for row in asked],
         simplex(len(adapters), script.points, random=script.random, seed=script.seed),
         method=script.method,
@@ -100,17 +99,14 @@ def main(script: ScriptArguments) -> None:
         ensemble=script.ensemble,
         refine=script.refine,
         columns={"references": [row["references"] for row in asked]},
-        held_out=list(held_out),
+        held_out=[loaded[source].name for source in script.held_out_reward],
         cut=task.cut,
         temperature=script.temperature,
         max_new_tokens=script.max_new_tokens,
         long_prompts=script.long_prompts,
         batch_tokens=script.batch_tokens or "auto",
         seed=script.seed,
-        notes={
-            "task": script.task,
-            "reward_sources": dict(zip(rewards | held_out, script.reward + script.held_out_reward)),
-        },
+        notes={"task": script.task, "reward_sources": {reward.name: source for source, reward in loaded.items()}},
         out=out / "records.jsonl",
     )
     if os.environ.get("RANK", "0") == "0":

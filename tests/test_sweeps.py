@@ -98,7 +98,7 @@ def test_responses_are_those_of_generate_on_the_merged_model(two, tmp_path):
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_the_same_records_for_any_batches(two, tmp_path, temperature, monkeypatch):
     """One by one, many at once, λ by λ with Δ in the weights: with rows that end early, and with an ensemble."""
-    monkeypatch.setattr("rsoups.generation._MERGED_TOKENS", 60)
+    monkeypatch.setattr("rsoups.generation._MERGED_TOKENS", 50)
     merged, merge = [], rsoups.LiveSoup.merged
 
     def spied(self, row, **settings):
@@ -127,7 +127,7 @@ def test_responses_do_not_depend_on_the_other_prompts(two, tmp_path):
 
 
 def test_samples_are_drawn_by_each_responses_own_numbers(two, tmp_path):
-    """In float64, without padding or cache, by inverting the distribution: a soup's, and the ensemble's mean; and their nats."""
+    """In float64, without padding or cache, by inverting the distribution: a soup's, and the ensemble's mean; nats too."""
     run(two, tmp_path / "r.jsonl", temperature=0.8, seed=5, samples=2, ensemble=True, lambdas=[[0.3, 0.7]])
     base = tiny_llama().double()
     soup = rsoups.interpolate(two, [0.3, 0.7]).load(tiny_llama()).merge_and_unload().double()
