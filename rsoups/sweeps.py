@@ -336,9 +336,11 @@ class _Processes:
     def __init__(self) -> None:
         self._state: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            import torch
             from accelerate import PartialState
 
-            self._state = PartialState(timeout=timedelta(days=7))  # the slowest may take its time
+            slowest = timedelta(days=7)  # that the others wait for
+            self._state = PartialState(cpu=not torch.accelerator.is_available(), timeout=slowest)
         self.rank = self._state.process_index if self._state else 0
         self.count = self._state.num_processes if self._state else 1
         self.is_main = self.rank == 0
