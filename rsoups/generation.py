@@ -158,7 +158,6 @@ class Generator:
         models = [item.model for item in batch]
         with self._places.at(models, sum(map(self._size, batch))) as keep:
             said = decode(prompts, own, members, keep)
-        at_one, as_chosen = decode.logps(prompts, said)
         return [
             Answer(
                 decode.text(one),
@@ -166,7 +165,7 @@ class Generator:
                 0.0 if _is_base(item.model) else round(one.logp - chosen, 4),
                 round(-plain, 4),
             )
-            for item, one, plain, chosen in zip(batch, said, at_one, as_chosen, strict=True)
+            for item, one, (plain, chosen) in zip(batch, said, decode.logps(prompts, said), strict=True)
         ]
 
     def close(self) -> None:
