@@ -59,6 +59,9 @@ class ScriptArguments:
         metadata={"help": "Prompts that leave no room in the context: refuse, or drop.", "choices": ["refuse", "drop"]},
     )
     batch_tokens: int | None = field(default=None, metadata={"help": "Of a batch; what fits the memory if unset."})
+    server: str | None = field(
+        default=None, metadata={"help": "URL of a vLLM server of this base, which answers instead."}
+    )
     seed: int = field(default=0, metadata={"help": "Of sampling, and of --random."})
     output_dir: str = field(default="runs/sweep", metadata={"help": "Folder of the records and the report."})
 
@@ -105,6 +108,7 @@ def main(script: ScriptArguments) -> None:
         max_new_tokens=script.max_new_tokens,
         long_prompts=script.long_prompts,
         batch_tokens=script.batch_tokens or "auto",
+        server=script.server,
         seed=script.seed,
         notes={"task": script.task, "reward_sources": {reward.name: source for source, reward in loaded.items()}},
         out=out / "records.jsonl",

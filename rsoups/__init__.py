@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         OutputError,
         RewardError,
         RsoupsError,
+        ServerError,
         TrainingError,
     )
     from rsoups.averaging import EMACallback, greedy, moving_average
@@ -43,6 +44,7 @@ _HOMES = {
         "OutputError",
         "RewardError",
         "RsoupsError",
+        "ServerError",
         "TrainingError",
     ),
     "averaging": ("EMACallback", "greedy", "moving_average"),
@@ -75,6 +77,7 @@ __all__ = [
     "RewardCard",
     "RewardError",
     "RsoupsError",
+    "ServerError",
     "Soup",
     "TrainingError",
     "greedy",

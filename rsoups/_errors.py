@@ -9,6 +9,7 @@ RsoupsError
 ├── FrontError            records and fronts (also a ValueError)
 ├── TrainingError         a run that would go on in vain: not finite, or run away from its reference
 ├── OutputError           an output folder that is in use or cannot be written
+├── ServerError           a server that generates responses
 └── HubError              publishing to or reading from the Hub
 """
 
@@ -47,6 +48,10 @@ class TrainingError(RsoupsError):
 
 class OutputError(RsoupsError):
     """An output folder that is in use by another process or cannot be written."""
+
+
+class ServerError(RsoupsError):
+    """A server that should generate responses refused, or could not be reached."""
 
 
 class HubError(RsoupsError):

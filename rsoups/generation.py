@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _CPU_TOKENS = 8_192  # of a batch: more is no faster (benchmarks/sweep.py)
-_MERGED_TOKENS = 4_096  # of one λ in a batch, from which merging it pays
+_MERGED_TOKENS = 1_024  # of one λ in a batch, from which merging it pays
+_ALONE = 1 / 4  # of a batch, that the rows of one λ have to fill to get batches of their own
 _FREE = 0.6  # of a GPU's memory, for a batch
 Keep = Callable[[Tensor], None]
 
@@ -115,7 +116,7 @@ class Generator:
         alone: list[list[Item]] = []
         together: list[Item] = []
         for of_one in apart.values():
-            fills = sum(map(self._size, of_one)) >= min(self._tokens, _MERGED_TOKENS)
+            fills = sum(map(self._size, of_one)) >= max(_ALONE * self._tokens, _MERGED_TOKENS)
             model = of_one[0].model
             single = not self._places.mixes or model.ensemble or (fills and self._places.can_merge)
             if single:

@@ -45,6 +45,7 @@ from rsoups.records import Key, Records, gather, model_key, prepare
 from rsoups.scoring import FunctionReward, Reward, check_scores
 from rsoups.soup import weights_of
 from rsoups.tasks import fit_prompts, read_jsonl
+from rsoups.vllm_server import Server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,6 +76,7 @@ def sweep(
     max_new_tokens: int = 32,
     long_prompts: str = "refuse",
     batch_tokens: int | str = "auto",
+    server: str | None = None,
     seed: int = 0,
     notes: Mapping[str, Any] | None = None,
     out: str | Path = "records.jsonl",
@@ -106,6 +108,8 @@ def sweep(
         max_new_tokens: Longest response, in tokens.
         long_prompts: Where prompts leave no room for a response in the context: ``refuse``, or ``drop`` them.
         batch_tokens: Of a batch, padding included; halved where memory does not hold it.
+        server: URL of a running vLLM server of this base, which answers instead (`rsoups.vllm_server`); records then have
+            neither `kl` nor `base_nll`.
         seed: Of sampling.
         notes: More to be found in the settings file beside the records.
         out: Records file.
@@ -118,6 +122,7 @@ def sweep(
         DatasetError: No prompts, the same one twice, too long ones; or responses that are all empty.
         AdapterError, LambdasError: As `interpolate`; no λ at all; a name among `others` that is taken.
         RewardError: No rewards, one that raised, or a score that is not finite.
+        ServerError: The server refuses or cannot be reached.
         OutputError: `out` holds records of another sweep, another process is at it, or it cannot be written.
     """
     live = base if isinstance(base, LiveSoup) else None
@@ -132,15 +137,14 @@ def sweep(
     models += [Model(SOUP, dict(zip(ingredients, row, strict=True)), method) for row in grid]
     models += [Model(name, other=name) for name in beside]
     models += [Model(ENSEMBLE, ensemble=True)] if ensemble else []
-    settings = {
+    decoding: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+    settings = decoding | {
         "ingredients": {name: adapter.sha256 for name, adapter in ingredients.items()},
         "other_hashes": {name: adapter.sha256 for name, adapter in beside.items()},
         "rewards": list(rewards),
-        "temperature": temperature,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
         "prompts": _digest(asked.prompts),
         "columns": _digest(asked.columns),
+        "server": server is not None,
         "cut": getattr(cut, "__qualname__", type(cut).__name__),
     }
     about = {"held_out": list(held_out), "samples": samples, "method": method, **_provenance(base), **(notes or {})}
@@ -148,10 +152,13 @@ def sweep(
         about[name] = {key: _told(source, Path(out).parent) for key, source in sources.items()}
     processes = _Processes()
     run = _Run(models, asked, rewards, cut, samples, seed, Path(out), processes, progress)
-    run.generator = lambda: opened.generator(
-        ingredients, beside, method, ensemble,
-        temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, batch_tokens=batch_tokens,
-    )  # fmt: skip
+
+    def start() -> Generator | Server:
+        if server is not None:
+            return Server(server, ingredients, beside, Path(out).parent, **decoding)
+        return opened.generator(ingredients, beside, method, ensemble, batch_tokens=batch_tokens, **decoding)
+
+    run.start = start
     with only_run_in(Path(out).parent) if processes.is_main else nullcontext(), run:
         if processes.is_main:
             prepare(Path(out), settings | about)
@@ -168,7 +175,7 @@ def sweep(
 class _Run:
     """The work of one process: items that no record holds yet, in batches; rewards are scored beside the generation."""
 
-    generator: Callable[[], Generator]
+    start: Callable[[], Generator | Server]  # what answers, when there is something to be answered
 
     def __init__(
         self,
@@ -189,7 +196,7 @@ class _Run:
             for name, reward in rewards.items()
         }
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="rsoups-scoring")
-        self._made: Generator | None = None
+        self._made: Generator | Server | None = None
 
     def __enter__(self) -> None:
         pass
@@ -224,7 +231,7 @@ class _Run:
     def _answer(self, items: list[Item], records: Records) -> None:
         from tqdm.auto import tqdm
 
-        self._made = generate = self._made or self.generator()
+        self._made = generate = self._made or self.start()
         scored: deque[Future[list[dict[str, Any]]]] = deque()
         shown = self._progress and self._processes.is_main
         with tqdm(total=len(items), unit="response", disable=not shown, desc="sweep") as bar:

@@ -35,6 +35,7 @@ ORDER = [
     {"soup", "scoring", "hub"},
     {"averaging", "full_weights", "inspection", "live", "merging"},
     {"generation", "ppo"},
+    {"vllm_server"},
     {"sweeps"},
     {"report"},
     {"cli"},
