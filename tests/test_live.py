@@ -37,7 +37,7 @@ KINDS |= {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore:.*invalid shape.*lora_B.bias")
+@pytest.mark.filterwarnings("ignore:.*invalid shape.*lora_B.bias", "ignore:Model has `tie_word_embeddings=True`")
 def test_each_row_is_the_soup_of_its_lambdas(tmp_path, kind):
     make, loras = KINDS[kind]
     folders = [tiny_adapter(tmp_path / str(i), make(), seed=i, **lora) for i, lora in enumerate(loras)]
