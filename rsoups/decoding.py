@@ -74,7 +74,7 @@ class Decoder:
         prompts: Sequence[Sequence[int]],
         uniforms: Tensor | None = None,
         members: int = 1,
-        keep: Callable[[Tensor], None] = lambda rows: None,
+        keep: Callable[[Tensor], None] | None = None,
     ) -> list[Said]:
         """Respond.
 
@@ -83,12 +83,16 @@ class Decoder:
             uniforms: (B, max_new_tokens), each row's random numbers within [0, 1); None decodes greedily.
             members: M > 1 answers as a prediction ensemble: each prompt is M rows of the model's batch, one after the
                 other, whose next-token distributions are averaged.
-            keep: Told which rows of the model's batch remain, as they end.
+            keep: Where rows are of different models: told which ones remain, as they end.
         """
-        ids, mask = (t.repeat_interleave(members, dim=0) for t in self._padded(prompts))
+        cache, shared = (self._beginning(prompts), _shared(prompts)) if keep is None else (None, 0)
+        shared = shared if cache is not None else 0
+        ids, mask = self._padded([prompt[shared:] for prompt in prompts])
+        mask = torch.cat([torch.ones_like(ids[:, :1]).expand(-1, shared), mask], dim=1)
+        ids, mask = (t.repeat_interleave(members, dim=0) for t in (ids, mask))
         chosen = torch.full((len(prompts), self.max_new_tokens), -1, device=ids.device)
         logps = torch.zeros(len(prompts), dtype=torch.float64, device=ids.device)
-        cache, uniforms = None, None if uniforms is None else uniforms.to(ids.device)
+        uniforms = None if uniforms is None else uniforms.to(ids.device)
         at = torch.arange(len(prompts), device=ids.device)  # whose rows the batch still holds,
         going = torch.ones_like(at, dtype=torch.bool)  # and which of them have not ended
         for step in range(self.max_new_tokens):
@@ -107,12 +111,25 @@ class Decoder:
             if left <= (1 - _DROPPED) * len(at) and hasattr(cache, "batch_select_indices"):
                 rows = going.repeat_interleave(members).nonzero()[:, 0]
                 cache.batch_select_indices(rows)
-                keep(rows)
+                if keep is not None:
+                    keep(rows)
                 at, ids, mask, going = at[going], ids[rows], mask[rows], going[going]
         return [
             Said([token for token in row if token >= 0], logp)
             for row, logp in zip(chosen.tolist(), logps.tolist(), strict=True)
         ]
+
+    def _beginning(self, prompts: Sequence[Sequence[int]]) -> DynamicCache | None:
+        """Keys and values of what all prompts begin with (an instruction, say), read once for all rows; None where they
+        begin with nothing worth it, or the cache is of a kind in which rows are not padded in their middle."""
+        if len(prompts) == 1 or not (shared := _shared(prompts)):
+            return None
+        ids = torch.tensor([prompts[0][:shared]], device=self.model.device)
+        cache = self._forward(ids, torch.ones_like(ids), 1, use_cache=True).past_key_values
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        cache.batch_repeat_interleave(len(prompts))
+        return cache
 
     @torch.inference_mode()
     def logps(self, prompts: Sequence[Sequence[int]], said: Sequence[Said]) -> list[tuple[float, float]]:
@@ -213,6 +230,13 @@ class Decoder:
         tokens = weights.argmax(-1, keepdim=True) if uniform is None else draw(weights, uniform)
         logp = weights.gather(-1, tokens).double().log() - weights.sum(-1, keepdim=True).double().log()
         return tokens[:, 0], logp[:, 0]
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, the last token of each left out."""
+    lowest, highest = min(map(list, prompts)), max(map(list, prompts))
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if lowest[i] != highest[i]), most)
 
 
 def _logp(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:

@@ -31,7 +31,7 @@ _CPU_TOKENS = 8_192  # of a batch: more is no faster (benchmarks/sweep.py)
 _MERGED_TOKENS = 1_024  # of one λ in a batch, from which merging it pays
 _ALONE = 1 / 4  # of a batch, that the rows of one λ have to fill to get batches of their own
 _FREE = 0.6  # of a GPU's memory, for a batch
-Keep = Callable[[Tensor], None]
+Keep = Callable[[Tensor], None] | None
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,8 @@ class LivePlaces:
 
     @contextmanager
     def at(self, models: Sequence[Model], tokens: int) -> Iterator[Keep]:
-        """A context in which the base is these models, row by row; yields what is told of the rows that remain."""
+        """A context in which the base is these models, row by row; yields what is told of the rows that remain,
+        None where they are all of one."""
         lives = [live for live in (self._live, self._others) if live is not None]
         first = models[0]
         with ExitStack() as stack:
@@ -208,7 +209,7 @@ class LivePlaces:
                 for live in kept:
                     live.keep(rows)
 
-            yield keep
+            yield keep if kept else None
 
     def _rows(self, live: LiveSoup, models: Sequence[Model]) -> list[list[float]]:
         """λ of each row of a batch; of zeros where it is the base, or of the other soup's adapters."""
@@ -245,7 +246,7 @@ class AttachedPlaces:
             if not _is_base(models[0]):
                 stack.enter_context(self._soup(models[0]).attached(self._model))
                 self._model.eval()
-            yield lambda rows: None
+            yield None
 
     def _soup(self, model: Model) -> Soup:
         if self._made is None or self._made[0] != model.key:

@@ -95,9 +95,10 @@ def test_responses_are_those_of_generate_on_the_merged_model(two, tmp_path):
         assert found["soup", '{"a": 0.5, "b": 0.5}', json.dumps(prompt), 0] == text.strip()
 
 
-@pytest.mark.parametrize("temperature", [0, 0.8])
-def test_the_same_records_for_any_batches(two, tmp_path, temperature, monkeypatch):
-    """One by one, many at once, λ by λ with Δ in the weights: with rows that end early, and with an ensemble."""
+@pytest.mark.parametrize(("temperature", "begin"), [(0, ""), (0.8, ""), (0, "w20 w21 w22 "), (0.8, "w20 w21 w22 ")])
+def test_the_same_records_for_any_batches(two, tmp_path, temperature, begin, monkeypatch):
+    """One by one, many at once, λ by λ with Δ in the weights: with rows that end early, with an ensemble, and with prompts
+    that begin alike, one of them the beginning of another."""
     monkeypatch.setattr("rsoups.generation._MERGED_TOKENS", 50)
     merged, merge = [], rsoups.LiveSoup.merged
 
@@ -107,11 +108,12 @@ def test_the_same_records_for_any_batches(two, tmp_path, temperature, monkeypatc
 
     monkeypatch.setattr(rsoups.LiveSoup, "merged", spied)
     settings = {"temperature": temperature, "ensemble": True, "others": {"MORL": two["a"]}, "max_new_tokens": 12}
+    asked = [begin + prompt for prompt in [*PROMPTS[:3], "w7 w7"]]
     ends = tiny_llama()
     ends.generation_config.eos_token_id = [2, *range(40, 50)]
     expected = None
     for tokens in (1, 30, 100, 10_000):
-        run(two, tmp_path / f"{tokens}.jsonl", base=ends, batch_tokens=tokens, **settings)
+        run(two, tmp_path / f"{tokens}.jsonl", base=ends, prompts=asked, batch_tokens=tokens, **settings)
         records = read_jsonl(tmp_path / f"{tokens}.jsonl")
         assert len(merged) == (0 if tokens < 100 else 4), "three soups and the MORL run, λ by λ"
         expected = expected or records
