@@ -9,7 +9,8 @@
 - paper: for each λ the base is loaded and the adapters are averaged into it; prompts one at a time, each scored by itself. Of
   200 prompts `--paper_prompts` are measured, and their time is multiplied up (the loading is not).
 - peft: one base, both adapters on it, `add_weighted_adapter("cat")` for each λ, batches of 64.
-- rsoups: `rsoups.sweep`, which also evaluates the base, KL and perplexity.
+- rsoups: `rsoups.sweep`, which also evaluates the base, and KL and perplexity of every response; and once more without these two,
+  the work that the others do.
 
 Then the interactive case, 8 prompts at each λ; and a decode step with N adapters at one λ for each row, over a step with a
 single PEFT adapter. Rounds in turn, the best of each; written to benchmarks/results/.
@@ -22,7 +23,9 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -30,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Llam
 
 import rsoups
 from rsoups._resources import load_rows, resolve
+from rsoups.decoding import Decoder
 from rsoups.tasks import TASKS, read_jsonl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,12 +206,14 @@ def main() -> None:
         four = write_adapters(base, Path(folder), 4)
         two = dict(list(four.items())[:2])
         for name, asked in (("sweep", prompts), ("interactive", prompts[:8])):
-            best = {"peft": float("inf"), "rsoups": float("inf")}
+            best = dict.fromkeys(("peft", "rsoups", "rsoups without KL"), float("inf"))
             for _ in range(args.rounds):
                 seconds, by = by_peft(base, two, rewards, asked)
                 best["peft"] = min(best["peft"], seconds)
                 seconds, ours = by_rsoups(base, two, rewards, asked)
                 best["rsoups"] = min(best["rsoups"], seconds)
+                seconds, _ = by_rsoups(base, two, rewards, asked, kl=False)
+                best["rsoups without KL"] = min(best["rsoups without KL"], seconds)
             same = sum(ours[key] == text for key, text in by.items())
             results[name] = {
                 **best,

@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +53,7 @@ class Decoder:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float, max_new_tokens: int
     ):
         self.model, self.temperature, self.max_new_tokens = model, temperature, max_new_tokens
-        self._tokenizer = deepcopy(tokenizer)
+        self._tokenizer = tokenizer
         ends = model.generation_config.eos_token_id if model.generation_config else None
         ends = self._tokenizer.eos_token_id if ends is None else ends
         self._ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=model.device).view(-1)

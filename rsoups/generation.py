@@ -27,7 +27,7 @@ from rsoups.soup import Soup, interpolate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_CPU_TOKENS = 8_192  # of a batch: more is no faster (benchmarks/sweep.py)
+_CPU_TOKENS = 16_384  # of a batch: more is no faster (benchmarks/sweep.py)
 _MERGED_TOKENS = 1_024  # of one λ in a batch, from which merging it pays
 _ALONE = 1 / 4  # of a batch, that the rows of one λ have to fill to get batches of their own
 _FREE = 0.6  # of a GPU's memory, for a batch
