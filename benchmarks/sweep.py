@@ -9,8 +9,8 @@
 - paper: for each λ the base is loaded and the adapters are averaged into it; prompts one at a time, each scored by itself. Of
   200 prompts `--paper_prompts` are measured, and their time is multiplied up (the loading is not).
 - peft: one base, both adapters on it, `add_weighted_adapter("cat")` for each λ, batches of 64.
-- rsoups: `rsoups.sweep`, which also evaluates the base, and KL and perplexity of every response; and once more without these two,
-  the work that the others do.
+- rsoups: `rsoups.sweep`, which also evaluates the base, and KL and perplexity of every response; and once more without these
+  two, which the others do not have.
 
 Then the interactive case, 8 prompts at each λ; and a decode step with N adapters at one λ for each row, over a step with a
 single PEFT adapter. Rounds in turn, the best of each; written to benchmarks/results/.
@@ -134,9 +134,12 @@ def by_peft(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, pr
 
 
 def by_rsoups(
-    base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str]
+    base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str], kl: bool = True
 ) -> tuple[float, dict]:
-    with tempfile.TemporaryDirectory() as folder:
+    unread = (
+        nullcontext() if kl else patch.object(Decoder, "logps", lambda self, prompts, said: [(0.0, 0.0)] * len(said))
+    )
+    with tempfile.TemporaryDirectory() as folder, unread:
         out = Path(folder) / "records.jsonl"
         settings = {"tokenizer": TOKENIZER, "temperature": 0, "max_new_tokens": TOKENS, "progress": False, "out": out}
         start = time.perf_counter()
