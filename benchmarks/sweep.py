@@ -220,7 +220,7 @@ def main() -> None:
             same = sum(ours[key] == text for key, text in by.items())
             results[name] = {
                 **best,
-                "peft / rsoups": best["peft"] / best["rsoups"],
+                **{f"peft / {ours}": best["peft"] / best[ours] for ours in ("rsoups", "rsoups without KL")},
                 "same texts": f"{same} of {len(by)}",
             }
             if same < 0.97 * len(by):
