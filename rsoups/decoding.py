@@ -125,7 +125,7 @@ class Decoder:
             return None
         ids = torch.tensor([prompts[0][:shared]], device=self.model.device)
         cache = self._forward(ids, torch.ones_like(ids), 1, use_cache=True).past_key_values
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        if not _is_plain(cache):
             return None
         cache.batch_repeat_interleave(len(prompts))
         return cache
@@ -182,9 +182,10 @@ class Decoder:
         read = {one: self._read[one] for one in short if one in self._read}
         if missing := list(dict.fromkeys(one for one in short if one not in read)):
             ids, mask = self._padded(missing)
-            layers = self._forward(ids, mask, 1, use_cache=True).past_key_values.layers
-            if any(type(layer) is not DynamicLayer for layer in layers):
+            cache = self._forward(ids, mask, 1, use_cache=True).past_key_values
+            if not _is_plain(cache):
                 return None, nothing
+            layers = cache.layers
             for row, one in enumerate(missing):
                 read[one] = [
                     (layer.keys[row, :, -len(one) :].clone(), layer.values[row, :, -len(one) :].clone())
@@ -229,6 +230,11 @@ class Decoder:
         tokens = weights.argmax(-1, keepdim=True) if uniform is None else draw(weights, uniform)
         logp = weights.gather(-1, tokens).double().log() - weights.sum(-1, keepdim=True).double().log()
         return tokens[:, 0], logp[:, 0]
+
+
+def _is_plain(cache: Any) -> bool:
+    """Whether it is keys and values of every token: no sliding window, no recurrent state."""
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _shared(prompts: Sequence[Sequence[int]]) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_adapter, tiny_llama, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 import rsoups
 from rsoups import decoding
@@ -119,6 +120,49 @@ def test_the_same_records_for_any_batches(two, tmp_path, temperature, begin, mon
         expected = expected or records
         assert same(records, expected)
     assert len({r["tokens"] for r in expected}) > 4
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=2)
+    ).eval()
+
+
+def mistral():
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = MistralConfig(**shape, num_key_value_heads=2, sliding_window=4, eos_token_id=2, pad_token_id=0)
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(("make", "target"), [(gpt2, "c_attn"), (mistral, "q_proj")], ids=["gpt2", "sliding window"])
+def test_other_architectures_answer_as_with_generate(tmp_path, make, target):
+    """Positions that are learnt; a cache that forgets. One by one and together, against transformers' own loop."""
+    lora = {"target_modules": [target], "fan_in_fan_out": make is gpt2}
+    two = {name: tiny_adapter(tmp_path / name, make(), seed=seed, **lora) for seed, name in enumerate("ab")}
+    asked = [f"w20 w21 w22 w23 {prompt}" for prompt in PROMPTS]
+    for tokens in (1, 10_000):
+        run(two, tmp_path / f"{tokens}.jsonl", base=make(), prompts=asked, temperature=0, batch_tokens=tokens)
+    assert same(read_jsonl(tmp_path / "1.jsonl"), read_jsonl(tmp_path / "10000.jsonl"))
+    base, tokenizer = make(), tiny_tokenizer(WORDS)
+    model = rsoups.interpolate(two, [0.5, 0.5]).load(make()).merge_and_unload()
+    for record in read_jsonl(tmp_path / "1.jsonl"):
+        if record["lambdas"] != {"a": 0.5, "b": 0.5}:
+            continue
+        ids = tokenizer(record["prompt"], return_tensors="pt")["input_ids"]
+        settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+        with torch.no_grad():
+            whole = model.generate(input_ids=ids, **settings)
+            said, logp = whole[0, ids.shape[1] :], base(whole).logits[0, ids.shape[1] - 1 : -1].log_softmax(-1)
+        assert record["response"] == tokenizer.decode(said, skip_special_tokens=True)
+        assert record["base_nll"] == pytest.approx(-float(logp.gather(1, said[:, None]).sum()), abs=1e-3)
 
 
 def test_responses_do_not_depend_on_the_other_prompts(two, tmp_path):
