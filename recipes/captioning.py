@@ -47,10 +47,7 @@ def calibrate(data: Path, out: Path) -> None:
         run(f"Calibrate {', '.join(names)}", [str(RECIPES / "calibrate.py"), "--reward", *names, *more, *flags])
 
 
-def against(reward: Callable, references: dict[str, list[str]]) -> Callable:
-    """A statistical reward of prompts and responses alone."""
-
-    def scored(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+def scored(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return reward(prompts, responses, references=[references[prompt] for prompt in prompts])
 
     return scored
@@ -65,9 +62,10 @@ def evaluate(
     front = rsoups.sweep(
         POLICY,
         {name: out.parent / f"ppo-{name}" for name in runs},
-        {name: against(reward, references) for name, reward in rewards.items()},
+        rewards,
         list(references),
         lambdas,
+        columns={"references": list(references.values())},
         cut=TASK.cut,
         seed=seed,
         out=out / "records.jsonl",

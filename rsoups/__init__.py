@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         OutputError,
         RewardError,
         RsoupsError,
+        ServerError,
         TrainingError,
         VotesError,
     )
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rsoups.explorer import explore
     from rsoups.front import Front
     from rsoups.full_weights import interpolate_checkpoints
+    from rsoups.grids import simplex
     from rsoups.judge import Judge, JudgeCard
     from rsoups.live import LiveSoup
     from rsoups.ppo import PPOConfig, PPOTrainer
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from rsoups.scoring import Reward, RewardCard, load_reward
     from rsoups.soup import Soup, interpolate
     from rsoups.space import write_space
-    from rsoups.sweeps import simplex, sweep
+    from rsoups.sweeps import sweep
     from rsoups.votes import fit_votes
 
 __version__ = "0.1.0"
@@ -48,6 +50,7 @@ _HOMES = {
         "OutputError",
         "RewardError",
         "RsoupsError",
+        "ServerError",
         "TrainingError",
         "VotesError",
     ),
@@ -55,6 +58,7 @@ _HOMES = {
     "explorer": ("explore",),
     "front": ("Front",),
     "full_weights": ("interpolate_checkpoints",),
+    "grids": ("simplex",),
     "judge": ("Judge", "JudgeCard"),
     "live": ("LiveSoup",),
     "ppo": ("PPOConfig", "PPOTrainer"),
@@ -63,7 +67,7 @@ _HOMES = {
     "scoring": ("Reward", "RewardCard", "load_reward"),
     "soup": ("Soup", "interpolate"),
     "space": ("write_space",),
-    "sweeps": ("simplex", "sweep"),
+    "sweeps": ("sweep",),
     "votes": ("fit_votes",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -89,6 +93,7 @@ __all__ = [
     "RewardError",
     "RsoupsError",
     "Sample",
+    "ServerError",
     "Soup",
     "TrainingError",
     "VotesError",

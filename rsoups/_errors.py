@@ -10,6 +10,7 @@ RsoupsError
 ├── VotesError            choices between generations (also a ValueError)
 ├── TrainingError         a run that would go on in vain: not finite, or run away from its reference
 ├── OutputError           an output folder that is in use or cannot be written
+├── ServerError           a server that generates responses
 └── HubError              publishing to or reading from the Hub
 """
 
@@ -52,6 +53,10 @@ class TrainingError(RsoupsError):
 
 class OutputError(RsoupsError):
     """An output folder that is in use by another process or cannot be written."""
+
+
+class ServerError(RsoupsError):
+    """A server that should generate responses refused, or could not be reached."""
 
 
 class HubError(RsoupsError):

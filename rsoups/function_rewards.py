@@ -130,7 +130,7 @@ class FunctionReward:
         return scores
 
 
-def check_scores(name: str, scores: Sequence[float], prompts: Sequence[str], responses: Sequence[str]) -> None:
+def check_scores(name: str, scores: Sequence[float], prompts: Sequence[Any], responses: Sequence[str]) -> None:
     """Refuse scores that would poison a run.
 
     Raises:

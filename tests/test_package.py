@@ -18,15 +18,16 @@ SOURCES = sorted((ROOT / "rsoups").glob("*.py"))
 ORDER = [
     {"_errors"},
     {"_cards", "_files", "tensor_files"},
-    {"actor_critic", "adapters", "callbacks", "checkpoints", "estimates", "judge_client", "low_rank", "reward_inputs"}
-    | {"rl_math", "sampling", "tasks", "votes"},
-    {"comparison", "points", "selection", "stacking", "text_metrics"},
+    {"actor_critic", "adapters", "callbacks", "checkpoints", "estimates", "grids", "judge_client", "low_rank"}
+    | {"reward_inputs", "rl_math", "sampling", "tasks", "votes"},
+    {"comparison", "decoding", "points", "records", "selection", "stacking", "text_metrics"},
     {"front", "text_checks"},
     {"_resources", "function_rewards"},
     {"soup", "judge", "hub"},
     {"averaging", "full_weights", "inspection", "live", "merging", "sweep_folder"},
-    {"scoring", "streaming"},
-    {"ppo", "probing", "sweeps"},
+    {"generation", "scoring", "streaming"},
+    {"ppo", "probing", "vllm_server"},
+    {"sweeps"},
     {"charts", "plots", "space", "tasting"},
     {"report"},
     {"explorer_view"},

@@ -232,24 +232,38 @@ def test_the_adapter_names_its_base_as_the_user_did(runs):
 
 
 def test_from_adapters_to_the_report(runs, tmp_path):
-    """With `--method factors` too: both runs start from one initialisation."""
+    """With `--method factors` too, both runs start from one initialisation; then on a dataset's own prompts and references."""
     adapters = [f"{name}={runs / name}" for name in ("naturalness", "coverage")]
     flags = ["--adapters", *adapters, "--reward", "naturalness", "coverage", "--others", f"MORL={runs / 'again'}"]
     flags += ["--prompts", "6", "--points", "3", "--max_new_tokens", "8"]
+    rows = [{"words": f"dog, run {i % 6}", "reference": "a dog runs"} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.py").write_text(
+        "def said(prompts, responses, references): return [float(len(r)) for r in references]"
+    )
+    own = {"exact": ["--ensemble", "true", "--held_out_reward", "rating"]}
+    own["factors"] = ["--task", "custom", "--dataset", "rows.jsonl", "--template", "Use {words}:", "--samples", "2"]
+    own["factors"] += ["--held_out_reward", "mine:said"]
     for method in ("exact", "factors"):
         out = tmp_path / method
+        command = [sys.executable, str(RECIPES / "sweep.py"), *flags, *own[method], "--method", method]
         run = subprocess.run(
-            [sys.executable, str(RECIPES / "sweep.py"), *flags, "--method", method, "--output_dir", str(out)],
-            capture_output=True,
-            text=True,
-            check=False,
+            [*command, "--output_dir", str(out)], capture_output=True, text=True, check=False, cwd=tmp_path
         )
         assert run.returncode == 0, run.stderr[-3000:]
         assert "| λ 0.5 / 0.5 |" in run.stdout and "| MORL |" in run.stdout
-        assert len(read_jsonl(out / "records.jsonl")) == 6 * 5
+        records = read_jsonl(out / "records.jsonl")
+        assert len(records) == 6 * (6 if method == "exact" else 5 * 2)
         assert {"front.png", "report.html", "report.md"} <= {path.name for path in out.iterdir()}
         front = rsoups.Front.from_jsonl(out / "records.jsonl")
-        assert front.rewards == ["coverage", "naturalness"] and len(front.soups) == 3
+        held_out = "rating" if method == "exact" else "said"
+        assert front.rewards == sorted(["coverage", "naturalness", held_out]) and len(front.soups) == 3
+        settings = json.loads((out / "records.settings.json").read_text())
+        assert settings["held_out"] == [held_out] and settings["base"] == "rsoups/tiny-llama"
+        assert (out / settings["adapters"]["coverage"]).resolve() == runs / "coverage"
+        if method == "factors":
+            assert {r["prompt"] for r in records} == {f"Use dog, run {i}:" for i in range(6)}
+            assert all(r["rewards"]["said"] == 1 for r in records), "one reference for each prompt"
 
 
 def test_the_assistant_task_runs_on_any_file_in_the_format_of_hh_rlhf(tmp_path):
