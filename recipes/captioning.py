@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import rsoups
@@ -45,12 +44,6 @@ def calibrate(data: Path, out: Path) -> None:
     cider = ["--arguments", f"corpus={data / 'train.jsonl'}", "column=sentences"]
     for names, more in ((REWARDS[:3], []), (REWARDS[3:], cider)):
         run(f"Calibrate {', '.join(names)}", [str(RECIPES / "calibrate.py"), "--reward", *names, *more, *flags])
-
-
-def scored(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        return reward(prompts, responses, references=[references[prompt] for prompt in prompts])
-
-    return scored
 
 
 def evaluate(

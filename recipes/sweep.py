@@ -20,8 +20,8 @@ from trl import TrlParser
 
 from rsoups import DatasetError, load_reward, simplex, sweep, write_report
 from rsoups._resources import load_rows
-from rsoups.function_rewards import columns_read
-from rsoups.tasks import TASKS, Task, custom_task, read_jsonl
+from rsoups.function_rewards import check_columns, columns_read
+from rsoups.tasks import TASKS, Task, columns_of, custom_task, read_jsonl
 
 
 @dataclass
