@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoTokenizer, set_seed
 from trl import (
     GRPOConfig,
     GRPOTrainer,
@@ -39,7 +39,7 @@ from trl import (
 from trl.trainer.utils import use_adapter
 
 from rsoups import PPOConfig, PPOTrainer, load_reward
-from rsoups._resources import resolve, train_and_held_out
+from rsoups._resources import base_config, load_base, resolve, train_and_held_out
 from rsoups.adapters import read_adapter
 from rsoups.function_rewards import check_columns, columns_read
 from rsoups.ppo import reset_adapter
@@ -151,15 +151,15 @@ def tokens(tokenizer: Any, prompt: str | list) -> list[int]:
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-def policy(script: ScriptArguments, model: ModelConfig) -> tuple:
+def policy(script: ScriptArguments, model: ModelConfig, trusted: bool) -> tuple:
     """The base with either a fresh LoRA's config, or an existing adapter to train on."""
-    base = AutoModelForCausalLM.from_pretrained(
-        resolve(model.model_name_or_path),
+    base = load_base(
+        model.model_name_or_path,
+        trust_remote_code=trusted,
         revision=model.model_revision,
         dtype=model.dtype,
         attn_implementation=model.attn_implementation,
         quantization_config=get_quantization_config(model),
-        use_safetensors=True,  # never a pickle
     )
     if script.adapter_name_or_path:
         source = resolve(script.adapter_name_or_path)
@@ -203,18 +203,17 @@ def summary(trainer: GRPOTrainer) -> None:
 def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig) -> None:
     # PEFT looks for the base's config under its published name, to see whether the vocabulary grew. It did not.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
-    tokenizer = AutoTokenizer.from_pretrained(
-        resolve(model.model_name_or_path), revision=model.model_revision, padding_side="left"
-    )
     device, trusted = script.reward_device or str(training.device), training.trust_remote_code
+    options = {"revision": model.model_revision, "trust_remote_code": trusted}
+    context = base_config(model.model_name_or_path, **options)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(model.model_name_or_path), padding_side="left", **options)
     rewards = [load_reward(name, device, trust_remote_code=trusted) for name in script.reward]
-    context = AutoConfig.from_pretrained(resolve(model.model_name_or_path), revision=model.model_revision)
     room = context.get_text_config().max_position_embeddings - training.max_completion_length
     room = min(room, script.max_prompt_length or room)
     train, held_out = prompts(script, training, tokenizer, room, columns_read(rewards))
     for columns in filter(None, (train, held_out)):
         check_columns(rewards, columns)
-    actor, lora = policy(script, model)
+    actor, lora = policy(script, model, trusted)
     _, kind = ALGORITHMS[script.algorithm]
     trainer = kind(
         model=actor,

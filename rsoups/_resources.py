@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from rsoups._errors import DatasetError
+from rsoups._errors import CheckpointError, DatasetError
 from rsoups.tasks import read_jsonl
 
 if TYPE_CHECKING:
@@ -33,6 +34,45 @@ def resolve(name: str) -> str:
     if asset not in known:
         raise DatasetError(f"no embedded asset {name!r}; there are {[_PREFIX + k for k in known]}")
     return str(_PACKAGE / "assets" / asset)
+
+
+def base_config(name: str, **options: Any) -> Any:
+    """A base's config; errors as of `load_base`."""
+    from transformers import AutoConfig
+
+    with _base_of(name):
+        return AutoConfig.from_pretrained(resolve(name), **{"trust_remote_code": False, **options})
+
+
+def load_base(name: str, **options: Any) -> Any:
+    """A causal language model by folder, Hub id or ``rsoups/...``.
+
+    Args:
+        name: Of the base.
+        options: To transformers: revision, dtype, ...; with ``trust_remote_code=True`` Python code that comes with it runs.
+
+    Raises:
+        CheckpointError: It cannot be loaded: there is none, it holds a pickle only, or it asks for code of its own.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _base_of(name):
+        options = {"trust_remote_code": False, "use_safetensors": True, **options}
+        return AutoModelForCausalLM.from_pretrained(resolve(name), **options)
+
+
+@contextmanager
+def _base_of(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot load {name!r} (only safetensors are read, never a pickle): {error}") from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{name!r} brings Python code of its own; read it, and allow it with trust_remote_code (in Python: =True)"
+        ) from None
 
 
 def load_rows(

@@ -18,7 +18,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from rsoups._errors import AdapterError
-from rsoups._resources import resolve
+from rsoups._resources import load_base, resolve
 from rsoups.adapters import Adapter
 from rsoups.decoding import Decoder, Prompt, seed_of, uniforms
 from rsoups.live import LiveSoup
@@ -290,16 +290,12 @@ def places_of(
     return AttachedPlaces(model, adapters, others)
 
 
-def load_base(name: str) -> PreTrainedModel:
+def base_here(name: str) -> PreTrainedModel:
     """A base by folder, Hub id or ``rsoups/...``, on this process's GPU where there is one."""
-    from transformers import AutoModelForCausalLM
-
-    source = resolve(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    embedded = source != name  # stored in half precision to be small, computed with in float32
+    embedded = resolve(name) != name  # stored in half precision to be small, computed with in float32
     dtype = torch.float32 if embedded or device == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-    return torch.nn.Module.to(model, device)
+    return torch.nn.Module.to(load_base(name, dtype=dtype), device)
 
 
 def _is_base(model: Model) -> bool:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rsoups._errors import AdapterError, LambdasError
-from rsoups._resources import resolve
+from rsoups._resources import load_base, resolve
 from rsoups.adapters import Adapter, check_compatible, read_adapter
 from rsoups.sampling import fast_sampling
 from rsoups.soup import Soup, interpolate, named_adapters, weights_of
@@ -227,8 +227,12 @@ class LiveSoup:
             method: ``exact`` or ``factors``.
             quantization: ``"8bit"``, ``"4bit"`` or a quantization config of transformers.
             kwargs: To ``AutoModelForCausalLM.from_pretrained``: revision, dtype, device_map, ...
+
+        Raises:
+            CheckpointError: The base cannot be loaded.
+            AdapterError: As of the constructor.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+        from transformers import AutoTokenizer, BitsAndBytesConfig
 
         source = resolve(base)
         if isinstance(quantization, str):
@@ -239,7 +243,7 @@ class LiveSoup:
             kwargs["quantization_config"] = quantization
         device = "cuda" if torch.cuda.is_available() else "cpu"
         kwargs.setdefault("dtype", torch.float32 if source != base or device == "cpu" else "auto")
-        model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **kwargs)
+        model = load_base(base, **kwargs)
         if quantization is None and "device_map" not in kwargs:
             nn.Module.to(model, device)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=kwargs.get("revision"))

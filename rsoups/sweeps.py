@@ -33,12 +33,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rsoups._errors import DatasetError, LambdasError, RewardError, RsoupsError
-from rsoups._resources import resolve
+from rsoups._resources import base_config, resolve
 from rsoups.adapters import Adapter, read_adapter
 from rsoups.checkpoints import only_run_in
 from rsoups.decoding import Prompt, encode
 from rsoups.front import Front
-from rsoups.generation import Answer, Generator, Item, Model, load_base, places_of
+from rsoups.generation import Answer, Generator, Item, Model, base_here, places_of
 from rsoups.grids import largest_gap, simplex
 from rsoups.live import LiveSoup
 from rsoups.points import BASE, SOUP
@@ -310,15 +310,14 @@ class _Base:
     """The base: its tokenizer at once, its weights when there is something to answer."""
 
     def __init__(self, base: str | PreTrainedModel | LiveSoup, tokenizer: PreTrainedTokenizerBase | None):
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
         self._base = base
         if isinstance(base, LiveSoup):
             config, tokenizer = base.model.config, tokenizer or base.tokenizer
             source = config.name_or_path
         elif isinstance(base, str):
-            source = resolve(base)
-            config = AutoConfig.from_pretrained(source)
+            source, config = resolve(base), base_config(base)
         else:
             config, source = base.config, base.config.name_or_path
         self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
@@ -332,7 +331,7 @@ class _Base:
         ensemble: bool,
         **settings: Any,
     ) -> Generator:
-        base: Any = load_base(self._base) if isinstance(self._base, str) else self._base
+        base: Any = base_here(self._base) if isinstance(self._base, str) else self._base
         places = places_of(base, adapters, others, method, ensemble)
         model = base.model if isinstance(base, LiveSoup) else base
         return Generator(model, self.tokenizer, places, **settings)

@@ -428,3 +428,20 @@ def test_the_tokenizer_and_the_base_come_out_as_they_went_in(two, tmp_path):
     assert base.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[key]) for key, tensor in base.state_dict().items())
     assert not any(module._forward_hooks for module in base.modules())
+
+
+def test_a_bases_own_code_runs_on_leave_only(two, tmp_path, monkeypatch):
+    """A folder whose config names Python code, which leaves a mark when it runs."""
+    mark, folder = tmp_path / "ran", tmp_path / "base"
+    folder.mkdir()
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": names}))
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(rsoups.CheckpointError, match="brings Python code of its own.*trust_remote_code"):
+        rsoups.sweep(str(folder), two, REWARDS, PROMPTS, out=tmp_path / "records.jsonl", progress=False)
+    with pytest.raises(rsoups.CheckpointError, match="brings Python code of its own"):
+        rsoups.LiveSoup.from_pretrained(str(folder), two)
+    with pytest.raises(rsoups.CheckpointError, match="cannot load.*only safetensors"):
+        rsoups.LiveSoup.from_pretrained(str(tmp_path / "none"), two)
+    assert not mark.exists()
