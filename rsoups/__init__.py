@@ -14,14 +14,17 @@ if TYPE_CHECKING:
         FrontError,
         HubError,
         LambdasError,
+        LineageError,
         OutputError,
         RewardError,
         RsoupsError,
+        SuiteError,
         TrainingError,
     )
     from rsoups.averaging import EMACallback, greedy, moving_average
     from rsoups.front import Front
     from rsoups.full_weights import interpolate_checkpoints
+    from rsoups.hub import push_front
     from rsoups.live import LiveSoup
     from rsoups.ppo import PPOConfig, PPOTrainer
     from rsoups.report import write_report
@@ -39,14 +42,17 @@ _HOMES = {
         "FrontError",
         "HubError",
         "LambdasError",
+        "LineageError",
         "OutputError",
         "RewardError",
         "RsoupsError",
+        "SuiteError",
         "TrainingError",
     ),
     "averaging": ("EMACallback", "greedy", "moving_average"),
     "front": ("Front",),
     "full_weights": ("interpolate_checkpoints",),
+    "hub": ("push_front",),
     "live": ("LiveSoup",),
     "ppo": ("PPOConfig", "PPOTrainer"),
     "report": ("write_report",),
@@ -65,6 +71,7 @@ __all__ = [
     "FrontError",
     "HubError",
     "LambdasError",
+    "LineageError",
     "LiveSoup",
     "OutputError",
     "PPOConfig",
@@ -74,12 +81,14 @@ __all__ = [
     "RewardError",
     "RsoupsError",
     "Soup",
+    "SuiteError",
     "TrainingError",
     "greedy",
     "interpolate",
     "interpolate_checkpoints",
     "load_reward",
     "moving_average",
+    "push_front",
     "simplex",
     "sweep",
     "write_report",

@@ -42,6 +42,24 @@ def whole_folder(target: str | Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file all or nothing.
+
+    Raises:
+        OutputError: It cannot be written; what was there is as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _replace(partial: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
     if target.exists():

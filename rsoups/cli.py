@@ -12,6 +12,7 @@ from pathlib import Path
 from rsoups import __version__
 from rsoups._errors import AdapterError, DatasetError, RsoupsError
 from rsoups._resources import shipped
+from rsoups.cli_hub import add_commands
 
 _RECIPES = {
     "sweep": "generate and score at every λ, then draw the front and write the report",
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, help="folder of the report; beside the records if left out")
     report.set_defaults(run=_report)
 
+    add_commands(commands)
     for name, text in _RECIPES.items():  # listed here for --help; `main` runs them
         commands.add_parser(name, help=text, add_help=False)
     return parser

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rsoups._errors import AdapterError, LambdasError
-from rsoups._files import whole_folder
+from rsoups._files import sha256_of, whole_folder
 from rsoups.adapters import (
     BASE_EMBEDDING,
     EMBEDDINGS,
@@ -38,12 +38,13 @@ from rsoups.adapters import (
     for_inference,
     read_adapter,
 )
+from rsoups.lineage import SOUP_FILE, command, history_of, parents_of, published
 from rsoups.stacking import Kept, check_factors, exact, factors, finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SOUP_FILE = "soup.json"
+_INGREDIENT = ("name", "source", "revision", "sha256")
 _A = re.compile(r"\.lora_(embedding_)?A")
 _METHODS = ("exact", "factors", "svd")
 _SUM_TOLERANCE = 1e-6  # λ in single precision still count as summing to 1
@@ -91,16 +92,45 @@ class Soup:
     svd_errors: dict[str, float] = field(default_factory=dict)
     factors_distance: float | None = None
     _adapters: dict[str, Adapter] = field(default_factory=dict, repr=False)
+    _manifest: dict[str, Any] | None = field(default=None, repr=False)  # of a soup that was read, not made
+    _file: Adapter | None = field(default=None, repr=False)  # and its own adapter
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Soup:
+        """A soup that was saved or published, with the lineage that it came with.
+
+        Args:
+            source: A folder or a Hub id (``user/name``, ``user/name@revision``, ``user/name/subfolder@revision``).
+
+        Raises:
+            AdapterError: As `read_adapter`.
+            LineageError: No soup.json, or one that is none.
+            HubError: The Hub cannot be reached or refuses.
+        """
+        from rsoups.hub import read_soup
+
+        return read_soup(source)
 
     @cached_property
     def ingredients(self) -> tuple[Ingredient, ...]:
         """What was interpolated, one for each λ. (Their weights are hashed beside the other work: here it is waited for.)"""
+        if self._manifest is not None:
+            return tuple(Ingredient(**{f: p[f] for f in _INGREDIENT}) for p in parents_of(self._manifest))
         return tuple(_ingredient(name, adapter) for name, adapter in self._adapters.items())
 
     @property
+    def mix(self) -> str:
+        """In words: ``0.3 helpful, 0.7 harmless``."""
+        return ", ".join(f"{weight:g} {i.name}" for i, weight in zip(self.ingredients, self.lambdas, strict=True))
+
+    @property
     def lineage(self) -> dict[str, Any]:
-        """What soup.json holds: base, ingredients with their hashes and λ, method, largest rank, error, versions."""
+        """What soup.json holds: base, ingredients with their hashes, λ and own manifests, method, rank, error, versions."""
+        if self._manifest is not None:
+            return self._manifest
+        parents = [(adapter.source, adapter.revision, adapter.sha256) for adapter in self._adapters.values()]
         return {
+            "kind": "soup",
             "base": {"model": self.config.base_model_name_or_path, "revision": self.config.revision},
             "base_mismatch_allowed": self.base_mismatch,
             "ingredients": [
@@ -114,6 +144,8 @@ class Soup:
             "svd_error": self.svd_error,
             "factors_distance": self.factors_distance,
             "versions": {name: version(name) for name in ("rsoups", "peft", "torch")},
+            "command": command(),
+            "history": history_of(parents),
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -126,7 +158,8 @@ class Soup:
             tensors = {key: tensor.contiguous() for key, tensor in self.state_dict.items()}
             save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
             deepcopy(self.config).save_pretrained(str(partial))
-            (partial / SOUP_FILE).write_text(json.dumps(self.lineage, indent=2) + "\n", encoding="utf-8")
+            manifest = self.lineage | {"sha256": sha256_of(partial / WEIGHTS_FILE)}
+            (partial / SOUP_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     def truncate(self, rank: int | float) -> Soup:
         """The best approximation of the soup at a rank, or within a relative error: see `interpolate`'s `rank`.
@@ -139,8 +172,8 @@ class Soup:
         if self.method == "factors":
             raise AdapterError("a soup of method 'factors' has its ingredients' rank: truncate an 'exact' one")
         soup = interpolate(
-            self._adapters,
-            self.lambdas,
+            self._adapters or [self._file],
+            self.lambdas if self._adapters else [1.0],
             method="svd",
             rank=rank,
             normalize=True,
@@ -148,7 +181,7 @@ class Soup:
             allow_base_mismatch=self.base_mismatch,
         )
         assert isinstance(soup, Soup)
-        return replace(soup, lambdas=self.lambdas)
+        return replace(soup, lambdas=self.lambdas) if self._adapters else soup
 
     def merge(self, base: str | Path | PreTrainedModel, out: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the whole model, θ0 + Σ λi·Δi, as transformers saves it, with the base's tokenizer where there is one.
@@ -247,20 +280,22 @@ class Soup:
                     f"tensor {key} is {tuple(self.state_dict[key].shape)} in the soup, the base needs {shape}"
                 )
 
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, commit_message: str | None = None, token: str | None = None
-    ) -> str:
-        """Publish the soup with a model card, in one commit.
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish the soup with its card, and its front where there is one, in one commit: see `rsoups.hub.push`.
+
+        Args:
+            repo_id: ``user/name``; made if it is not there.
+            options: ``private``, ``front``, ``licence``, ``commit_message``, ``create_pr``, ``dry_run``, ``token``.
 
         Returns:
-            The URL of the commit.
+            The URL of the commit or the pull request; of a dry run the folder that would be pushed.
 
         Raises:
             HubError: The Hub refuses or cannot be reached; nothing is half-published.
         """
         from rsoups.hub import push
 
-        return push(self, repo_id, private=private, commit_message=commit_message, token=token)
+        return push(self, repo_id, **options)
 
 
 def interpolate(
@@ -372,6 +407,8 @@ def _flattened(named: dict[str, Any], rows: list[list[float]], method: str) -> t
     for (name, source), column in zip(named.items(), np.array(rows).T, strict=True):
         if not isinstance(source, Soup):
             inner: list[tuple[str, Any, float]] = [(name, source, 1.0)]
+        elif source._file is not None:  # it was read: its ingredients are not at hand
+            inner = [(name, source._file, 1.0)]
         elif source.method == "factors" and method != "factors":
             inner = [(name, adapter_of(f"soup {name!r}", source.config, source.state_dict), 1.0)]
         else:
@@ -440,5 +477,4 @@ def _alone(adapter: Adapter, method: str, dtype: torch.dtype | None) -> dict[str
 
 
 def _ingredient(name: str, adapter: Adapter) -> Ingredient:
-    source = Path(adapter.source)
-    return Ingredient(name, source.name if source.is_absolute() else adapter.source, adapter.revision, adapter.sha256)
+    return Ingredient(name, published(adapter.source), adapter.revision, adapter.sha256)

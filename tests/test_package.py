@@ -21,10 +21,14 @@ ORDER = [
     {"actor_critic", "adapters", "callbacks", "checkpoints", "low_rank", "rl_math", "sampling", "front", "tasks"},
     {"stacking"},
     {"_resources"},
-    {"soup", "scoring", "hub"},
+    {"lineage"},
+    {"soup", "scoring"},
     {"averaging", "full_weights", "inspection", "live", "merging"},
     {"ppo", "sweeps"},
     {"report"},
+    {"model_card"},
+    {"hub"},
+    {"cli_hub"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
