@@ -17,7 +17,7 @@ run's own seed.
 import os
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,11 @@ from trl import (
 )
 from trl.trainer.utils import use_adapter
 
-from rsoups import PPOConfig, PPOTrainer, load_reward
+from rsoups import PPOConfig, PPOTrainer, Reward, load_reward
 from rsoups._resources import load_rows, resolve
 from rsoups.adapters import read_adapter
+from rsoups.hub import push_adapter, reserve
+from rsoups.lineage import fingerprint, settings_of, write_manifest
 from rsoups.ppo import reset_adapter
 from rsoups.scoring import reward_function
 from rsoups.tasks import TASKS, Task, custom_task, fit_prompts, with_prefixes
@@ -169,6 +171,28 @@ def policy(script: ScriptArguments, model: ModelConfig) -> tuple:
     )
 
 
+def write_lineage(
+    script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig, trainer: GRPOTrainer, loaded: list
+) -> None:
+    """lineage.json beside the adapter: what it was made from, how, by which rewards, on which prompts."""
+    start = read_adapter(resolve(script.adapter_name_or_path)) if script.adapter_name_or_path else None
+    weights = training.reward_weights or [1.0] * len(loaded)
+    cards = [asdict(reward.card) if isinstance(reward, Reward) else {"name": reward.name} for reward in loaded]
+    data = {"dataset": script.dataset or task_of(script).dataset, "split": "train", "task": script.task}
+    prompt = trainer.train_dataset["prompt"]
+    write_manifest(
+        training.output_dir,
+        script.algorithm,
+        base={"model": model.model_name_or_path, "revision": model.model_revision},
+        recipe="recipes/ppo_reward.py",
+        config=settings_of(script, training, model) | {"steps": trainer.state.global_step},
+        data=data | {"template": script.template or prompt[0]} | fingerprint(prompt),
+        parent=(script.adapter_name_or_path, start.revision, start.sha256) if start else None,
+        rewards=[card | {"weight": weight} for card, weight in zip(cards, weights, strict=True)],
+        seed=training.seed,
+    )
+
+
 def summary(trainer: GRPOTrainer) -> None:
     """Reward, KL and length on held-out prompts, before and after, from one seed; a few responses of each."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
@@ -195,6 +219,10 @@ def summary(trainer: GRPOTrainer) -> None:
 
 
 def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig) -> None:
+    # The adapter is pushed whole and alone, in the end; its repository is asked for now, since a token may be no good.
+    hub, training.push_to_hub = training.push_to_hub and training.process_index == 0, False
+    options = {"private": training.hub_private_repo, "token": training.hub_token}
+    repository = reserve(training.hub_model_id or Path(training.output_dir).name, **options) if hub else None
     # PEFT looks for the base's config under its published name, to see whether the vocabulary grew. It did not.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
     tokenizer = AutoTokenizer.from_pretrained(
@@ -205,7 +233,8 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     train, held_out = prompts(script, training, tokenizer, min(room, script.max_prompt_length or room))
     device = script.reward_device or str(training.device)
     cut = task_of(script).cut
-    rewards = [reward_function(load_reward(name, device), cut, tokenizer) for name in script.reward]
+    loaded = [load_reward(name, device) for name in script.reward]
+    rewards = [reward_function(reward, cut, tokenizer) for reward in loaded]
     _, kind = ALGORITHMS[script.algorithm]
     trainer = kind(
         model=actor,
@@ -226,9 +255,13 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
         sys.exit(130)  # Ctrl-C: there is a checkpoint, and no adapter yet
     trainer.save_model()
     trainer.save_state()  # the log of the run beside the adapter
+    if trainer.accelerator.is_main_process:
+        write_lineage(script, training, model, trainer, loaded)
     if held_out:
         summary(trainer)
     trainer.accelerator.print(f"adapter: {training.output_dir}")
+    if repository:
+        print(push_adapter(training.output_dir, repository, **options))
 
 
 if __name__ == "__main__":

@@ -153,6 +153,21 @@ def push_adapter(
     return _publish(repo_id, write, MANIFEST_FILE, private, message, create_pr, dry_run, token)
 
 
+def reserve(name: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Make a repository, empty as yet, if it is not there: for runs that will push when they end.
+
+    Returns:
+        Its id, ``user/name``; the token's user where `name` has none.
+
+    Raises:
+        HubError: As `push`.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    return str(_retried(name, token, lambda: api.create_repo(name, private=private, exist_ok=True)).repo_id)
+
+
 def read_soup(source: str | Path) -> Soup:
     """See `Soup.from_pretrained`."""
     adapter, manifest = read_adapter(source), manifest_of(source)

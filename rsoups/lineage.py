@@ -9,11 +9,13 @@ their weights, each once however often it is one, so that a soup of soups of sou
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from rsoups._files import from_hub, sha256_of, write_whole
 MANIFEST_FILE, SOUP_FILE, WEIGHTS_FILE = "lineage.json", "soup.json", "adapter_model.safetensors"
 _LONGEST = 2**24  # bytes of a manifest; real ones have some thousands
 _DEEPEST = 1000  # generations that a tree is followed through
+_UNTOLD = {"output_dir", "logging_dir", "run_name", "report_to", "resume", "resume_from_checkpoint", "seed", "config"}
 Manifest = dict[str, Any]
 
 
@@ -58,9 +61,11 @@ def read_manifest(path: Path) -> Manifest:
         if path.stat().st_size > _LONGEST:
             raise LineageError(f"{path} has {path.stat().st_size} bytes: that is no manifest")
         data = json.loads(path.read_text(encoding="utf-8"))
+        _check(str(path), data)
+    except LineageError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise LineageError(f"{path} is not valid JSON ({error})") from None
-    _check(str(path), data)
     history = data.setdefault("history", {})
     if not isinstance(history, dict):
         raise LineageError(
@@ -77,6 +82,8 @@ def _check(where: str, data: Any) -> None:
     for field, kind in (("base", dict), ("config", dict), ("versions", dict), ("data", dict), ("rewards", list)):
         if data.get(field) is not None and not isinstance(data[field], kind):
             raise LineageError(f"{where}: {field} is {data[field]!r}, must be {kind.__name__}")
+    if "lineage" in (data.get("base") or {}):
+        _check(f"{where}, base", data["base"]["lineage"])
     for parent in _listed(where, data):
         texts = [parent.get(field) for field in ("name", "source", "sha256")]
         weight = parent.get("lambda", 0.0)
@@ -143,7 +150,7 @@ def write_manifest(
     Args:
         folder: Of the adapter. A whole model's has a hash for each file of its weights.
         kind: ``sft``, ``ppo``, ...
-        base: ``{"model", "revision"}``.
+        base: ``{"model", "revision"}``. A folder with a manifest, of a supervised fine-tuning say, brings it along.
         recipe: The script.
         config: Settings that differ from their defaults, say; what is no JSON is told by its text.
         data: ``{"dataset", "split", "prompts", "sha256", ...}``.
@@ -160,10 +167,12 @@ def write_manifest(
     if parent is not None:
         source, revision, sha256 = parent
         parents = [{"name": "start", "source": published(source), "revision": revision, "sha256": sha256}]
+    place = str(base.get("model") or "")
+    below = manifest_of(place) if Path(place).expanduser().is_dir() else None
     manifest = {
         "kind": kind,
         "sha256": weights.get(WEIGHTS_FILE, weights),
-        "base": dict(base),
+        "base": {**base, "model": published(place)} | ({"lineage": below} if below else {}),
         "parents": parents,
         "recipe": recipe,
         "command": command(),
@@ -175,6 +184,26 @@ def write_manifest(
         "history": history_of([parent] if parent is not None else []),
     }
     write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def settings_of(*arguments: Any) -> dict[str, Any]:
+    """What was set otherwise than by default in some dataclasses of flags; no tokens, no absolute paths."""
+    found = {}
+    for given in arguments:
+        for each in fields(given):
+            default = each.default_factory() if each.default_factory is not MISSING else each.default
+            value = getattr(given, each.name)
+            if value != default and each.name not in _UNTOLD and "token" not in each.name.split("_"):
+                found[each.name] = published(value) if isinstance(value, str) else value
+    return found
+
+
+def fingerprint(texts: Iterable[Any]) -> dict[str, Any]:
+    """How many examples, and the SHA-256 of them in their order: two runs with the same one saw the same data."""
+    total, count = hashlib.sha256(), 0
+    for count, text in enumerate(texts, 1):  # noqa: B007
+        total.update(json.dumps(text, ensure_ascii=False).encode() + b"\n")
+    return {"rows": count, "sha256": total.hexdigest()}
 
 
 def published(source: str) -> str:
@@ -212,7 +241,9 @@ def log(manifest: Manifest, name: str) -> str:
         seen.add(str(sha256))
         lead += {"": "", "├─ ": "│  ", "└─ ": "   "}[joint]
         parents = parents_of(data)
-        if not parents:
+        if not parents and (below := (data.get("base") or {}).get("lineage")):
+            visit(f"base {_base(data)}", None, below, lead, "└─ ", depth + 1)
+        elif not parents:
             lines.append(f"{lead}└─ base {_base(data)}")
         for at, parent in enumerate(parents, 1):
             weight = f"{parent['lambda']:.4g} × " if "lambda" in parent else ""
