@@ -31,8 +31,10 @@ import rsoups
 from demo import train_all
 from ppo_reward import parse as parse_ppo
 from ppo_reward import policy, prompts, task_of
+from rsoups._files import whole_folder
 from rsoups._resources import resolve
 from rsoups.front import Estimate
+from rsoups.lineage import MANIFEST_FILE, write_manifest
 from rsoups.ppo import reset_adapter
 from rsoups.sampling import fast_sampling
 from rsoups.tasks import read_jsonl
@@ -65,26 +67,29 @@ class Evaluator:
         self.script, self.training, model = parse_ppo(flags)
         self.script.eval_prompts = args.prompts
         self.base, lora = policy(self.script, model)
-        self.start = args.output_dir / "start"
+        self.start = Path(self.script.adapter_name_or_path or args.output_dir / "start")
         self.name = model.model_name_or_path
         self.tokenizer = AutoTokenizer.from_pretrained(resolve(self.name), padding_side="left")
         room = self.base.config.get_text_config().max_position_embeddings - self.training.max_completion_length
         self.prompts = list(dict.fromkeys(prompts(self.script, self.training, self.tokenizer, room)[1]))
-        if not self.start.exists():
+        if lora is None:
+            self.base = self.base.unload()
+        elif not self.start.exists():
             self.save_start(lora)
-        self.base = self.base.unload() if lora is None else self.base
         self.base.eval()
         self.rewards = [rsoups.load_reward(name) for name in args.reward]
 
     def save_start(self, lora) -> None:
-        """The adapter of `--adapter_name_or_path`, or a fresh one, which changes nothing yet."""
-        model = self.base if lora is None else get_peft_model(self.base, lora)
-        if lora is not None:
-            reset_adapter(model, getattr(self.training, "adapter_init_seed", 0))
+        """A fresh adapter, which changes nothing yet."""
+        model = get_peft_model(self.base, lora)
+        reset_adapter(model, getattr(self.training, "adapter_init_seed", 0))
         model.peft_config["default"].base_model_name_or_path = self.name
-        rsoups.interpolate([model], [1.0]).save_pretrained(self.start)
-        if lora is not None:
-            self.base = model.unload()
+        seed = getattr(self.training, "adapter_init_seed", 0)
+        told = {"recipe": "recipes/iterate.py", "config": {}, "data": {}, "seed": seed}
+        with whole_folder(self.start, MANIFEST_FILE) as partial:
+            model.save_pretrained(partial)
+            write_manifest(partial, "fresh LoRA", base={"model": self.name, "revision": None}, **told)
+        self.base = model.unload()
 
     def records(self, name: str, soup: rsoups.Soup) -> list[dict]:
         """One record for each prompt, as a sweep writes them."""
@@ -147,7 +152,7 @@ def one_round(number: int, args: argparse.Namespace, start: Path, flags: list[st
             (
                 f"round {number}  PPO on {reward}",
                 path,
-                ["--reward", reward, "--adapter_name_or_path", str(start), *flags],
+                [*flags, "--reward", reward, "--adapter_name_or_path", str(start)],
             )
             for reward, path in runs.items()
         ]

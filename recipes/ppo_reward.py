@@ -183,7 +183,7 @@ def write_lineage(
     write_manifest(
         training.output_dir,
         script.algorithm,
-        base={"model": model.model_name_or_path, "revision": model.model_revision},
+        base={"model": model.model_name_or_path, "revision": getattr(trainer.model.config, "_commit_hash", None)},
         recipe="recipes/ppo_reward.py",
         config=settings_of(script, training, model) | {"steps": trainer.state.global_step},
         data=data | {"template": script.template or prompt[0]} | fingerprint(prompt),

@@ -268,7 +268,8 @@ def _summary(data: Manifest | None) -> str:
     if "ingredients" in data:
         return f"soup, {data.get('method')}, rank {data.get('rank')}"
     config, rewards = data.get("config") or {}, [str(r.get("name")) for r in data.get("rewards") or ()]
-    words = [str(data.get("kind", "adapter")).upper() + (f" on {' + '.join(rewards)}" if rewards else "")]
+    kind = str(data.get("kind", "adapter"))
+    words = [(kind.upper() if kind.isalpha() else kind) + (f" on {' + '.join(rewards)}" if rewards else "")]
     words += [f"{config['steps']} steps"] if "steps" in config else []
     words += [f"KL {config['kl_coef']:g}"] if isinstance(config.get("kl_coef"), (int, float)) else []
     words += [f"{data['data']['dataset']}"] if (data.get("data") or {}).get("dataset") else []

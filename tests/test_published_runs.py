@@ -62,10 +62,8 @@ def test_iterated_soups(iterated, monkeypatch, capsys):
     assert main(["verify", "out/round-2/soup"]) == 0 and "bit for bit" in capsys.readouterr().out
     assert main(["log", "out/round-2/soup"]) == 0
     tree = capsys.readouterr().out
-    assert (
-        tree.count("PPO on coverage, 4 steps, KL 0.05, rsoups/concepts, seed 0") >= 2
-        and "base rsoups/tiny-llama" in tree
-    )
+    assert tree.count("PPO on coverage, 4 steps, KL 0.05, rsoups/concepts, seed 0") == 2
+    assert "start (out/start)  fresh LoRA, seed 0" in tree and "base rsoups/tiny-llama" in tree
 
 
 def test_the_manifest_of_a_run(iterated):

@@ -18,8 +18,10 @@ BASE = "rsoups/tiny-llama"
 @pytest.fixture(scope="module")
 def soup(tmp_path_factory):
     folder = tmp_path_factory.mktemp("soup")
-    bases = [AutoModelForCausalLM.from_pretrained(resolve(BASE)) for _ in range(2)]
-    paths = [tiny_adapter(folder / name, base, seed=i, lora_alpha=1) for i, (name, base) in enumerate(zip("ab", bases))]
+    paths = []
+    for seed, name in enumerate("ab"):
+        base = AutoModelForCausalLM.from_pretrained(resolve(BASE))
+        paths.append(tiny_adapter(folder / name, base, seed=seed, lora_alpha=1))
     rsoups.interpolate(paths).save_pretrained(folder / "soup")
     return folder / "soup"
 
