@@ -178,7 +178,7 @@ def write_manifest(
         "command": command(),
         "config": dict(config),
         "seed": seed,
-        "data": dict(data),
+        "data": dict(data) | ({"dataset": published(str(data["dataset"]))} if data.get("dataset") else {}),
         "rewards": [dict(reward) for reward in rewards],
         "versions": {name: version(name) for name in ("rsoups", "peft", "torch", "transformers", "trl")},
         "history": history_of([parent] if parent is not None else []),
@@ -207,9 +207,12 @@ def fingerprint(texts: Iterable[Any]) -> dict[str, Any]:
 
 
 def published(source: str) -> str:
-    """A source as it is told to others: of an absolute path only the last part, so that no one learns of anyone's disk."""
+    """A source as it is told to others: of an absolute path the last part, or what is from `recipes` on, so that no one
+    learns of anyone's disk."""
     path = Path(source).expanduser()
-    return path.name if path.is_absolute() else source
+    if not path.is_absolute():
+        return source
+    return "/".join(path.parts[path.parts.index("recipes") :]) if "recipes" in path.parts else path.name
 
 
 def command() -> str:
@@ -218,7 +221,7 @@ def command() -> str:
     path = Path(program)
     head = "rsoups" if path.parts[-2:] == ("rsoups", "cli.py") else published(program)
     if path.suffix == ".py" and head != "rsoups":
-        head = "python " + "/".join(path.parts[-2:] if path.parent.name == "recipes" else path.parts[-1:])
+        head = f"python {head}"
     told = [published(word) for word in words]
     for at, word in enumerate(words):
         if word.startswith("hf_") or (at and words[at - 1].endswith("token")):

@@ -82,7 +82,12 @@ class Evaluation:
                 metric_type=reward,
                 metric_name=f"{reward}, mean reward [95% interval {point.low[reward]:.4g}, {point.high[reward]:.4g}]",
                 metric_value=round(point.mean[reward], 6),
-                metric_args={"n": point.n, "low": point.low[reward], "high": point.high[reward], **self.settings},
+                metric_args={
+                    "n": point.n,
+                    "low": round(point.low[reward], 6),
+                    "high": round(point.high[reward], 6),
+                    **self.settings,
+                },
             )
             for reward in self.front.rewards
         ]
@@ -273,10 +278,12 @@ def _on_hub(name: str) -> bool:
 
 
 def _linked(name: str, revision: str | None = None) -> str:
-    told = f"`{name}`" + (f" at `{revision}`" if revision else "") if name else "not recorded"
+    """A name with a link to it, where it is on the Hub."""
     if _on_hub(name):
         return f"[{name}](https://huggingface.co/{name}{f'/tree/{revision}' if revision else ''})"
-    return f"{told} (ships with rsoups)" if name.startswith(_EMBEDDED) else told
+    if name.startswith(_EMBEDDED):
+        return f"`{name}` (ships with rsoups)"
+    return f"`{name}`" if name else "not recorded"
 
 
 def _ingredients(soup: Soup, weights: bool = True) -> str:
@@ -316,7 +323,7 @@ def _install(manifest: Manifest) -> str:
 
 def _reproduction(soup: Soup) -> str:
     sources = [i.source.partition("@")[0] + (f"@{i.revision}" if i.revision else "") for i in soup.ingredients]
-    weights = " ".join(f"{weight:.17g}" for weight in soup.lambdas)
+    weights = " ".join(repr(weight) for weight in soup.lambdas)
     options = f" --method {soup.method}" if soup.method != "exact" else ""
     options += f" --rank {soup.lineage.get('rank')}" if soup.method == "svd" else ""
     options += " --extrapolate" if any(not 0 <= weight <= 1 for weight in soup.lambdas) else ""
@@ -340,7 +347,7 @@ def _limits(soup: Soup, evaluation: Evaluation | None, about_licence: str) -> st
         told.append("Its ingredients name different bases, which was allowed on purpose.")
     if any(i.revision is None for i in soup.ingredients):
         told.append("Ingredients without a revision were folders: whoever wants to make it again needs them.")
-    return f"## Limits\n\n{' '.join([*told, about_licence])}\n"
+    return f"## Limits\n\n{' '.join([*told, about_licence]).strip()}\n"
 
 
 # --- licences --------------------------------------------------------------------------------------------------------

@@ -250,7 +250,7 @@ def test_a_front_goes_along(hub, two, front, tmp_path):
     (result,) = metadata["model-index"][0]["results"]
     assert metadata["license"] == "mit" and result["dataset"]["type"] == "Anthropic/hh-rlhf"
     found = {m["type"]: (m["value"], m["args"]["low"], m["args"]["high"], m["args"]["n"]) for m in result["metrics"]}
-    expected = {r: (round(mine["mean"][r], 6), mine["low"][r], mine["high"][r], mine["n"]) for r in data["rewards"]}
+    expected = {r: tuple(round(mine[k][r], 6) for k in ("mean", "low", "high")) + (mine["n"],) for r in data["rewards"]}
     assert found == expected
     assert "![The front: rewards at every λ](front.png)" in card and "rsoups interpolate" in card
     # A push without a front takes the old one's files away: they would tell of another soup.
@@ -342,7 +342,7 @@ def test_the_card_is_true(two, tmp_path):
     assert "base_model" not in metadata  # it was made from a config, and has no name on the Hub
     assert "license" not in metadata and "none is known of" in text
     assert "| helpful | 0.3 |" in text and str(tmp_path) not in text
-    assert "--lambdas 0.29999999999999999 0.69999999999999996" in text
+    assert "--lambdas 0.3 0.7 --out soup" in text
     for folder in two:
         config = json.loads((folder / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = "huggyllama/llama-7b"

@@ -63,7 +63,7 @@ def test_iterated_soups(iterated, monkeypatch, capsys):
     assert main(["log", "out/round-2/soup"]) == 0
     tree = capsys.readouterr().out
     assert tree.count("PPO on coverage, 4 steps, KL 0.05, rsoups/concepts, seed 0") == 2
-    assert "start (out/start)  fresh LoRA, seed 0" in tree and "base rsoups/tiny-llama" in tree
+    assert "start  fresh LoRA, seed 0" in tree and "base rsoups/tiny-llama" in tree
 
 
 def test_the_manifest_of_a_run(iterated):
@@ -73,7 +73,7 @@ def test_the_manifest_of_a_run(iterated):
     assert (reward["name"], reward["model"], reward["input"]) == ("coverage", "rsoups/coverage", "pair")
     assert manifest["config"]["max_steps"] == manifest["config"]["steps"] == 4 and manifest["config"]["kl_coef"] == 0.05
     assert manifest["data"]["dataset"] == "rsoups/concepts" and manifest["data"]["rows"] > 100
-    assert manifest["command"].startswith("python recipes/ppo_reward.py --reward coverage")
+    assert manifest["command"].startswith("python recipes/ppo_reward.py --config recipes/configs/embedded.yaml")
     assert manifest["sha256"] == read_adapter(iterated / "out" / "round-1" / "coverage").sha256
     assert str(iterated) not in json.dumps(manifest)
 
@@ -107,3 +107,32 @@ def test_a_run_pushes_its_adapter_with_its_card(tmp_path):
     assert {"rewarded-soups", "lora"} <= set(metadata["tags"]) and "merge" not in metadata["tags"]
     assert "| coverage |" in card and "**KL:** to the start of the run, coefficient 0.05" in card
     assert "python recipes/ppo_reward.py --reward coverage" in card and "### Instruction:" in card
+
+
+def test_the_manifest_of_a_supervised_start(tmp_path, monkeypatch, capsys):
+    rows = [{"concepts": [f"dog{i}", "run"], "sentences": ["a dog runs home in the rain today."]} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--model_name_or_path", "rsoups/tiny-llama", "--dataset", str(tmp_path / "rows.jsonl")]
+    flags += [
+        "--use_peft",
+        "true",
+        "--max_steps",
+        "2",
+        "--output_dir",
+        str(tmp_path / "sft"),
+        "--bf16",
+        "false",
+        "--report_to",
+        "none",
+    ]
+    flags += ["--lora_target_modules", "q_proj", "v_proj", "--disable_tqdm", "true", "--use_cpu", "true"]
+    run = subprocess.run([sys.executable, str(RECIPES / "sft.py"), *flags], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    manifest = manifest_of(tmp_path / "sft")
+    assert manifest["sha256"] == read_adapter(tmp_path / "sft").sha256 and manifest["config"]["steps"] == 2
+    assert (manifest["data"]["dataset"], manifest["data"]["rows"]) == ("rows.jsonl", 16)
+    assert str(tmp_path) not in json.dumps(manifest)
+    assert main(["log", str(tmp_path / "sft")]) == 0
+    assert "SFT, 2 steps, rows.jsonl, seed 42" in capsys.readouterr().out
+    assert main(["push", str(tmp_path / "sft"), "a/sft", "--dry-run", str(tmp_path / "dry")]) == 0
+    assert "trained by SFT" in (tmp_path / "dry" / "README.md").read_text()
