@@ -21,6 +21,7 @@ interruption, it goes on.
 import argparse
 import json
 import os
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ from rsoups.tasks import read_jsonl
 
 MINUS_KL = "-KL"  # as one more objective: of two models of one reward, that nearer the start is better
 BATCH = 64
+COLOURS = ("#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -178,13 +180,12 @@ def report(front: rsoups.Front, rewards: list[str], out: Path) -> None:
     figure = Figure(figsize=(5 * (len(rewards) + 1), 4.4), layout="constrained")
     shown = {"mean of the rewards": rewards} | {reward: [reward] for reward in rewards}
     for axes, (title, of) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
-        for shade, (name, points) in enumerate(lines.items(), 1):
+        for (name, points), colour, marker in zip(lines.items(), cycle(COLOURS), cycle("o^sDvP"), strict=False):
             x = [abs(p.mean[MINUS_KL]) for p in points]
             estimates = [mean_of(front, p, of) for p in points]
             y = [e.value for e in estimates]
             errors = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
-            colour = (0, 0.45, 0.7, 0.25 + 0.75 * shade / len(lines))
-            axes.errorbar(x, y, yerr=errors, marker="o", color=colour, label=name, linewidth=1.5, elinewidth=0.6)
+            axes.errorbar(x, y, yerr=errors, marker=marker, color=colour, label=name, linewidth=1.5, elinewidth=0.6)
         axes.set(title=title, xlabel="KL to the first start, nats per response")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("reward")

@@ -22,7 +22,7 @@ from rsoups.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from rsoups.front import Front, Point
 from rsoups.lineage import MANIFEST_FILE, SOUP_FILE, manifest_of
 from rsoups.model_card import CARD_FILE, PICTURE_FILE, Evaluation, adapter_card, front_card, soup_card
-from rsoups.soup import Soup
+from rsoups.soup import METHODS, Soup
 
 FRONT_FILE = "front.json"
 _OURS = (WEIGHTS_FILE, CONFIG_FILE, SOUP_FILE, MANIFEST_FILE, CARD_FILE, FRONT_FILE, PICTURE_FILE)
@@ -175,12 +175,15 @@ def read_soup(source: str | Path) -> Soup:
         raise LineageError(
             f"{source} holds no {SOUP_FILE}: rsoups.interpolate([{str(source)!r}], [1.0]) takes any adapter"
         )
+    if manifest.get("method") not in METHODS or not manifest["ingredients"]:
+        told = f"method {manifest.get('method')!r}, {len(manifest['ingredients'])} ingredients"
+        raise LineageError(f"{source}: {SOUP_FILE} is none of a soup of adapters ({told})")
     state = {name: adapter.tensor(name) for name in adapter.layout}
     return Soup(
         state_dict=state,
         config=adapter.config,
         lambdas=tuple(float(ingredient["lambda"]) for ingredient in manifest["ingredients"]),
-        method=str(manifest.get("method")),
+        method=manifest["method"],
         base_mismatch=bool(manifest.get("base_mismatch_allowed")),
         svd_error=manifest.get("svd_error"),
         factors_distance=manifest.get("factors_distance"),

@@ -26,7 +26,18 @@ from rsoups._files import from_hub, sha256_of, write_whole
 MANIFEST_FILE, SOUP_FILE, WEIGHTS_FILE = "lineage.json", "soup.json", "adapter_model.safetensors"
 _LONGEST = 2**24  # bytes of a manifest; real ones have some thousands
 _DEEPEST = 1000  # generations that a tree is followed through
+_WHOLE = "full weights"  # the method of `interpolate_checkpoints`
+# Settings that change nothing about what is trained.
 _UNTOLD = {"output_dir", "logging_dir", "run_name", "report_to", "resume", "resume_from_checkpoint", "seed", "config"}
+_UNTOLD |= {
+    "accelerator_config",
+    "debug",
+    "disable_tqdm",
+    "logging_steps",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+}
 Manifest = dict[str, Any]
 
 
@@ -84,17 +95,25 @@ def _check(where: str, data: Any) -> None:
             raise LineageError(f"{where}: {field} is {data[field]!r}, must be {kind.__name__}")
     if "lineage" in (data.get("base") or {}):
         _check(f"{where}, base", data["base"]["lineage"])
+    for field in ("svd_error", "factors_distance"):
+        if data.get(field) is not None and not _is_number(data[field]):
+            raise LineageError(f"{where}: {field} is {data[field]!r}, must be a number")
     for parent in _listed(where, data):
-        texts = [parent.get(field) for field in ("name", "source", "sha256")]
-        weight = parent.get("lambda", 0.0)
+        texts = [parent.get(field) for field in ("name", "source")]
+        hashes = parent.get("sha256")  # of a whole model one for each file
+        texts += list(hashes.values()) if isinstance(hashes, dict) and data.get("method") == _WHOLE else [hashes]
         if not all(isinstance(text, str) for text in texts) or not isinstance(
             parent.get("revision"), (str, type(None))
         ):
             raise LineageError(
                 f"{where}: an ingredient or parent has name, source, sha256 and revision; got {parent!r}"
             )
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) < 1e6:
-            raise LineageError(f"{where}: λ of {parent['name']} is {weight!r}, must be a finite number")
+        if not _is_number(parent.get("lambda", 0.0)):
+            raise LineageError(f"{where}: λ of {parent['name']} is {parent['lambda']!r}, must be a finite number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def _listed(where: str, data: Manifest) -> list[dict[str, Any]]:
@@ -252,7 +271,8 @@ def log(manifest: Manifest, name: str) -> str:
             weight = f"{parent['lambda']:.4g} × " if "lambda" in parent else ""
             place = parent["source"] + (f"@{parent['revision'][:12]}" if parent["revision"] else "")
             told = parent["name"] if place.rsplit("/", 1)[-1] == parent["name"] else f"{parent['name']} ({place})"
-            child, last = history.get(parent["sha256"]), at == len(parents)
+            child = history.get(parent["sha256"]) if isinstance(parent["sha256"], str) else None
+            last = at == len(parents)
             visit(f"{weight}{told}", parent["sha256"], child, lead, "└─ " if last else "├─ ", depth + 1)
 
     visit(name, manifest.get("sha256"), manifest, "", "", 0)
@@ -269,7 +289,7 @@ def _summary(data: Manifest | None) -> str:
     if data is None:
         return "no manifest"
     if "ingredients" in data:
-        return f"soup, {data.get('method')}, rank {data.get('rank')}"
+        return f"soup, {data.get('method')}" + (f", rank {data['rank']}" if data.get("rank") else "")
     config, rewards = data.get("config") or {}, [str(r.get("name")) for r in data.get("rewards") or ()]
     kind = str(data.get("kind", "adapter"))
     words = [(kind.upper() if kind.isalpha() else kind) + (f" on {' + '.join(rewards)}" if rewards else "")]

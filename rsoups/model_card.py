@@ -308,7 +308,8 @@ def _usage(base: str, repo_id: str, folder: str | None = None) -> str:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 {more}
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({name}), "{repo_id}"{where})
+base = AutoModelForCausalLM.from_pretrained({name})
+model = PeftModel.from_pretrained(base, "{repo_id}"{where})
 ```
 
 Or as an ingredient: `rsoups.interpolate(["{repo_id}{f"/{folder}" if folder else ""}", ...], [...])`.

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _INGREDIENT = ("name", "source", "revision", "sha256")
 _A = re.compile(r"\.lora_(embedding_)?A")
-_METHODS = ("exact", "factors", "svd")
+METHODS = ("exact", "factors", "svd")
 _SUM_TOLERANCE = 1e-6  # λ in single precision still count as summing to 1
 
 
@@ -336,8 +336,8 @@ def interpolate(
         LambdasError: Not one finite weight per adapter, not summing to 1, or outside [0, 1]; an unknown method, or a rank
             that the method does not use.
     """
-    if method not in _METHODS:
-        raise LambdasError(f"method is {method!r}, must be one of {list(_METHODS)}")
+    if method not in METHODS:
+        raise LambdasError(f"method is {method!r}, must be one of {list(METHODS)}")
     if rank is not None and (method != "svd" or not (0 < rank < 1 or (rank >= 1 and rank == int(rank)))):
         raise LambdasError(
             f"rank={rank} with method={method!r}: rank is that of an svd soup, at least 1, or an error below 1"

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from test_front import record, records
-from tiny import tiny_adapter
+from tiny import tiny_adapter, tiny_llama
 
 import rsoups
 from rsoups.adapters import read_adapter
@@ -68,6 +68,24 @@ def test_a_manifest_of_other_weights_is_not_believed(here):
     with pytest.warns(UserWarning, match="the lineage of helpful is not known"):
         (here / "helpful" / "lineage.json").write_text("{")
         assert history_of([("helpful", None, "x")]) == {}
+
+
+def test_the_tree_goes_on_below_a_base_that_was_trained_here(here):
+    """A supervised fine-tuning of whole weights, and an average of such, have manifests of their own."""
+    tiny_llama().save_pretrained("whole")
+    told = {"recipe": "recipes/x.py", "config": {}}
+    write_manifest("whole", "sft", base={"model": "some/base"}, data={"dataset": "some/data"}, seed=0, **told)
+    for base, lines in (
+        ("whole", ["base whole  SFT, some/data, seed 0", "base some/base"]),
+        ("average", ["soup, full weights"]),
+    ):
+        if base == "average":
+            rsoups.interpolate_checkpoints(["whole", "whole"], None, "average", progress=False)
+        tiny_adapter("tuned", seed=3)
+        write_manifest("tuned", "ppo", base={"model": base}, data={}, seed=0, **told)
+        tree = log(manifest_of("tuned"), "tuned")
+        assert all(line in tree for line in lines), tree
+        shutil.rmtree("tuned")
 
 
 def test_what_a_manifest_tells_of_the_command_and_the_flags(monkeypatch, tmp_path):
