@@ -189,7 +189,7 @@ def report(front: rsoups.Front, rewards: list[str], out: Path) -> None:
         axes.set(title=title, xlabel="KL to the first start, nats per response")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("reward")
-    figure.axes[0].legend(frameon=False)
+    figure.axes[0].legend(frameon=False, loc="lower right")
     figure.savefig(out / "iterate.png", dpi=130)
 
 
