@@ -18,13 +18,8 @@ def add_commands(commands: Any) -> None:
     push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     push.add_argument("--commit-message", help="λ if left out")
     push.add_argument("--create_pr", "--create-pr", action="store_true", help="open a pull request instead of a commit")
-    push.add_argument(
-        "--dry-run",
-        nargs="?",
-        const=True,
-        default=False,
-        help="only write the folder that would be pushed (NAME-dry-run)",
-    )
+    push.add_argument("--dry-run", action="store_true", help="only write the folder that would be pushed, and list it")
+    push.add_argument("--out", type=Path, help="folder of a dry run; NAME-dry-run if left out")
     push.set_defaults(run=_push)
 
     pull = commands.add_parser("pull", help="copy a soup or an adapter from the Hub")
@@ -56,10 +51,10 @@ def add_commands(commands: Any) -> None:
     for command in (verify, revert):
         command.add_argument(
             "--ingredient",
-            nargs="+",
+            action="append",
             default=[],
             metavar="NAME=FOLDER",
-            help="where ingredients are, if not where they were",
+            help="where one is, if not where it was; may be given several times",
         )
 
     test = commands.add_parser(
@@ -81,7 +76,7 @@ def _push(args: argparse.Namespace) -> None:
         "private": args.private,
         "commit_message": args.commit_message,
         "create_pr": args.create_pr,
-        "dry_run": args.dry_run,
+        "dry_run": (args.out or True) if args.dry_run else False,
     }
     if args.require:
         _run_suite(args.require, args.folder, None)

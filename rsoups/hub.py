@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from rsoups._errors import HubError, LineageError
+from rsoups._errors import HubError, LineageError, OutputError
 from rsoups._files import from_hub, whole_folder
 from rsoups.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from rsoups.front import Front, Point
@@ -113,7 +113,7 @@ def push_front(
         (folder / CARD_FILE).write_text(front_card(folders, repo_id, evaluation, licence), encoding="utf-8")
 
     message = commit_message or f"Front of {len(soups)} soups"
-    return _publish(repo_id, write, CARD_FILE, private, message, create_pr, dry_run, token)
+    return _publish(repo_id, write, f"{next(iter(folders))}/{SOUP_FILE}", private, message, create_pr, dry_run, token)
 
 
 def push_adapter(
@@ -150,7 +150,7 @@ def push_adapter(
         (folder / CARD_FILE).write_text(adapter_card(adapter.config, manifest, repo_id, licence), encoding="utf-8")
 
     message = commit_message or f"{str(manifest.get('kind', 'adapter')).upper()} adapter"
-    return _publish(repo_id, write, MANIFEST_FILE, private, message, create_pr, dry_run, token)
+    return _publish(repo_id, write, None, private, message, create_pr, dry_run, token)
 
 
 def reserve(name: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -210,7 +210,7 @@ def pull(source: str, out: str | Path) -> Path:
     if found is None:
         raise HubError(f"{source!r} is no Hub id (user/name, user/name@revision, user/name/subfolder)")
     read_adapter(source).check_values()
-    with whole_folder(out, CONFIG_FILE) as partial:
+    with whole_folder(out, SOUP_FILE) as partial:
         for name in _OURS:
             if (found[0] / name).is_file():
                 shutil.copyfile(found[0] / name, partial / name)
@@ -254,7 +254,7 @@ def _point(point: Point) -> dict[str, Any]:
 def _publish(
     repo_id: str,
     write: Callable[[Path], None],
-    marker: str,
+    marker: str | None,
     private: bool | None,
     message: str,
     create_pr: bool,
@@ -268,7 +268,9 @@ def _publish(
         write(folder)
         if dry_run:
             out = Path(f"{repo_id.split('/')[1]}-dry-run" if dry_run is True else dry_run)
-            with whole_folder(out, marker) as partial:
+            if marker is None and out.exists():
+                raise OutputError(f"{out} exists: it is not replaced; remove it or choose another folder")
+            with whole_folder(out, marker or SOUP_FILE) as partial:
                 shutil.copytree(folder, partial, dirs_exist_ok=True)
             return str(out)
         return _commit(folder, repo_id, private, message, create_pr, token)

@@ -44,6 +44,8 @@ from rsoups.stacking import Kept, check_factors, exact, factors, finite
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from rsoups.front import Front
+
 _INGREDIENT = ("name", "source", "revision", "sha256")
 _A = re.compile(r"\.lora_(embedding_)?A")
 METHODS = ("exact", "factors", "svd")
@@ -280,22 +282,40 @@ class Soup:
                     f"tensor {key} is {tuple(self.state_dict[key].shape)} in the soup, the base needs {shape}"
                 )
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        front: Front | str | Path | None = None,
+        private: bool | None = None,
+        licence: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        dry_run: bool | str | Path = False,
+        token: str | None = None,
+    ) -> str:
         """Publish the soup with its card, and its front where there is one, in one commit: see `rsoups.hub.push`.
-
-        Args:
-            repo_id: ``user/name``; made if it is not there.
-            options: ``private``, ``front``, ``licence``, ``commit_message``, ``create_pr``, ``dry_run``, ``token``.
 
         Returns:
             The URL of the commit or the pull request; of a dry run the folder that would be pushed.
 
         Raises:
             HubError: The Hub refuses or cannot be reached; nothing is half-published.
+            FrontError: The front has no point at this soup's λ.
         """
         from rsoups.hub import push
 
-        return push(self, repo_id, **options)
+        return push(
+            self,
+            repo_id,
+            front=front,
+            private=private,
+            licence=licence,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            dry_run=dry_run,
+            token=token,
+        )
 
 
 def interpolate(

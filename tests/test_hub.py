@@ -273,7 +273,7 @@ def test_a_dry_run_writes_the_folder_and_asks_no_one(hub, two, tmp_path):
     cli(hub, tmp_path, "push", "soup", "someone/thing", "--dry-run")  # again: replaced
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    assert "not replaced" in cli(hub, tmp_path, "push", "soup", "someone/thing", "--dry-run", "mine", expect=2)
+    assert "not replaced" in cli(hub, tmp_path, "push", "soup", "someone/thing", "--dry-run", "--out", "mine", expect=2)
 
 
 def test_names_that_lead_out_of_their_folder_are_never_written(hub, two, tmp_path):

@@ -134,5 +134,7 @@ def test_the_manifest_of_a_supervised_start(tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in json.dumps(manifest)
     assert main(["log", str(tmp_path / "sft")]) == 0
     assert "SFT, 2 steps, rows.jsonl, seed 42" in capsys.readouterr().out
-    assert main(["push", str(tmp_path / "sft"), "a/sft", "--dry-run", str(tmp_path / "dry")]) == 0
+    assert main(["push", str(tmp_path / "sft"), "a/sft", "--dry-run", "--out", str(tmp_path / "dry")]) == 0
     assert "trained by SFT" in (tmp_path / "dry" / "README.md").read_text()
+    assert main(["push", str(tmp_path / "sft"), "a/sft", "--dry-run", "--out", str(tmp_path / "sft")]) == 2
+    assert "it is not replaced" in capsys.readouterr().err and (tmp_path / "sft" / "adapter_model.safetensors").exists()
