@@ -172,9 +172,14 @@ def policy(script: ScriptArguments, model: ModelConfig) -> tuple:
 
 
 def write_lineage(
-    script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig, trainer: GRPOTrainer, loaded: list
+    script: ScriptArguments,
+    training: GRPOConfig | RLOOConfig,
+    model: ModelConfig,
+    trainer: GRPOTrainer,
+    loaded: list,
+    results: dict[str, Any],
 ) -> None:
-    """lineage.json beside the adapter: what it was made from, how, by which rewards, on which prompts."""
+    """lineage.json beside the adapter: what it was made from, how, by which rewards, on which prompts, to what effect."""
     start = read_adapter(resolve(script.adapter_name_or_path)) if script.adapter_name_or_path else None
     weights = training.reward_weights or [1.0] * len(loaded)
     cards = [asdict(reward.card) if isinstance(reward, Reward) else {"name": reward.name} for reward in loaded]
@@ -190,11 +195,12 @@ def write_lineage(
         parent=(script.adapter_name_or_path, start.revision, start.sha256) if start else None,
         rewards=[card | {"weight": weight} for card, weight in zip(cards, weights, strict=True)],
         seed=training.seed,
+        results=results,
     )
 
 
-def summary(trainer: GRPOTrainer) -> None:
-    """Reward, KL and length on held-out prompts, before and after, from one seed; a few responses of each."""
+def summary(trainer: GRPOTrainer) -> dict[str, Any]:
+    """Reward, KL and length on held-out prompts, before and after, from one seed; a few responses of each are shown."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
     start = "ref" if "ref" in policy.peft_config else None  # a continued adapter's, or the base's
     rows, texts = {}, {}
@@ -216,6 +222,7 @@ def summary(trainer: GRPOTrainer) -> None:
         trainer.accelerator.print(f"  {key:24}{rows['before'][key]:8.3f} -> {rows['after'][key]:.3f}")
     for prompt, before, after in zip(trainer._logs["prompt"], texts["before"], texts["after"], strict=False):
         trainer.accelerator.print(f"  {prompt}\n    before: {before}\n    after:  {after}")
+    return rows | {"prompts": len(trainer.eval_dataset)}
 
 
 def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig) -> None:
@@ -255,10 +262,9 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
         sys.exit(130)  # Ctrl-C: there is a checkpoint, and no adapter yet
     trainer.save_model()
     trainer.save_state()  # the log of the run beside the adapter
+    results = summary(trainer) if held_out else {}
     if trainer.accelerator.is_main_process:
-        write_lineage(script, training, model, trainer, loaded)
-    if held_out:
-        summary(trainer)
+        write_lineage(script, training, model, trainer, loaded, results)
     trainer.accelerator.print(f"adapter: {training.output_dir}")
     if repository:
         print(push_adapter(training.output_dir, repository, **options))

@@ -90,7 +90,14 @@ def read_manifest(path: Path) -> Manifest:
 def _check(where: str, data: Any) -> None:
     if not isinstance(data, dict):
         raise LineageError(f"{where} holds {type(data).__name__}, not an object of fields")
-    for field, kind in (("base", dict), ("config", dict), ("versions", dict), ("data", dict), ("rewards", list)):
+    for field, kind in (
+        ("base", dict),
+        ("config", dict),
+        ("versions", dict),
+        ("data", dict),
+        ("rewards", list),
+        ("results", dict),
+    ):
         if data.get(field) is not None and not isinstance(data[field], kind):
             raise LineageError(f"{where}: {field} is {data[field]!r}, must be {kind.__name__}")
     if "lineage" in (data.get("base") or {}):
@@ -163,6 +170,7 @@ def write_manifest(
     parent: tuple[str, str | None, str] | None = None,
     rewards: Iterable[Mapping[str, Any]] = (),
     seed: int | None = None,
+    results: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``lineage.json`` beside a run's adapter, all or nothing.
 
@@ -176,6 +184,7 @@ def write_manifest(
         parent: (source, revision, sha256) of the adapter that was trained on.
         rewards: Their cards.
         seed: Of the run.
+        results: ``{"prompts": n, "before": {figure: value}, "after": {...}}`` on held-out prompts, if there were any.
 
     Raises:
         OutputError: It cannot be written.
@@ -199,6 +208,7 @@ def write_manifest(
         "seed": seed,
         "data": dict(data) | ({"dataset": published(str(data["dataset"]))} if data.get("dataset") else {}),
         "rewards": [dict(reward) for reward in rewards],
+        "results": dict(results or {}),
         "versions": {name: version(name) for name in ("rsoups", "peft", "torch", "transformers", "trl")},
         "history": history_of([parent] if parent is not None else []),
     }

@@ -202,7 +202,7 @@ Base: {_linked(base, config.revision)}.
 
 ## Limits
 
-Rewards are models: what they like is not always good, and a policy learns their faults. No safety evaluation was made. {about}
+Rewards are models: what they like is not always good, and a policy learns their faults. No safety evaluation was made.{f" {about}" if about else ""}
 
 ## Lineage
 
@@ -233,6 +233,11 @@ def _training(manifest: Manifest) -> str:
     )
     lines.append(f"- **Template:** `{data.get('template') or 'not recorded'}`")
     lines.append(f"- **Seed:** {manifest.get('seed')}. SHA-256 of what it was trained on: `{data.get('sha256')}`.")
+    results = manifest.get("results") or {}
+    if isinstance(before := results.get("before"), dict) and isinstance(after := results.get("after"), dict):
+        lines += ["", f"On {results.get('prompts')} held-out prompts, one sample each:", ""]
+        lines += ["| | before | after |", "| --- | ---: | ---: |"]
+        lines += [f"| {key} | {before.get(key, 0):.3f} | {after[key]:.3f} |" for key in after]
     return "\n".join(lines) + "\n"
 
 

@@ -99,15 +99,11 @@ class Soup:
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Soup:
-        """A soup that was saved or published, with the lineage that it came with.
-
-        Args:
-            source: A folder or a Hub id (``user/name``, ``user/name@revision``, ``user/name/subfolder@revision``).
+        """A soup that was saved or published, with its lineage; from a folder or a Hub id, as `read_adapter` takes it.
 
         Raises:
-            AdapterError: As `read_adapter`.
+            AdapterError, HubError: As `read_adapter`.
             LineageError: No soup.json, or one that is none.
-            HubError: The Hub cannot be reached or refuses.
         """
         from rsoups.hub import read_soup
 

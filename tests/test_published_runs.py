@@ -27,7 +27,7 @@ SHORT = [
     "--disable_tqdm",
     "true",
 ]
-SHORT += ["--eval_prompts", "0"]
+SHORT += ["--eval_prompts", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,7 @@ def test_the_manifest_of_a_run(iterated):
     assert manifest["data"]["dataset"] == "rsoups/concepts" and manifest["data"]["rows"] > 100
     assert manifest["command"].startswith("python recipes/ppo_reward.py --config recipes/configs/embedded.yaml")
     assert manifest["sha256"] == read_adapter(iterated / "out" / "round-1" / "coverage").sha256
+    assert manifest["results"]["prompts"] == 3 and manifest["results"]["after"].keys() >= {"reward", "kl"}
     assert str(iterated) not in json.dumps(manifest)
 
 
@@ -107,6 +108,7 @@ def test_a_run_pushes_its_adapter_with_its_card(tmp_path):
     assert {"rewarded-soups", "lora"} <= set(metadata["tags"]) and "merge" not in metadata["tags"]
     assert "| coverage |" in card and "**KL:** to the start of the run, coefficient 0.05" in card
     assert "python recipes/ppo_reward.py --reward coverage" in card and "### Instruction:" in card
+    assert "On 3 held-out prompts" in card and "| reward |" in card and "| kl |" in card
 
 
 def test_the_manifest_of_a_supervised_start(tmp_path, monkeypatch, capsys):

@@ -28,7 +28,7 @@ def soup(tmp_path_factory):
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("def ones(prompts, responses): return [1.0] * len(prompts)\n")
+    (tmp_path / "suite_rewards.py").write_text("def ones(prompts, responses): return [1.0] * len(prompts)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
@@ -42,13 +42,13 @@ def suite(folder, *require, **more):
 
 
 def test_thresholds(soup, mine, capsys):
-    path = suite(mine, "mine:ones >= 1", "mine:ones < 1.5")
+    path = suite(mine, "suite_rewards:ones >= 1", "suite_rewards:ones < 1.5")
     assert main(["test", str(soup), "--suite", str(path)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 2 and shown[0].startswith(
-        "ok      set 1 (concepts, 4 prompts): mine:ones 1.000 [1.000, 1.000]"
+        "ok      set 1 (concepts, 4 prompts): suite_rewards:ones 1.000 [1.000, 1.000]"
     )
-    path = suite(mine, "mine:ones >= 1", "mine:ones > 1", "coverage >= 50")
+    path = suite(mine, "suite_rewards:ones >= 1", "suite_rewards:ones > 1", "coverage >= 50")
     assert main(["test", str(soup), "--suite", str(path)]) == 2
     out, err = capsys.readouterr()
     assert [line[:6] for line in out.splitlines()] == ["ok    ", "FAILED", "FAILED"]
@@ -56,7 +56,7 @@ def test_thresholds(soup, mine, capsys):
 
 
 def test_no_step_back_from_a_parent(soup, mine):
-    checks = run_suite(Suite.read(suite(mine, "mine:ones >= 0", against=str(soup))), soup)
+    checks = run_suite(Suite.read(suite(mine, "suite_rewards:ones >= 0", against=str(soup))), soup)
     assert [check.passed for check in checks] == [True, True] and "0.000 [0.000, 0.000] against" in checks[1].text
 
 
@@ -73,10 +73,10 @@ def test_a_step_back_is_one_by_more_than_its_interval(fall, tolerance, passed):
 
 
 def test_a_push_that_does_not_pass_is_not_made(soup, mine, capsys):
-    path = suite(mine, "mine:ones >= 2")
+    path = suite(mine, "suite_rewards:ones >= 2")
     assert main(["push", str(soup), "someone/soup", "--dry-run", "--require", str(path)]) == 2
     assert "1 of 1 checks failed" in capsys.readouterr().err and not (mine / "soup-dry-run").exists()
-    path = suite(mine, "mine:ones >= 1")
+    path = suite(mine, "suite_rewards:ones >= 1")
     assert main(["push", str(soup), "someone/soup", "--dry-run", "--require", str(path)]) == 0
     assert (mine / "soup-dry-run" / "README.md").is_file()
 
