@@ -286,7 +286,8 @@ def log(manifest: Manifest, name: str) -> str:
             visit(f"{weight}{told}", parent["sha256"], child, lead, "└─ " if last else "├─ ", depth + 1)
 
     visit(name, manifest.get("sha256"), manifest, "", "", 0)
-    return "\n".join(lines)
+    # Names may come from anyone, and a terminal obeys some characters.
+    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
 
 
 def _base(data: Manifest) -> str:

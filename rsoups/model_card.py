@@ -202,7 +202,8 @@ Base: {_linked(base, config.revision)}.
 
 ## Limits
 
-Rewards are models: what they like is not always good, and a policy learns their faults. No safety evaluation was made.{f" {about}" if about else ""}
+Rewards are models: what they like is not always good, and a policy learns their faults. No safety evaluation was made.
+{about}
 
 ## Lineage
 

@@ -327,6 +327,7 @@ def test_a_soup_that_was_read_is_the_soup_that_was_saved(two, tmp_path):
         ("history", []),
         ("history", {"a": 3}),
         ("config", "x"),
+        ("rewards", ["x"]),
     ],
 )
 def test_a_soup_json_that_is_none_is_refused(two, tmp_path, field, value):

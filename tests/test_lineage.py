@@ -61,6 +61,12 @@ def test_the_tree_of_a_soup_of_a_run_from_a_soup(here):
     ]
 
 
+def test_a_name_does_not_command_the_terminal():
+    parent = {"name": "a\x1b[2J\nb", "source": "\x07c", "revision": None, "sha256": "d"}
+    shown = log({"ingredients": [parent], "method": "exact"}, "soup").splitlines()
+    assert shown == ["soup  soup, exact", "└─ a?[2J?b (?c)  no manifest  d"]
+
+
 def test_a_manifest_of_other_weights_is_not_believed(here):
     shutil.copy("funny/adapter_model.safetensors", "helpful/adapter_model.safetensors")
     assert history_of([("helpful", None, read_adapter("helpful").sha256)]) == {}
