@@ -90,16 +90,12 @@ def read_manifest(path: Path) -> Manifest:
 def _check(where: str, data: Any) -> None:
     if not isinstance(data, dict):
         raise LineageError(f"{where} holds {type(data).__name__}, not an object of fields")
-    for field, kind in (
-        ("base", dict),
-        ("config", dict),
-        ("versions", dict),
-        ("data", dict),
-        ("rewards", list),
-        ("results", dict),
-    ):
-        if data.get(field) is not None and not isinstance(data[field], kind):
-            raise LineageError(f"{where}: {field} is {data[field]!r}, must be {kind.__name__}")
+    for field in ("base", "config", "versions", "data", "results"):
+        if data.get(field) is not None and not isinstance(data[field], dict):
+            raise LineageError(f"{where}: {field} is {data[field]!r}, must be an object")
+    rewards = data.get("rewards") or []
+    if not isinstance(rewards, list) or not all(isinstance(reward, dict) for reward in rewards):
+        raise LineageError(f"{where}: rewards are {rewards!r}, must be a list of objects")
     if "lineage" in (data.get("base") or {}):
         _check(f"{where}, base", data["base"]["lineage"])
     for field in ("svd_error", "factors_distance"):
