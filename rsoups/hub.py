@@ -175,7 +175,8 @@ def read_soup(source: str | Path) -> Soup:
         raise LineageError(
             f"{source} holds no {SOUP_FILE}: rsoups.interpolate([{str(source)!r}], [1.0]) takes any adapter"
         )
-    if manifest.get("method") not in METHODS or not manifest["ingredients"]:
+    weighed = manifest["ingredients"] and all("lambda" in ingredient for ingredient in manifest["ingredients"])
+    if manifest.get("method") not in METHODS or not weighed:
         told = f"method {manifest.get('method')!r}, {len(manifest['ingredients'])} ingredients"
         raise LineageError(f"{source}: {SOUP_FILE} is none of a soup of adapters ({told})")
     state = {name: adapter.tensor(name) for name in adapter.layout}

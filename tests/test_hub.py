@@ -322,6 +322,7 @@ def test_a_soup_that_was_read_is_the_soup_that_was_saved(two, tmp_path):
         ("ingredients", [{"name": "a"}]),
         ("ingredients", [{"name": "a", "source": "b", "sha256": "c", "lambda": math.nan}]),
         ("ingredients", []),
+        ("ingredients", [{"name": "a", "source": "b", "sha256": "c"}]),
         ("method", "full weights"),
         ("svd_error", "none"),
         ("history", []),
