@@ -5,14 +5,17 @@
 
 N adapters of rank 16 on q/k/v/o_proj of 32 layers 4,096 wide (67 MB each, float32, random values), from folder to folder:
 `rsoups` interpolates and saves; `disk` reads the same bytes and writes as many as the soup has with safetensors, nothing
-else: what no tool can be faster than; `peft` loads the adapters on a skeleton base (of the right shapes, without memory), adds
-the weighted one and saves it. PEFT's svd forms dense matrices and takes minutes: it and ours are measured on one layer.
+else; `floor` does what ours promises and nothing else: reads and hashes every file (SHA-256, on all cores), writes as many
+bytes as the soup has meanwhile, and waits until they are on the disk; `peft` loads the adapters on a skeleton base (of the
+right shapes, without memory), adds the weighted one and saves it. PEFT's svd forms dense matrices and takes minutes: it and
+ours are measured on one layer.
 
 Each measurement is a process of its own, timed inside after the imports, the files in the page cache. Written to
 benchmarks/results/interpolate.json: seconds, peak memory beyond the imports in MB; medians and ratios.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +101,32 @@ def run_disk(folders, method, out, rows):
     return work
 
 
+def run_floor(folders, method, out, rows):
+    Path(out).mkdir()
+    files = [Path(folder) / "adapter_model.safetensors" for folder in folders]
+    sizes = [file.stat().st_size for file in files]
+    size = sum(sizes) if method == "exact" else sizes[0]
+    block = os.urandom(2**17)
+
+    def sha256(path):
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def work():
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            hashes = pool.map(sha256, files)
+            for row in range(rows):
+                with open(Path(out) / str(row), "wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)
+                    for start in range(0, size, len(block)):
+                        file.write(block[: size - start])
+                    file.flush()
+                    os.fsync(file.fileno())
+            list(hashes)
+
+    return work
+
+
 def run_peft(folders, method, out, rows):
     from peft import PeftModel
 
@@ -124,7 +154,7 @@ def _names(folder):
 
 
 def worker(args):
-    work = {"rsoups": run_rsoups, "disk": run_disk, "peft": run_peft}[args.worker](
+    work = {"rsoups": run_rsoups, "disk": run_disk, "floor": run_floor, "peft": run_peft}[args.worker](
         args.folders, args.method, args.out, args.rows
     )
     if args.worker == "rsoups":
@@ -198,7 +228,7 @@ def main():
             make(folder, 1, i)
         for method in ("exact", "factors"):
             for n in (2, 4, 8):
-                jobs = {who: (folders[:n], method) for who in ("rsoups", "disk", "peft")}
+                jobs = {who: (folders[:n], method) for who in ("rsoups", "disk", "floor", "peft")}
                 results[f"{method} {n}"] = compare(f"{method}, {n} adapters:", jobs, args.rounds)
         jobs = {"rsoups": (one_layer, "svd"), "peft": (one_layer, "svd")}
         results["svd 2, one layer"] = compare("svd, 2 adapters, one layer:", jobs, min(args.rounds, 3))
@@ -206,6 +236,7 @@ def main():
             "rsoups 1": (folders[:2], "exact", 1),
             "rsoups 11": (folders[:2], "exact", 11),
             "disk": (folders[:2], "exact", 11),
+            "floor": (folders[:2], "exact", 11),
         }
         results["11 soups"] = compare("exact, 2 adapters, 11 soups:", jobs, min(args.rounds, 3))
     ratios = {}

@@ -1,62 +1,116 @@
 """Mean and deviation of rewards on a dataset's reference responses, so that rewards of unlike scales can be mixed and compared.
 
     python recipes/calibrate.py --reward deberta-v3-base electra-large --task assistant --dataset rows.jsonl --out rewards/mine
+    python recipes/calibrate.py --reward rouge-l meteor --task concepts --dataset rows.jsonl --policy my/base --out rewards/mine
+    python recipes/calibrate.py --reward cider --arguments corpus=rows.jsonl column=sentences ...
     accelerate launch recipes/ppo_reward.py --reward rewards/mine/deberta-v3-base.yaml rewards/mine/electra-large.yaml \\
         --reward_weights .5 .5 ...
 
 Writes a copy of each card with its mean, its std and what they were measured on: with it, the references score 0 on average
-with a deviation of 1. (The paper adds raw logits up: a reward of twice the scale has twice the weight.)
+with a deviation of 1; or, with `--policy`, that model's own samples do, so that PPO on each reward starts at 0 and one KL
+coefficient means the same for all. (The paper adds raw logits up: a reward of twice the scale has twice the weight.)
 """
 
 import argparse
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean, pstdev
 
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rsoups import Reward, RewardError, load_reward
-from rsoups._resources import load_rows
-from rsoups.tasks import TASKS, Task, custom_task
+from rsoups import RewardError, load_reward
+from rsoups._resources import load_rows, resolve
+from rsoups.function_rewards import check_columns, columns_read
+from rsoups.sampling import fast_sampling
+from rsoups.tasks import TASKS, Task, columns_of, custom_task
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def calibrated(reward: Reward, rows: list[dict], task: Task, measured_on: str) -> dict:
-    """The card's fields with a mean and std of the responses' raw scores.
+def of_people(rows: list[dict], task: Task, compared: bool) -> list[dict]:
+    """The first reference of each row as its response; where it is compared with references, with the row's others."""
+    least = 2 if compared else 1
+    return [
+        row | {"response": task.cut(row["references"][0]), "references": row["references"][1:]}
+        for row in rows
+        if len(row["references"]) >= least
+    ]
+
+
+@torch.inference_mode()
+def of_policy(rows: list[dict], task: Task, policy: str, temperature: float, longest: int) -> list[dict]:
+    """A sample of the policy as the response of each row."""
+    source = resolve(policy)
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    dtype = torch.float32 if source != policy else "auto"  # the embedded weights are stored in half precision
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True).to(DEVICE)
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "max_new_tokens": longest}
+    said = []
+    torch.manual_seed(0)
+    for start in range(0, len(rows), 64):
+        prompts = [row["prompt"] for row in rows[start : start + 64]]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to(DEVICE)
+        with fast_sampling(DEVICE):
+            ids = model.generate(**inputs, **drawn, pad_token_id=tokenizer.pad_token_id)
+        said += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [row | {"response": task.cut(text)} for row, text in zip(rows, said, strict=True)]
+
+
+def calibrated(reward, rows: list[dict], measured_on: str) -> dict:
+    """The card's fields with a mean and std of the rows' responses' raw scores.
 
     Raises:
-        RewardError: No references, or scores that are all the same.
+        RewardError: Too few responses, a column is missing, or scores that are all the same.
     """
-    pairs = [(row["prompt"], task.cut(text)) for row in rows for text in row["references"][:1]]
-    if len(pairs) < 2:
-        raise RewardError(f"{measured_on}: {len(pairs)} reference responses, a deviation needs two at least")
-    card = reward.card
-    raw = [score * card.std + card.mean for score in reward(*map(list, zip(*pairs, strict=True)))]
+    if len(rows) < 2:
+        raise RewardError(f"reward {reward.name!r}: {len(rows)} {measured_on}, a deviation needs two at least")
+    columns = columns_of(rows)
+    check_columns([reward], columns)
+    card, prompts, responses = reward.card, columns.pop("prompt"), columns.pop("response")
+    raw = [score * card.std + card.mean for score in reward(prompts, responses, **columns)]
+    raw = [round(score, 12) for score in raw]  # what scaling leaves of equal scores is no deviation
     mean, std = fmean(raw), pstdev(raw)
     if not std:
-        raise RewardError(f"reward {card.name!r} gives all {len(pairs)} references the same score, {mean}")
-    fields = {key: value for key, value in asdict(card).items() if value not in (None, "")}
-    return fields | {"mean": mean, "std": std, "calibration": f"{len(pairs):,} reference responses of {measured_on}"}
+        raise RewardError(f"reward {card.name!r} gives all {len(rows)} {measured_on} the same score, {mean}")
+    changed = {f.name: value for f in fields(card) if (value := getattr(card, f.name)) not in (f.default, {})}
+    return changed | {"mean": mean, "std": std, "calibration": f"{len(rows):,} {measured_on}"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reward", nargs="+", required=True, help="cards, by name or path")
+    parser.add_argument("--arguments", nargs="+", default=[], help="KEY=VALUE of a function's card, over its own")
     parser.add_argument("--task", required=True, choices=[*sorted(TASKS), "custom"])
     parser.add_argument("--dataset", help="file, folder or Hub id; the task's own if left out")
     parser.add_argument("--template", help="of a custom task's prompts")
     parser.add_argument("--split", default="train", choices=("train", "test"))
     parser.add_argument("--rows", type=int, default=1024, help="how many of them are scored")
+    parser.add_argument("--policy", help="score a sample of this model for each prompt, instead of a reference")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the policy's samples")
+    parser.add_argument("--max_new_tokens", type=int, default=32, help="of the policy's samples")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new cards")
     args = parser.parse_args()
     task = custom_task(args.dataset, args.template) if args.task == "custom" else TASKS[args.task]
-    rows = load_rows(task, args.dataset, args.split, args.rows)
+    arguments = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.arguments)}
+    rewards = [load_reward(name, DEVICE, **arguments) for name in args.reward]
+    if bare := [reward.name for reward in rewards if getattr(reward, "card", None) is None]:
+        raise RewardError(f"{bare} are functions without a card: scale them yourself")
+    rows = load_rows(task, args.dataset, args.split, args.rows, columns_read(rewards))
+    place = f"{args.task}, {Path(args.dataset or task.dataset).name}, {args.split}"
+    if args.policy:
+        measured_on = f"samples of {args.policy} at temperature {args.temperature:g} for the prompts of {place}"
+        rows = of_policy(rows, task, args.policy, args.temperature, args.max_new_tokens)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.reward:
-        reward = load_reward(name, "cuda" if torch.cuda.is_available() else "cpu")
-        if not isinstance(reward, Reward):
-            raise RewardError(f"{name} is a function: scale it yourself")
-        card = calibrated(reward, rows, task, f"{args.task}, {Path(args.dataset or task.dataset).name}, {args.split}")
+    for reward in rewards:
+        if args.policy:
+            card = calibrated(reward, rows, measured_on)
+        else:
+            compared = "references" in columns_read([reward])
+            others = ", each against the row's others" if compared else ""
+            card = calibrated(reward, of_people(rows, task, compared), f"reference responses of {place}{others}")
         path = args.out / f"{reward.name}.yaml"
         path.write_text(yaml.safe_dump(card, sort_keys=False, allow_unicode=True), "utf-8")
         print(f"{path}: mean {card['mean']:.4g}, std {card['std']:.4g}")

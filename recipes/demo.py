@@ -34,7 +34,7 @@ def run(title: str, arguments: list[str]) -> None:
     started = time.monotonic()
     finished = subprocess.run([sys.executable, *arguments], check=False)
     if finished.returncode:
-        sys.exit(f"{title}: failed with exit code {finished.returncode}; run the demo again to go on from here")
+        sys.exit(f"{title}: failed with exit code {finished.returncode}; run this again to go on from here")
     print(f"  {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -128,10 +128,10 @@ def choose(out: Path) -> Path:
     import rsoups
 
     front = rsoups.Front.from_jsonl(out / "records.jsonl")
-    best = max(front.soups, key=lambda point: sum(point.mean.values()))
-    print(f"\n5/5  The best soup on the plain mean of the rewards is λ = {dict(best.lambdas)}")
-    adapters = {name: out / f"ppo-{name}" for name in best.lambdas}
-    soup = rsoups.interpolate(adapters, list(best.lambdas.values()))
+    best = front.select(dict.fromkeys(front.rewards, 1.0))
+    print(f"\n5/5  The best soup for equal weights on the rewards: {best}")
+    lambdas = best.point.lambdas
+    soup = rsoups.interpolate({name: out / f"ppo-{name}" for name in lambdas}, list(lambdas.values()))
     shutil.rmtree(out / "soup", ignore_errors=True)
     soup.save_pretrained(out / "soup")
     return out / "soup"

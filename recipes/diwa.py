@@ -19,21 +19,17 @@ import argparse
 import json
 import os
 import random
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rsoups
 from demo import RECIPES, train_all
-from rsoups._resources import load_rows, resolve
+from rsoups._resources import load_rows
 from rsoups.front import Estimate
-from rsoups.sampling import draw
 from rsoups.tasks import TASKS, question_of, read_jsonl
 
 LEARNING_RATES = (0.5, 0.7, 1.0, 1.4)  # mild factors of the config's own, drawn for each run
@@ -63,82 +59,23 @@ def more_words(prompts: list[str], seed: int) -> list[str]:
     return [str(TASK.prompt({"concepts": found})) for found in words.values() if len(found) > 5]
 
 
-class Ensemble:
-    """The prediction ensemble: one base with M adapters, and at every token the mean of their M distributions."""
+@torch.inference_mode()
+def divergences(live: rsoups.LiveSoup, prompts: list[str], responses: list[str], temperature: float) -> np.ndarray:
+    """KL(member i ‖ member j), (M, M), in nats per token of given responses, at the sampling temperature.
 
-    def __init__(self, base: str, adapters: dict[str, Path], temperature: float, max_new_tokens: int):
-        source = resolve(base)
-        self.tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-        self.names, (first, *others) = list(adapters), adapters.items()
-        self.model = PeftModel.from_pretrained(model, first[1], adapter_name=first[0])
-        for name, folder in others:
-            self.model.load_adapter(folder, adapter_name=name)
-        self.model.eval()
-        self.temperature, self.max_new_tokens = temperature, max_new_tokens
-
-    @torch.inference_mode()
-    def __call__(self, prompts: list[str], seed: int) -> list[str]:
-        """Sampled responses; of one member, those that `rsoups.sweep` gets from it."""
-        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        caches = dict.fromkeys(self.names)
-        unfinished = torch.ones(len(ids), 1, dtype=torch.bool)
-        tokens = []
-        torch.manual_seed(seed)
-        while len(tokens) < self.max_new_tokens and unfinished.any():
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            mean = torch.zeros(())
-            for name in self.names:
-                self.model.set_adapter(name)
-                out = self.model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=caches[name],
-                    use_cache=True,
-                )
-                caches[name] = out.past_key_values
-                mean = mean + (out.logits[:, -1].float() / self.temperature).softmax(-1) / len(self.names)
-            ids = draw(mean).where(unfinished, self.tokenizer.pad_token_id)
-            unfinished &= ids != self.tokenizer.eos_token_id
-            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-            tokens.append(ids)
-        return self.tokenizer.batch_decode(torch.cat(tokens, dim=1), skip_special_tokens=True)
-
-    @torch.inference_mode()
-    def divergences(self, prompts: list[str], responses: list[str], batch: int = 32) -> np.ndarray:
-        """KL(member i ‖ member j), (M, M), in nats per token of given responses, at the sampling temperature."""
-        total, tokens = np.zeros((len(self.names), len(self.names))), 0
-        for start in range(0, len(prompts), batch):
-            asked = self.tokenizer(prompts[start : start + batch])["input_ids"]
-            said = self.tokenizer(responses[start : start + batch], add_special_tokens=False)["input_ids"]
-            rows = [{"input_ids": a + b} for a, b in zip(asked, said, strict=True)]
-            inputs = self.tokenizer.pad(rows, return_tensors="pt", padding_side="right")
-            at = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)  # whose next token is the response's
-            for row, (a, b) in enumerate(zip(asked, said, strict=True)):
-                at[row, len(a) - 1 : len(a) + len(b) - 1] = True
-            logps = []
-            for name in self.names:
-                self.model.set_adapter(name)
-                logps.append((self.model(**inputs).logits[at].float() / self.temperature).log_softmax(-1))
-            for i, p in enumerate(logps):
-                total[i] += [float((p.exp() * (p - q)).sum()) for q in logps]
-            tokens += int(at.sum())
-        return total / tokens
-
-
-def records_of(
-    ensemble: Ensemble, reward: rsoups.Reward, prompts: list[str], seed: int, batch: int = 64
-) -> Iterator[dict]:
-    """The ensemble's records, on the batches that `rsoups.sweep` makes: compared under the same random numbers."""
-    ordered = sorted(prompts, key=len, reverse=True)
-    for start in range(0, len(ordered), batch):
-        asked = ordered[start : start + batch]
-        responses = [TASK.cut(text) for text in ensemble(asked, seed)]
-        for prompt, response, score in zip(asked, responses, reward(asked, responses), strict=True):
-            head = {"name": "ensemble", "lambdas": None, "method": None, "prompt": prompt, "response": response}
-            yield head | {"rewards": {reward.name: score}, "seed": seed}
+    Each text is M rows of a batch, one for each member alone.
+    """
+    members = np.eye(len(live.names)).tolist()
+    total, tokens = np.zeros((len(members), len(members))), 0
+    for prompt, response in zip(prompts, responses, strict=True):
+        asked = live.tokenizer(prompt)["input_ids"]
+        said = live.tokenizer(response, add_special_tokens=False)["input_ids"]
+        with live.at(members) as model:
+            logits = model(input_ids=torch.tensor([asked + said] * len(members))).logits[:, len(asked) - 1 : -1]
+        logp = (logits.float() / temperature).log_softmax(-1)
+        total += torch.einsum("itv,ijtv->ij", logp.exp(), logp[:, None] - logp[None]).numpy()
+        tokens += len(said)
+    return total / tokens
 
 
 class Evaluation:
@@ -147,42 +84,32 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace, config: dict, members: dict[str, Path]):
         self.out, self.samples, self.members = args.out, args.samples, members
         self.base, self.reward = config["model_name_or_path"], rsoups.load_reward(args.reward)
-        settings = {"temperature": config["temperature"], "max_new_tokens": config["max_completion_length"]}
-        self.ensemble, self.settings = Ensemble(self.base, members, **settings), settings
+        self.settings = {"temperature": config["temperature"], "max_new_tokens": config["max_completion_length"]}
+        self.live = rsoups.LiveSoup.from_pretrained(self.base, members)
 
-    def soups(self, name: str, prompts: list[str], rows: list[list[float]]) -> list[dict]:
-        """Records of soups of the members."""
-        records = []
-        for seed in range(self.samples):
-            path = self.out / "records" / f"{name}-{seed}.jsonl"
-            rewards = {self.reward.name: self.reward}
-            rsoups.sweep(
-                self.base, self.members, rewards, prompts, rows, cut=TASK.cut, seed=seed, out=path, **self.settings
-            )
-            records += read_jsonl(path)
-        return records
+    def records(self, name: str, prompts: list[str], rows: list[list[float]], ensemble: bool = False) -> list[dict]:
+        """Records of soups of the members, the base and their prediction ensemble."""
+        path = self.out / "records" / f"{name}.jsonl"
+        rewards = {self.reward.name: self.reward}
+        settings = {"ensemble": ensemble, "samples": self.samples, "cut": TASK.cut, "out": path} | self.settings
+        rsoups.sweep(self.live, None, rewards, prompts, rows, **settings)
+        return read_jsonl(path)
 
     def score(self, prompts: list[str], soup: rsoups.Soup) -> float:
         """The soup's mean reward."""
         weights = dict(zip((i.name for i in soup.ingredients), soup.lambdas, strict=True))
         row = [weights.get(name, 0.0) for name in self.members]
-        records = self.soups("validation-" + "+".join(sorted(weights)), prompts, [row])
+        records = self.records("validation-" + "+".join(sorted(weights)), prompts, [row])
         return rsoups.Front.from_records(records).soups[0].mean[self.reward.name]
 
     def front(self, name: str, prompts: list[str], rows: list[list[float]]) -> tuple[rsoups.Front, np.ndarray]:
         """Soups, base and ensemble; and the members' divergences over what their uniform soup responds."""
-        records = self.soups(name, prompts, rows)
-        path = self.out / "records" / f"{name}-ensemble.jsonl"
-        if not path.exists():
-            lines = [
-                json.dumps(r) for s in range(self.samples) for r in records_of(self.ensemble, self.reward, prompts, s)
-            ]
-            path.write_text("\n".join(lines) + "\n", "utf-8")
+        records = self.records(name, prompts, rows, ensemble=True)
         said = {
-            r["prompt"]: r["response"] for r in records if r["lambdas"] and r["seed"] == 0 and is_uniform(r["lambdas"])
+            r["prompt"]: r["response"] for r in records if r["lambdas"] and not r["sample"] and is_uniform(r["lambdas"])
         }
-        divergences = self.ensemble.divergences(list(said), list(said.values()))
-        return rsoups.Front.from_records(records + read_jsonl(path)), divergences
+        found = divergences(self.live, list(said), list(said.values()), self.settings["temperature"])
+        return rsoups.Front.from_records(records), found
 
 
 def is_uniform(lambdas: dict[str, float]) -> bool:

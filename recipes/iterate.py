@@ -34,8 +34,9 @@ from ppo_reward import parse as parse_ppo
 from ppo_reward import policy, prompts, task_of
 from rsoups._files import whole_folder
 from rsoups._resources import resolve
-from rsoups.front import Estimate
+from rsoups.estimates import Estimate
 from rsoups.lineage import MANIFEST_FILE, write_manifest
+from rsoups.points import Point
 from rsoups.ppo import reset_adapter
 from rsoups.sampling import fast_sampling
 from rsoups.tasks import read_jsonl
@@ -73,7 +74,7 @@ class Evaluator:
         self.name = model.model_name_or_path
         self.tokenizer = AutoTokenizer.from_pretrained(resolve(self.name), padding_side="left")
         room = self.base.config.get_text_config().max_position_embeddings - self.training.max_completion_length
-        self.prompts = list(dict.fromkeys(prompts(self.script, self.training, self.tokenizer, room)[1]))
+        self.prompts = list(dict.fromkeys(prompts(self.script, self.training, self.tokenizer, room)[1]["prompt"]))
         if lora is None:
             self.base = self.base.unload()
         elif not self.start.exists():
@@ -193,7 +194,7 @@ def report(front: rsoups.Front, rewards: list[str], out: Path) -> None:
     figure.savefig(out / "iterate.png", dpi=130)
 
 
-def mean_of(front: rsoups.Front, point: rsoups.front.Point, rewards: list[str]) -> Estimate:
+def mean_of(front: rsoups.Front, point: Point, rewards: list[str]) -> Estimate:
     """The mean of some rewards, with its interval: 1.96 standard errors over prompts."""
     values = point.values[:, [front.rewards.index(reward) for reward in rewards]].mean(axis=1)
     half = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0

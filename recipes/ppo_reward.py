@@ -17,6 +17,7 @@ run's own seed.
 import os
 import sys
 import warnings
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import (
     GRPOConfig,
     GRPOTrainer,
@@ -37,14 +38,15 @@ from trl import (
 )
 from trl.trainer.utils import use_adapter
 
-from rsoups import PPOConfig, PPOTrainer, Reward, load_reward
-from rsoups._resources import load_rows, resolve
+from rsoups import PPOConfig, PPOTrainer, load_reward
+from rsoups._resources import resolve, train_and_held_out
 from rsoups.adapters import read_adapter
+from rsoups.function_rewards import check_columns, columns_read
 from rsoups.hub import push_adapter, reserve
 from rsoups.lineage import fingerprint, settings_of, write_manifest
 from rsoups.ppo import reset_adapter
 from rsoups.scoring import reward_function
-from rsoups.tasks import TASKS, Task, custom_task, fit_prompts, with_prefixes
+from rsoups.tasks import TASKS, Task, columns_of, custom_task, fit_prompts, with_prefixes
 
 # A soup does not care how its ingredients were trained: same cards, tasks, adapters and outputs for each.
 ALGORITHMS = {"ppo": (PPOConfig, PPOTrainer), "grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
@@ -69,7 +71,8 @@ class ScriptArguments:
         metadata={"help": "Of a custom task's prompts, such as 'Summarise: {article}'; its column prompt if unset."},
     )
     dataset: str | None = field(
-        default=None, metadata={"help": "JSONL file, folder or Hub id; the task's own if unset."}
+        default=None,
+        metadata={"help": "File (its last tenth, or fewer, held out), folder or Hub id; the task's own if unset."},
     )
     algorithm: str = field(
         default="ppo", metadata={"help": "Whose settings, and which trainer.", "choices": sorted(ALGORITHMS)}
@@ -124,20 +127,23 @@ def task_of(script: ScriptArguments) -> Task:
     return custom_task(script.dataset, script.template)
 
 
-def prompts(script: ScriptArguments, training: GRPOConfig | RLOOConfig, tokenizer: Any, room: int) -> list[list[str]]:
-    """Prompts to train on and held-out ones, as the policy reads them and no longer than `room` tokens."""
+def prompts(
+    script: ScriptArguments, training: GRPOConfig | RLOOConfig, tokenizer: Any, room: int, kept: Collection[str] = ()
+) -> list[dict[str, list]]:
+    """What to train on and what is held out: columns of prompts, as the policy reads them and no longer than `room` tokens,
+    of their references, where the data has any, and of what else is `kept` for the rewards."""
     found = []
-    for split, limit in (("train", None), ("test", script.eval_prompts)):
-        rows = load_rows(task_of(script), script.dataset, split, limit) if limit != 0 else []
-        texts = [row["prompt"] for row in rows]
+    splits = train_and_held_out(task_of(script), script.dataset, script.eval_prompts, kept)
+    for split, rows in zip(("train", "held-out"), splits, strict=True):
         if script.prefix_tokens:
             ids = partial(tokenizer.encode, add_special_tokens=False)
-            texts = with_prefixes(rows, ids, tokenizer.decode, *script.prefix_tokens, seed=training.seed)
-        lengths = [len(tokens(tokenizer, text)) for text in texts]
-        kept = fit_prompts(texts, lengths, room, script.long_prompts) if texts else []
-        if len(kept) < len(texts):
-            print(f"{len(texts) - len(kept)} of {len(texts)} {split} prompts dropped: longer than {room} tokens")
-        found.append(kept)
+            begun = with_prefixes(rows, ids, tokenizer.decode, *script.prefix_tokens, seed=training.seed)
+            rows = [row | {"prompt": prompt} for row, prompt in zip(rows, begun, strict=True)]
+        lengths = [len(tokens(tokenizer, row["prompt"])) for row in rows]
+        fitting = fit_prompts(rows, lengths, room, script.long_prompts) if rows else []
+        if len(fitting) < len(rows):
+            print(f"{len(rows) - len(fitting)} of {len(rows)} {split} prompts dropped: longer than {room} tokens")
+        found.append(columns_of(fitting))
     return found
 
 
@@ -176,13 +182,13 @@ def write_lineage(
     training: GRPOConfig | RLOOConfig,
     model: ModelConfig,
     trainer: GRPOTrainer,
-    loaded: list,
+    rewards: list,
     results: dict[str, Any],
 ) -> None:
     """lineage.json beside the adapter: what it was made from, how, by which rewards, on which prompts, to what effect."""
     start = read_adapter(resolve(script.adapter_name_or_path)) if script.adapter_name_or_path else None
-    weights = training.reward_weights or [1.0] * len(loaded)
-    cards = [asdict(reward.card) if isinstance(reward, Reward) else {"name": reward.name} for reward in loaded]
+    weights = training.reward_weights or [1.0] * len(rewards)
+    cards = [asdict(reward.card) if hasattr(reward, "card") else {"name": reward.name} for reward in rewards]
     data = {"dataset": script.dataset or task_of(script).dataset, "split": "train", "task": script.task}
     prompt = trainer.train_dataset["prompt"]
     write_manifest(
@@ -235,20 +241,22 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     tokenizer = AutoTokenizer.from_pretrained(
         resolve(model.model_name_or_path), revision=model.model_revision, padding_side="left"
     )
+    device, trusted = script.reward_device or str(training.device), training.trust_remote_code
+    rewards = [load_reward(name, device, trust_remote_code=trusted) for name in script.reward]
+    context = AutoConfig.from_pretrained(resolve(model.model_name_or_path), revision=model.model_revision)
+    room = context.get_text_config().max_position_embeddings - training.max_completion_length
+    room = min(room, script.max_prompt_length or room)
+    train, held_out = prompts(script, training, tokenizer, room, columns_read(rewards))
+    for columns in filter(None, (train, held_out)):
+        check_columns(rewards, columns)
     actor, lora = policy(script, model)
-    room = actor.config.get_text_config().max_position_embeddings - training.max_completion_length
-    train, held_out = prompts(script, training, tokenizer, min(room, script.max_prompt_length or room))
-    device = script.reward_device or str(training.device)
-    cut = task_of(script).cut
-    loaded = [load_reward(name, device) for name in script.reward]
-    rewards = [reward_function(reward, cut, tokenizer) for reward in loaded]
     _, kind = ALGORITHMS[script.algorithm]
     trainer = kind(
         model=actor,
-        reward_funcs=rewards,
+        reward_funcs=[reward_function(reward, task_of(script).cut, tokenizer) for reward in rewards],
         args=training,
-        train_dataset=Dataset.from_dict({"prompt": train}),
-        eval_dataset=Dataset.from_dict({"prompt": held_out}) if held_out else None,
+        train_dataset=Dataset.from_dict(train),
+        eval_dataset=Dataset.from_dict(held_out) if held_out else None,
         processing_class=tokenizer,
         peft_config=lora,
     )
@@ -264,7 +272,7 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     trainer.save_state()  # the log of the run beside the adapter
     results = summary(trainer) if held_out else {}
     if trainer.accelerator.is_main_process:
-        write_lineage(script, training, model, trainer, loaded, results)
+        write_lineage(script, training, model, trainer, rewards, results)
     trainer.accelerator.print(f"adapter: {training.output_dir}")
     if repository:
         print(push_adapter(training.output_dir, repository, **options))

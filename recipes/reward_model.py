@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
 
 from rsoups._resources import resolve
-from rsoups.scoring import encode_pairs
+from rsoups.reward_inputs import encode_pairs
 from rsoups.tasks import question_of, read_jsonl
 
 

@@ -1,12 +1,14 @@
 """Sweep λ between adapters: one base, N ingredients, every reward at every λ; then the front and its report.
 
     python recipes/sweep.py --adapters naturalness=runs/ppo-naturalness coverage=runs/ppo-coverage \\
-        --reward naturalness coverage --others "MORL 0.5/0.5=runs/ppo-morl" --output_dir runs/sweep
+        --reward naturalness coverage --held_out_reward rating --morl "MORL 0.5/0.5=runs/ppo-morl" --output_dir runs/sweep
+    accelerate launch recipes/sweep.py ...                    # the work is shared by processes and GPUs
     rsoups sweep ...                                          # the same script, from an installed package
 
-Writes records.jsonl, front.png, report.html and report.md to `--output_dir`. Run again after an interruption, it goes
-on after the records that are there. As in the paper: 11 λ from 0 to 1, sampled responses; unlike it, the base is loaded
-once, prompts are generated in batches, and every figure has an interval.
+Writes records.jsonl, front.png, report.html and report.md to `--output_dir`. Run again after an interruption, with any number
+of processes, it goes on after the records that are there. As in the paper: 11 λ from 0 to 1, sampled responses; unlike it, the
+base is loaded once, all λ share its batches, every model answers under the same random numbers, and every figure has an
+interval.
 """
 
 import os
@@ -16,29 +18,52 @@ from pathlib import Path
 import torch
 from trl import TrlParser
 
-from rsoups import load_reward, sweep, write_report
+from rsoups import DatasetError, load_reward, simplex, sweep, write_report
 from rsoups._resources import load_rows
-from rsoups.sweeps import simplex
-from rsoups.tasks import TASKS, read_jsonl
+from rsoups.function_rewards import check_columns, columns_read
+from rsoups.tasks import TASKS, Task, columns_of, custom_task, read_jsonl
 
 
 @dataclass
 class ScriptArguments:
     adapters: list[str] = field(metadata={"help": "Ingredients, NAME=FOLDER or Hub id."})
-    reward: list[str] = field(metadata={"help": "Reward cards, by name or path."})
+    reward: list[str] = field(metadata={"help": "Rewards: cards by name or path, module:function."})
+    held_out_reward: list[str] = field(
+        default_factory=list, metadata={"help": "Rewards that no ingredient was trained on, marked in the report."}
+    )
     model_name_or_path: str = field(default="rsoups/tiny-llama", metadata={"help": "Base."})
-    others: list[str] = field(default_factory=list, metadata={"help": "Further adapters to compare, NAME=FOLDER."})
-    task: str = field(default="concepts", metadata={"help": "Task of the prompts.", "choices": sorted(TASKS)})
+    others: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further adapters to compare, NAME=FOLDER (MORL runs, say).", "aliases": ["--morl"]},
+    )
+    ensemble: bool = field(default=False, metadata={"help": "Compare the ingredients' prediction ensemble too."})
+    task: str = field(
+        default="concepts",
+        metadata={"help": "Task of the prompts; custom: of a dataset's own.", "choices": [*sorted(TASKS), "custom"]},
+    )
+    template: str | None = field(
+        default=None, metadata={"help": "Of a custom task's prompts, as in ppo_reward.py; its column prompt if unset."}
+    )
     dataset: str | None = field(
         default=None, metadata={"help": "JSONL file, folder or Hub id; the task's own if unset."}
     )
     prompts: int = field(default=200, metadata={"help": "Test prompts."})
+    samples: int = field(default=1, metadata={"help": "Responses of each model to each prompt."})
     points: int = field(default=11, metadata={"help": "λ on each edge of the simplex."})
+    random: int = field(default=0, metadata={"help": "So many λ more, drawn from the whole simplex."})
+    refine: int = field(default=0, metadata={"help": "So many λ more, each where the front has its largest gap."})
     method: str = field(default="exact", metadata={"help": "exact or factors.", "choices": ["exact", "factors"]})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling; 0 is greedy."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest response."})
-    batch_size: int = field(default=64, metadata={"help": "Prompts generated at a time."})
-    seed: int = field(default=0, metadata={"help": "Of sampling."})
+    long_prompts: str = field(
+        default="refuse",
+        metadata={"help": "Prompts that leave no room in the context: refuse, or drop.", "choices": ["refuse", "drop"]},
+    )
+    batch_tokens: int | None = field(default=None, metadata={"help": "Of a batch; what fits the memory if unset."})
+    server: str | None = field(
+        default=None, metadata={"help": "URL of a vLLM server of this base, which answers instead."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of sampling, and of --random."})
     output_dir: str = field(default="runs/sweep", metadata={"help": "Folder of the records and the report."})
 
 
@@ -51,31 +76,50 @@ def named(pairs: list[str]) -> dict[str, str]:
     return out
 
 
+def task_of(script: ScriptArguments) -> Task:
+    if script.task != "custom":
+        return TASKS[script.task]
+    if script.dataset is None:
+        raise DatasetError("--task custom needs a --dataset")
+    return custom_task(script.dataset, script.template)
+
+
 def main(script: ScriptArguments) -> None:
-    task = TASKS[script.task]
-    rows = load_rows(task, script.dataset, "test")
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: script.prompts]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = [load_reward(name, device) for name in script.reward]
+    task, out = task_of(script), Path(script.output_dir)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    loaded = {source: load_reward(source, device) for source in [*script.reward, *script.held_out_reward]}
+    rewards = {reward.name: reward for reward in loaded.values()}
+    rows = load_rows(task, script.dataset, "test", kept=columns_read(loaded.values()))
+    different = list({repr(row["prompt"]): row for row in reversed(rows)}.values())[::-1]
+    columns = columns_of(different[: script.prompts])
+    check_columns(list(loaded.values()), columns)
     adapters = named(script.adapters)
-    out = Path(script.output_dir)
     front = sweep(
         script.model_name_or_path,
         adapters,
-        {reward.name: reward for reward in loaded},
-        prompts,
-        simplex(len(adapters), script.points),
+        rewards,
+        columns.pop("prompt"),
+        simplex(len(adapters), script.points, random=script.random, seed=script.seed),
         method=script.method,
+        samples=script.samples,
         others=named(script.others),
+        ensemble=script.ensemble,
+        refine=script.refine,
+        columns=columns,
+        held_out=[loaded[source].name for source in script.held_out_reward],
         cut=task.cut,
         temperature=script.temperature,
         max_new_tokens=script.max_new_tokens,
-        batch_size=script.batch_size,
+        long_prompts=script.long_prompts,
+        batch_tokens=script.batch_tokens or "auto",
+        server=script.server,
         seed=script.seed,
+        notes={"task": script.task, "reward_sources": {reward.name: source for source, reward in loaded.items()}},
         out=out / "records.jsonl",
     )
-    write_report(front, read_jsonl(out / "records.jsonl"), out)
-    print(front.to_markdown())
+    if os.environ.get("RANK", "0") == "0":
+        write_report(front, read_jsonl(out / "records.jsonl"), out)
+        print(front.to_markdown())
 
 
 if __name__ == "__main__":

@@ -18,19 +18,27 @@ if TYPE_CHECKING:
         OutputError,
         RewardError,
         RsoupsError,
+        ServerError,
         SuiteError,
         TrainingError,
+        VotesError,
     )
     from rsoups.averaging import EMACallback, greedy, moving_average
+    from rsoups.explorer import explore
     from rsoups.front import Front
     from rsoups.full_weights import interpolate_checkpoints
+    from rsoups.grids import simplex
     from rsoups.hub import push_front
+    from rsoups.judge import Judge, JudgeCard
     from rsoups.live import LiveSoup
     from rsoups.ppo import PPOConfig, PPOTrainer
+    from rsoups.probing import Probe, Sample, probe
     from rsoups.report import write_report
     from rsoups.scoring import Reward, RewardCard, load_reward
     from rsoups.soup import Soup, interpolate
-    from rsoups.sweeps import simplex, sweep
+    from rsoups.space import write_space
+    from rsoups.sweeps import sweep
+    from rsoups.votes import fit_votes
 
 __version__ = "0.1.0"
 
@@ -46,19 +54,27 @@ _HOMES = {
         "OutputError",
         "RewardError",
         "RsoupsError",
+        "ServerError",
         "SuiteError",
         "TrainingError",
+        "VotesError",
     ),
     "averaging": ("EMACallback", "greedy", "moving_average"),
+    "explorer": ("explore",),
     "front": ("Front",),
     "full_weights": ("interpolate_checkpoints",),
     "hub": ("push_front",),
+    "grids": ("simplex",),
+    "judge": ("Judge", "JudgeCard"),
     "live": ("LiveSoup",),
     "ppo": ("PPOConfig", "PPOTrainer"),
+    "probing": ("Probe", "Sample", "probe"),
     "report": ("write_report",),
     "scoring": ("Reward", "RewardCard", "load_reward"),
     "soup": ("Soup", "interpolate"),
-    "sweeps": ("simplex", "sweep"),
+    "space": ("write_space",),
+    "sweeps": ("sweep",),
+    "votes": ("fit_votes",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -70,28 +86,38 @@ __all__ = [
     "Front",
     "FrontError",
     "HubError",
+    "Judge",
+    "JudgeCard",
     "LambdasError",
     "LineageError",
     "LiveSoup",
     "OutputError",
     "PPOConfig",
     "PPOTrainer",
+    "Probe",
     "Reward",
     "RewardCard",
     "RewardError",
     "RsoupsError",
+    "Sample",
+    "ServerError",
     "Soup",
     "SuiteError",
     "TrainingError",
+    "VotesError",
+    "explore",
+    "fit_votes",
     "greedy",
     "interpolate",
     "interpolate_checkpoints",
     "load_reward",
     "moving_average",
+    "probe",
     "push_front",
     "simplex",
     "sweep",
     "write_report",
+    "write_space",
 ]
 
 

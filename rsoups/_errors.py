@@ -7,10 +7,12 @@ RsoupsError
 ├── RewardError           a reward card, its model or its scores (also a ValueError)
 ├── DatasetError          prompts and datasets (also a ValueError)
 ├── FrontError            records and fronts (also a ValueError)
+├── VotesError            choices between generations (also a ValueError)
 ├── TrainingError         a run that would go on in vain: not finite, or run away from its reference
 ├── OutputError           an output folder that is in use or cannot be written
 ├── LineageError          a manifest that is none, a soup that is not what its manifest says (also a ValueError)
 ├── SuiteError            a test suite that is none, or that a soup does not pass (also a ValueError)
+├── ServerError           a server that generates responses
 └── HubError              publishing to or reading from the Hub
 """
 
@@ -43,6 +45,10 @@ class FrontError(RsoupsError, ValueError):
     """Records that no front can be made of."""
 
 
+class VotesError(RsoupsError, ValueError):
+    """Votes that are malformed, or not about the ingredients asked for."""
+
+
 class TrainingError(RsoupsError):
     """A training run that was stopped because it would go on in vain; its last checkpoint is good."""
 
@@ -57,6 +63,10 @@ class LineageError(RsoupsError, ValueError):
 
 class SuiteError(RsoupsError, ValueError):
     """A test suite that cannot be read, or that a model does not pass."""
+
+
+class ServerError(RsoupsError):
+    """A server that should generate responses refused, or could not be reached."""
 
 
 class HubError(RsoupsError):

@@ -1,16 +1,18 @@
-"""Files and folders: that appear whole or not at all, their hashes, those of the Hub."""
+"""Files and folders: that appear whole or not at all, their lines, their hashes, those of the Hub."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from rsoups._errors import HubError, OutputError
+from rsoups._errors import HubError, OutputError, RsoupsError
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<subfolder>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?")
 
@@ -81,6 +83,24 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def json_lines(path: str | Path, refusal: type[RsoupsError]) -> Iterator[tuple[int, Any]]:
+    """The values of a JSON-lines file with the numbers of their lines, from 1; empty lines are passed over.
+
+    Raises:
+        RsoupsError: Of the given class: the file cannot be read, or a line is not JSON.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise refusal(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines, which cuts at U+2028 inside a text too
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise refusal(f"{path}, line {number}: not JSON ({error})") from None
 
 
 def sha256_of(path: Path) -> str:

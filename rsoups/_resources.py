@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,9 @@ def resolve(name: str) -> str:
     return str(_PACKAGE / "assets" / asset)
 
 
-def load_rows(task: Task, dataset: str | None, split: str, limit: int | None = None) -> list[dict[str, Any]]:
+def load_rows(
+    task: Task, dataset: str | None, split: str, limit: int | None = None, kept: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Rows of a task, ``{"prompt", "references"}``.
 
     Args:
@@ -43,6 +45,7 @@ def load_rows(task: Task, dataset: str | None, split: str, limit: int | None = N
         dataset: As `raw_rows` takes it.
         split: ``"train"`` or ``"test"``.
         limit: Keep the first `limit` rows that the task can use.
+        kept: Further columns to keep, where the dataset has them: those that rewards read.
 
     Raises:
         DatasetError: Missing file or column, or no usable row.
@@ -52,7 +55,19 @@ def load_rows(task: Task, dataset: str | None, split: str, limit: int | None = N
     most = task.most.get(split) if _is_own(task, dataset) else None
     # Seen only where it takes a while: datasets of the Hub.
     raw = tqdm(raw_rows(task, dataset, split), desc=f"{task.name}, {split}", unit=" rows", delay=3, leave=False)
-    return task.rows(raw, min(filter(None, (limit, most)), default=None))
+    return task.rows(raw, min(filter(None, (limit, most)), default=None), kept)
+
+
+def train_and_held_out(
+    task: Task, dataset: str | None, held_out: int, kept: Collection[str] = ()
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to train on, and at most `held_out` others to judge by: the first of the dataset's test split, or of one file, which
+    has no splits, its last ones, a tenth of it at most."""
+    train = load_rows(task, dataset, "train", kept=kept)
+    if Path(resolve(dataset or task.dataset)).name.endswith(_TABLES):
+        count = min(held_out, len(train) // 10)
+        return train[: len(train) - count], train[len(train) - count :]
+    return train, load_rows(task, dataset, "test", held_out, kept) if held_out else []
 
 
 def _is_own(task: Task, dataset: str | None) -> bool:
@@ -93,6 +108,11 @@ def raw_rows(task: Task, dataset: str | None, split: str) -> Iterable[dict[str, 
     return load_dataset(source, task.subset if own else None, split=name, streaming=streaming)
 
 
+def asset(name: str) -> str:
+    """A text that ships: a page, a style sheet, a script."""
+    return (_PACKAGE / "assets" / name).read_text(encoding="utf-8")
+
+
 def template(name: str) -> Template:
     """A page with $-placeholders, as it ships."""
-    return Template((_PACKAGE / "assets" / name).read_text(encoding="utf-8"))
+    return Template(asset(name))

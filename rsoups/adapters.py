@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from rsoups._errors import AdapterError
 from rsoups._files import from_hub, sha256_of
+from rsoups.tensor_files import DTYPES, largest, rows_of_blocks
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -37,7 +39,9 @@ BASE_EMBEDDING = ".base_layer.weight"  # PEFT saves an adapted embedding's own w
 EMBEDDINGS = tuple(f".{name}.weight" for name in EMBEDDING_LAYER_NAMES)  # saved whole where the vocabulary was resized
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<kind>weight|bias))?")
 _LONGEST_CONFIG = 2**24  # bytes; real ones have a few thousand
-_HASHING = ThreadPoolExecutor(max_workers=2, thread_name_prefix="rsoups-sha256")  # beside the reading
+_HASHING = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="rsoups-sha256")  # beside the other work
+_PIECE = 2**20  # numbers that are read of a tensor at a time
+_Read = Callable[[str, slice], Tensor]  # some rows of a tensor, or with slice(None) all of it
 
 # Fields that make an adapter more than θ0 + s·B·A, and why no soup can be made of it.
 _REFUSED = {
@@ -96,9 +100,10 @@ class Adapter:
     source: str
     config: LoraConfig
     layout: dict[str, Tensor]
-    _read: Callable[[str], Tensor]
+    _read: _Read
     _digest: Future[str]
     revision: str | None = None
+    _file: tuple[Path, os.stat_result] | None = None  # of the weights, as it was found
 
     @property
     def sha256(self) -> str:
@@ -114,17 +119,56 @@ class Adapter:
         Raises:
             AdapterError: The file is not what it was.
         """
-        return self._read(name)
+        return self._read(name, slice(None))
+
+    def blocks(self, name: str, rows: int | None = None) -> Iterator[Tensor]:
+        """One tensor as `tensor` gives it, some rows at a time, as many as `rows_of_blocks` says by default."""
+        shape = self.layout[name].shape
+        rows = rows or rows_of_blocks(shape)
+        piece = rows * max(1, _PIECE // max(1, rows * shape[1:].numel()))
+        if piece >= shape[:1].numel():
+            yield from self.tensor(name).view(shape or (1,)).split(rows)
+            return
+        for start in range(0, shape[0], piece):
+            yield from self._read(name, slice(start, min(start + piece, shape[0]))).split(rows)
 
     def check_values(self) -> None:
-        """Read every tensor.
+        """Read every tensor, once.
 
         Raises:
-            AdapterError: One is not finite.
+            AdapterError: One is not finite, or the file has changed.
         """
+        _ = self.largest
+        self.check_unchanged()
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest magnitude of all values; refuses, as `check_values` does, what is not finite."""
+        top = 0.0
         for name in self.layout:
-            if not is_finite(self._read(name)):
-                raise AdapterError(f"{self.source}: tensor {name} holds NaN or infinity: the run that made it diverged")
+            for block in self.blocks(name):
+                if not math.isfinite(found := largest(block)):
+                    raise AdapterError(
+                        f"{self.source}: tensor {name} holds NaN or infinity: the run that made it diverged"
+                    )
+                top = max(top, found)
+        return top
+
+    def check_unchanged(self) -> None:
+        """Whether all that was read so far is of the file that was opened.
+
+        Raises:
+            AdapterError: It was written to. (One that was deleted or replaced by another is read on as it was.)
+        """
+        if self._file is None:
+            return
+        path, before = self._file
+        try:
+            now = path.stat()
+        except OSError:
+            return
+        if now.st_ino == before.st_ino and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise AdapterError(f"{path} was written to after it was opened for this soup: interpolate again")
 
     @cached_property
     def modules(self) -> dict[str, LoraModule]:
@@ -138,11 +182,6 @@ class Adapter:
     def full(self) -> list[str]:
         """Names of whole parameters that were trained beside the LoRA (`modules_to_save`, biases), or saved with it."""
         return [name for name in self.layout if not _FACTOR.fullmatch(name)]
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are. The smallest and the largest are NaN where any is: a quarter of torch.isfinite's time."""
-    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def read_adapter(source: Any) -> Adapter:
@@ -192,7 +231,11 @@ def adapter_of(source: str, config: LoraConfig, tensors: dict[str, Tensor]) -> A
         return total.hexdigest()
 
     layout = {key: tensor.to("meta") for key, tensor in tensors.items()}
-    return Adapter(source, config, layout, tensors.__getitem__, _HASHING.submit(digest))
+
+    def read(name: str, rows: slice) -> Tensor:
+        return tensors[name] if rows == slice(None) else tensors[name][rows]
+
+    return Adapter(source, config, layout, read, _HASHING.submit(digest))
 
 
 def _from_files(source: str) -> Adapter:
@@ -221,33 +264,25 @@ def _from_files(source: str) -> Adapter:
         return AdapterError(f"{weights} is corrupt or not a safetensors file ({error}); copy it again")
 
     try:
+        found_as = weights.stat()
         file = safe_open(weights, "pt", backend="pread")  # not mapped: a file cut short is an error, not a crash
         layout = {name: _meta(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise corrupt(error) from None
 
-    def read(name: str) -> Tensor:
+    def read(name: str, rows: slice) -> Tensor:
         try:
-            return file.get_tensor(name)
+            return file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
         except (SafetensorError, OSError) as error:
             raise corrupt(error) from None
 
-    return Adapter(source, config, layout, read, _HASHING.submit(sha256_of, weights), revision)
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+    digest = _HASHING.submit(sha256_of, weights)
+    return Adapter(source, config, layout, read, digest, revision, (weights, found_as))
 
 
 def _meta(view: Any) -> Tensor:
     """A tensor of a file without its values; what is not floating-point is told by its kind only."""
-    return torch.empty(view.get_shape(), dtype=_DTYPES.get(view.get_dtype(), torch.int64), device="meta")
+    return torch.empty(view.get_shape(), dtype=DTYPES.get(view.get_dtype(), torch.int64), device="meta")
 
 
 def _read_config(path: Path) -> LoraConfig:

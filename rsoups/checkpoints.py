@@ -64,7 +64,7 @@ def only_run_in(folder: str | Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"another run is training into {folder}: wait for it, or choose another folder") from None
+            raise OutputError(f"another run is writing into {folder}: wait for it, or choose another folder") from None
         except OSError as error:  # file systems without locks
             logging.getLogger(__name__).warning("cannot keep other runs out of %s: %s", folder, error)
         yield

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import runpy
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rsoups import __version__
-from rsoups._errors import AdapterError, DatasetError, RsoupsError
+from rsoups._errors import AdapterError, DatasetError, FrontError, OutputError, RewardError, RsoupsError
 from rsoups._resources import shipped
 from rsoups.cli_hub import add_commands
+
+if TYPE_CHECKING:
+    from rsoups.front import Front
+    from rsoups.tasks import Task
 
 _RECIPES = {
     "sweep": "generate and score at every λ, then draw the front and write the report",
@@ -75,12 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     rewards = commands.add_parser("rewards", help="the reward cards that ship with rsoups")
     rewards.set_defaults(run=_rewards)
 
-    score = commands.add_parser("score", help="score one response, and show what the reward model reads")
+    score = commands.add_parser("score", help="score one response, and show what a reward model reads")
     score.add_argument("--reward", required=True, help="a card's name or path, a classifier's Hub id, module:function")
     score.add_argument("--prompt", required=True, help="a policy's prompt, or a bare question")
     score.add_argument("--response", required=True)
+    score.add_argument("--reference", nargs="+", help="texts that a statistical reward compares the response with")
     score.add_argument("--device", default="cpu")
+    score.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     score.set_defaults(run=_score)
+
+    _add_probe(commands)
 
     tasks = commands.add_parser("tasks", help="the tasks that write prompts")
     tasks.set_defaults(run=_tasks)
@@ -95,15 +106,72 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--rows", type=int, default=1000, help="how many of the dataset's rows are looked at")
     preview.set_defaults(run=_preview)
 
-    report = commands.add_parser("report", help="draw the front of a records file and write its report")
-    report.add_argument("records", type=Path, help="records.jsonl of a sweep")
-    report.add_argument("--out", type=Path, help="folder of the report; beside the records if left out")
-    report.set_defaults(run=_report)
-
+    _add_fronts(commands)
+    _add_explore(commands)
     add_commands(commands)
     for name, text in _RECIPES.items():  # listed here for --help; `main` runs them
         commands.add_parser(name, help=text, add_help=False)
     return parser
+
+
+def _add_fronts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands over a sweep's records."""
+    report = commands.add_parser("report", help="draw the front of a records file and write its report")
+    report.add_argument("records", type=Path, help="records.jsonl of a sweep")
+    report.add_argument("--out", type=Path, help="folder of the report; beside the records if left out")
+    report.add_argument(
+        "--reference",
+        nargs="+",
+        metavar="REWARD=VALUE",
+        help="where hypervolume is counted from, for each reward (all maximised)",
+    )
+    report.add_argument(
+        "--other",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="further fronts: records.jsonl, or points in a .csv",
+    )
+    report.set_defaults(run=_report)
+
+    select = commands.add_parser("select", help="choose λ among the soups of a records file, by one rule")
+    select.add_argument("records", type=Path, help="records.jsonl of a sweep, or points in a .csv")
+    select.add_argument("--preference", nargs="+", metavar="REWARD=WEIGHT", help="the largest weighted sum")
+    select.add_argument(
+        "--maximise", metavar="REWARD", help="the most of one reward, with --subject_to limits of others"
+    )
+    select.add_argument("--subject_to", nargs="+", metavar="'REWARD >= 0.2'", help="limits of rewards, each in quotes")
+    select.add_argument("--knee", action="store_true", help="where the front bends")
+    select.add_argument("--votes", type=Path, help="votes.jsonl: what people chose between generations")
+    select.set_defaults(run=_select)
+
+
+def _add_explore(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    explore = commands.add_parser("explore", help="choose λ on a page: slide, read, vote, save; or write it as a Space")
+    explore.add_argument("folder", nargs="?", type=Path, help="of a sweep: records.jsonl, the models beside it")
+    explore.add_argument("--base", help="folder or Hub id; the sweep's if left out")
+    explore.add_argument("--adapters", nargs="+", default=[], metavar="NAME=FOLDER", help="the sweep's if left out")
+    explore.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    explore.add_argument("--port", type=int, help="the first free one from 7860 if left out")
+    explore.add_argument("--export", type=Path, metavar="FOLDER", help="write a Hugging Face Space there instead")
+    explore.set_defaults(run=_explore)
+
+
+def _add_probe(commands: argparse._SubParsersAction) -> None:
+    probe = commands.add_parser("probe", help="what rewards make of length, nothing, noise, templates, wrong questions")
+    probe.add_argument("rewards", nargs="+", help="rewards, as in rsoups score")
+    probe.add_argument("--task", default="concepts", help="a task's name, or custom")
+    probe.add_argument("--dataset", help="file, folder or Hub id; the task's own if left out")
+    probe.add_argument("--template", help="of a custom task's prompts")
+    probe.add_argument("--split", default="test", choices=("train", "test"))
+    probe.add_argument("--model", default="rsoups/tiny-llama", help="who answers where the data holds no references")
+    probe.add_argument("--records", help="take the responses of a sweep's records.jsonl instead")
+    probe.add_argument("--rows", type=int, default=200, help="how many responses are looked at")
+    probe.add_argument("--seed", type=int, default=0)
+    probe.add_argument("--device", default="cpu")
+    probe.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a model")
+    probe.add_argument("--out", type=Path, help="JSON file of the figures")
+    probe.set_defaults(run=_probe)
 
 
 def _recipe(name: str, arguments: list[str]) -> None:
@@ -159,27 +227,66 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _rewards(args: argparse.Namespace) -> None:
-    from rsoups.scoring import RewardCard, cards
+    from rsoups.scoring import cards, read_card
 
     for name, path in cards().items():
-        card = RewardCard.read(path)
-        logit = f"{'-' if card.sign < 0 else ''}logit {card.logit}" + (
-            f" - logit {card.minus}" if card.minus is not None else ""
-        )
-        print(f"{name:20} {card.model:50} {card.input:28} {logit}")
+        print(f"{name:20} {read_card(path).summary()}")
 
 
 def _score(args: argparse.Namespace) -> None:
+    from rsoups.function_rewards import columns_read
+    from rsoups.judge import Judge
     from rsoups.scoring import Reward, load_reward
 
-    reward = load_reward(args.reward, args.device)
+    reward = load_reward(args.reward, args.device, trust_remote_code=args.trust_remote_code)
     if isinstance(reward, Reward):
         found = reward.explain(args.prompt, args.response)
         print(f"input   {found['text']}\nids     {found['ids']}")
         print("logits  " + ", ".join(f"{label} {value:.6g}" for label, value in found["logits"].items()))
         print(f"score   {found['score']:.6g}")
     else:
-        print(f"score   {reward([args.prompt], [args.response])[0]:.6g}")
+        if "references" in columns_read([reward]) and not args.reference:
+            raise RewardError(f"reward {reward.name!r} compares a response with references: say --reference TEXT ...")
+        columns = {"references": [args.reference]} if args.reference else {}
+        (score,) = reward([args.prompt], [args.response], **columns)
+        if (card := getattr(reward, "card", None)) and (card.mean, card.std) != (0, 1):
+            print(f"raw     {getattr(card, 'sign', 1) * (score * card.std + card.mean):.6g}")
+        print(f"score   {score:.6g}")
+    if isinstance(reward, Judge):
+        print(f"asked   {reward.counts}")
+
+
+def _probe(args: argparse.Namespace) -> None:
+    from rsoups.judge import Judge
+    from rsoups.probing import probe, sample_of, sample_of_records
+    from rsoups.scoring import load_reward
+
+    loaded = [load_reward(name, args.device, trust_remote_code=args.trust_remote_code) for name in args.rewards]
+    if len(names := {reward.name for reward in loaded}) < len(loaded):
+        raise RewardError(f"{len(loaded)} rewards with {len(names)} names, {sorted(names)}: give each its own")
+    if args.records:
+        sample = sample_of_records(args.records, args.rows, args.seed)
+    else:
+        options = {"split": args.split, "rows": args.rows, "model": args.model, "device": args.device}
+        sample = sample_of(_task(args), args.dataset, seed=args.seed, **options)
+    found = probe({reward.name: reward for reward in loaded}, sample, seed=args.seed)
+    print(found.to_text())
+    for reward in loaded:
+        if isinstance(reward, Judge):
+            print(f"{reward.name} was asked: {reward.counts}")
+    if args.out:
+        try:
+            args.out.write_text(found.to_json(), "utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write {args.out}: {error.strerror}") from None
+
+
+def _task(args: argparse.Namespace) -> Task:
+    from rsoups.tasks import TASKS, custom_task
+
+    if args.task not in {*TASKS, "custom"} or (args.task == "custom" and not args.dataset):
+        raise DatasetError(f"--task is one of {[*TASKS, 'custom']}, and custom needs a --dataset; got {args.task!r}")
+    return custom_task(args.dataset, args.template) if args.task == "custom" else TASKS[args.task]
 
 
 def _tasks(args: argparse.Namespace) -> None:
@@ -199,16 +306,15 @@ def _preview(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from rsoups._resources import raw_rows, resolve
+    from rsoups.function_rewards import columns_read
     from rsoups.scoring import Reward, load_reward
-    from rsoups.tasks import TASKS, custom_task
 
-    if args.task not in {*TASKS, "custom"} or (args.task == "custom" and not args.dataset):
-        raise DatasetError(f"--task is one of {[*TASKS, 'custom']}, and custom needs a --dataset; got {args.task!r}")
-    task = custom_task(args.dataset, args.template) if args.task == "custom" else TASKS[args.task]
+    task = _task(args)
     raw = list(islice(raw_rows(task, args.dataset, args.split), args.rows))
-    rows = task.rows(raw)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))
     reward = load_reward(args.reward) if args.reward else None
+    wanted = columns_read([reward])
+    rows = task.rows(raw, kept=wanted)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))
     print(f"{len(rows)} of the first {len(raw)} rows kept, {len(raw) - len(rows)} dropped")
     for row in rows[:5]:
         text = row["prompt"]
@@ -222,18 +328,102 @@ def _preview(args: argparse.Namespace) -> None:
                 found = reward.explain(row["prompt"], said)
                 print(f"  {reward.name} reads: {found['text']}\n  and scores it {found['score']:.4g}")
             elif reward is not None:
-                print(f"  {reward.name} scores it {reward([row['prompt']], [said])[0]:.4g}")
+                columns = {name: [row[name]] for name in wanted & set(row)}
+                print(f"  {reward.name} scores it {reward([row['prompt']], [said], **columns)[0]:.4g}")
+
+
+def _front(path: Path) -> Front:
+    from rsoups.front import Front
+
+    return Front.from_csv(path) if path.suffix == ".csv" else Front.from_jsonl(path)
 
 
 def _report(args: argparse.Namespace) -> None:
-    from rsoups.front import Front
     from rsoups.report import write_report
     from rsoups.tasks import read_jsonl
 
-    front = Front.from_jsonl(args.records)
-    write_report(front, read_jsonl(args.records), args.out or args.records.parent)
+    front = _front(args.records)
+    others = {}
+    for given in args.other:
+        name, separator, path = given.rpartition("=")
+        others[name if separator else Path(path).stem] = _front(Path(path))
+    records = [] if args.records.suffix == ".csv" else read_jsonl(args.records)
+    told = write_report(
+        front,
+        records,
+        args.out or args.records.parent,
+        reference=_figures(args.reference) if args.reference else None,
+        others=others,
+        settings=_settings(args.records),
+    )
     print(front.to_markdown())
+    for sentence in [*front.notes, *told]:
+        print(f"- {sentence}")
     print(args.out or args.records.parent)
+
+
+def _select(args: argparse.Namespace) -> None:
+    choice = _front(args.records).select(
+        _figures(args.preference) if args.preference else None,
+        maximise=args.maximise,
+        subject_to=dict(_limit(text) for text in args.subject_to) if args.subject_to else None,
+        knee=args.knee,
+        votes=args.votes,
+    )
+    print(f"{choice}  (all rewards maximised)")
+    if choice.point.lambdas:
+        adapters = _settings(args.records).get("adapters", {})
+        found = [_source(args.records.parent, name, adapters.get(name)) for name in choice.point.lambdas]
+        weights = " ".join(f"{weight:.6g}" for weight in choice.point.lambdas.values())
+        print(f"rsoups interpolate {shlex.join(found)} --lambdas {weights} --out soup")
+
+
+def _settings(records: Path) -> dict[str, Any]:
+    """What a sweep leaves beside its records."""
+    path = records.with_suffix(".settings.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _source(folder: Path, name: str, told: str | None) -> str:
+    """An ingredient's folder, told as seen from that of the records, or its Hub id; its name where neither is known."""
+    inside = folder / told if told else None
+    return str(inside) if inside and inside.is_dir() else told or name
+
+
+def _figures(given: Sequence[str]) -> dict[str, float]:
+    """``a=.7 b=.3``, or ``a=.7,b=.3``."""
+    found = {}
+    for pair in ",".join(given).split(","):
+        name, separator, value = pair.rpartition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise FrontError(f"{pair!r} is not REWARD=NUMBER")
+    return found
+
+
+def _limit(text: str) -> tuple[str, str]:
+    """``a >= 0.2`` to the reward and its limit."""
+    place = min((at for sign in "<>" if (at := text.find(sign)) > 0), default=0)
+    if not place:
+        raise FrontError(f"the limit {text!r} is not like 'REWARD >= 0.2'")
+    return text[:place].strip(), text[place:]
+
+
+def _explore(args: argparse.Namespace) -> None:
+    from rsoups.explorer import explore
+    from rsoups.space import write_space
+
+    if wrong := [pair for pair in args.adapters if "=" not in pair]:
+        raise AdapterError(f"--adapters takes NAME=FOLDER or NAME=HUB_ID, got {wrong}")
+    models = {"base": args.base, "adapters": dict(pair.split("=", 1) for pair in args.adapters)}
+    if args.export:
+        write_space(args.folder, args.export, **models)
+        print(f"{args.export}\npublish it: hf upload user/name {args.export} . --repo-type space")
+    else:
+        explore(args.folder, host=args.host, port=args.port, **models)
 
 
 if __name__ == "__main__":

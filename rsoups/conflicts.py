@@ -51,7 +51,7 @@ def barriers(front: Front) -> list[str]:
             if lowest is None:
                 continue
             to_a, to_b = (front.difference(lowest, ends[name])[reward] for name in (a, b))
-            if to_a.high < 0 and to_b.high < 0:
+            if all(gap.high is not None and gap.high < 0 for gap in (to_a, to_b)):
                 label = " / ".join(f"{weight:g}" for weight in (lowest.lambdas or {}).values())
                 found.append(_BARRIER.format(a=a, b=b, label=label, reward=reward, below_a=to_a, below_b=to_b))
     return found

@@ -1,89 +1,76 @@
-"""Records to a front: means with paired bootstrap intervals, Pareto set, hypervolume, linear mode connectivity.
+"""Records to a front: means with paired bootstrap intervals, Pareto set, hypervolume, mode connectivity, the choice of λ.
 
-Everything here is a pure function of records. All rewards are maximised.
+Everything here is a pure function of records. All rewards are maximised: a card's ``sign`` turns those that are not.
 """
 
 from __future__ import annotations
 
+import csv
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsoups._errors import FrontError
+from rsoups._files import json_lines
+from rsoups.comparison import (
+    Advantage,
+    Comparison,
+    advantage,
+    attainment_draws,
+    attainment_surfaces,
+    compared,
+    distance,
+    volume_of,
+)
+from rsoups.estimates import Estimate, Volume, checked_reference, means_with_draws, resampling
+from rsoups.points import (
+    BASE,
+    LAMBDA,
+    Choice,
+    Point,
+    cells_of,
+    check_record,
+    estimates_of,
+    point_of_records,
+    point_of_row,
+    prompt_key,
+)
+from rsoups.selection import Constrained, Rule, by_preference, knee
 
-SOUP, BASE = "soup", "base"
-_FIELDS = ("name", "lambdas", "method", "prompt", "response", "rewards", "seed")
-_RESAMPLES = 2_000
-_CONFIDENCE = 0.95
+if TYPE_CHECKING:
+    from rsoups.votes import VotedUtility
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its 95% bootstrap interval over prompts."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """One model on the front.
-
-    Attributes:
-        name: ``"soup"``, ``"base"``, or the name it was evaluated under.
-        lambdas: Weights by ingredient, None unless a soup.
-        method: Of interpolation, None unless a soup.
-        mean, low, high: By reward; the 95% percentile bootstrap interval over prompts.
-        n: Prompts.
-        values: Shape (n, rewards), float64: each prompt's rewards, in the front's order of prompts and rewards.
-    """
-
-    name: str
-    lambdas: dict[str, float] | None
-    method: str | None
-    mean: dict[str, float]
-    low: dict[str, float]
-    high: dict[str, float]
-    n: int
-    values: NDArray[np.float64]
-
-    @property
-    def label(self) -> str:
-        """The name, with the λ of a soup."""
-        return self.name if self.lambdas is None else "λ " + " / ".join(f"{x:.3g}" for x in self.lambdas.values())
+MORL = "MORL"  # begins the names of runs that were trained on several rewards at once
 
 
 class Front:
-    """Models compared on the same prompts by the same rewards."""
+    """Models compared on the same prompts by the same rewards, all of which are maximised.
 
-    def __init__(self, points: list[Point], rewards: list[str], prompts: list[str], draws: NDArray[np.int64]):
-        self.points, self.rewards, self.prompts, self._draws = points, rewards, prompts, draws
+    Attributes:
+        points: In the order of the records.
+        rewards: Names, sorted.
+        prompts: Sorted, messages as JSON; empty for a front from elsewhere, which has means only: no figure of it has an
+            interval of ours.
+    """
+
+    def __init__(
+        self, points: list[Point], rewards: list[str], prompts: list[str], shares: NDArray[np.float64] | None = None
+    ):
+        self.points, self.rewards, self.prompts, self._shares = points, rewards, prompts, shares
 
     @classmethod
-    def from_jsonl(cls, path: str | Path) -> Front:
+    def from_jsonl(cls, path: str | Path, seed: int = 0) -> Front:
         """The front of a records file.
 
         Raises:
-            FrontError: As `from_records`, or a line that is not JSON.
+            FrontError: As `from_records`, no such file, or a line that is not JSON.
         """
-        records = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise FrontError(f"{path}, line {number}: not JSON ({error})") from None
-        return cls.from_records(records)
+        return cls.from_records((record for _, record in json_lines(path, FrontError)), seed)
 
     @classmethod
     def from_records(cls, records: Iterable[Mapping[str, Any]], seed: int = 0) -> Front:
@@ -97,15 +84,12 @@ class Front:
             FrontError: No records, a record without a field, a reward that is not finite (the record is named), or models
                 that were not evaluated on the same prompts by the same rewards.
         """
-        groups: dict[str, dict[str, list[list[float]]]] = {}
-        heads: dict[str, Mapping[str, Any]] = {}
+        groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
         rewards: list[str] = []
         for number, record in enumerate(records, 1):
-            rewards = rewards or sorted(record.get("rewards") or [])
-            scores = _checked(number, record, rewards)
+            rewards = check_record(number, record, rewards)
             key = json.dumps([record["name"], record["lambdas"], record["method"]])
-            heads.setdefault(key, record)
-            groups.setdefault(key, {}).setdefault(record["prompt"], []).append(scores)
+            groups.setdefault(key, {}).setdefault(prompt_key(record["prompt"]), []).append(record)
         if not groups:
             raise FrontError("no records: there is nothing to make a front of")
         prompts = sorted(next(iter(groups.values())))
@@ -115,14 +99,39 @@ class Front:
                     f"{key} was evaluated on {len(found)} prompts, others on {len(prompts)}, not all of them the same: "
                     "finish the sweep"
                 )
-        draws = np.random.default_rng(seed).integers(0, len(prompts), size=(_RESAMPLES, len(prompts)))
-        points = []
-        for key, found in groups.items():
-            values = np.array([np.mean(found[prompt], axis=0) for prompt in prompts])
-            mean, low, high = (dict(zip(rewards, c.tolist(), strict=True)) for c in _interval(values, draws))
-            head = heads[key]
-            points.append(Point(head["name"], head["lambdas"], head["method"], mean, low, high, len(prompts), values))
-        return cls(points, rewards, prompts, draws)
+        shares = resampling(len(prompts), seed)
+        points = [point_of_records([found[prompt] for prompt in prompts], rewards, shares) for found in groups.values()]
+        return cls(points, rewards, prompts, shares)
+
+    @classmethod
+    def from_csv(cls, path: str | Path, rewards: Sequence[str] | None = None) -> Front:
+        """Points from elsewhere, a published front say: one row each, higher is better in every reward.
+
+        Args:
+            path: Columns ``lambda_<ingredient>`` (empty for a model that is no soup), one for each reward, and if you like
+                ``name`` and ``<reward>_low``, ``<reward>_high`` (an interval as published).
+            rewards: The reward columns; all the others by default.
+
+        Returns:
+            A front of means without prompts: intervals are those of the file, and figures made of the means have none.
+
+        Raises:
+            FrontError: No such file, no rows, no reward column, or a cell that is no finite number (row and column named).
+        """
+        try:
+            with Path(path).open(encoding="utf-8-sig", newline="") as file:
+                reader = csv.DictReader(file)
+                rows, columns = list(reader), list(reader.fieldnames or [])
+        except OSError as error:
+            raise FrontError(f"cannot read {path}: {error.strerror}") from None
+        bounds = {f"{name}{end}" for name in columns for end in ("_low", "_high")}
+        found = [c for c in columns if c != "name" and not c.startswith(LAMBDA) and c not in bounds]
+        names = sorted(found if rewards is None else rewards)
+        if not rows or not names or (missing := [name for name in names if name not in columns]):
+            lacks = "rows" if not rows else "a reward column" if not names else f"the columns {missing}"
+            raise FrontError(f"{path} lacks {lacks}; its columns are {columns}")
+        points = [point_of_row(f"{path}, row {i}", row, names) for i, row in enumerate(rows, 1)]
+        return cls(points, names, [])
 
     @cached_property
     def soups(self) -> list[Point]:
@@ -131,15 +140,24 @@ class Front:
         return sorted(found, key=lambda point: list((point.lambdas or {}).values()), reverse=True)
 
     @property
+    def ingredients(self) -> list[str]:
+        """Names, in the order of λ."""
+        return list(self.soups[0].lambdas or {}) if self.soups else []
+
+    @property
     def legend(self) -> str:
         """What the numbers of a soup's label weigh, for the head of a table."""
-        names = " / ".join(self.soups[0].lambdas or {}) if self.soups else ""
-        return f"model (λ: {names})" if names else "model"
+        return f"model (λ: {' / '.join(self.ingredients)})" if self.ingredients else "model"
 
     @property
     def others(self) -> list[Point]:
         """The base and whatever else was evaluated beside the soups."""
         return [point for point in self.points if point.lambdas is None]
+
+    @property
+    def base(self) -> Point | None:
+        """The base, where it was evaluated."""
+        return next((point for point in self.others if point.name == BASE), None)
 
     @cached_property
     def ends(self) -> dict[str, Point]:
@@ -148,43 +166,157 @@ class Front:
         Raises:
             FrontError: An end was not evaluated.
         """
-        names = [] if not self.soups else list(self.soups[0].lambdas or {})
-        found = {name: p for p in self.soups for name in names if (p.lambdas or {}).get(name) == 1}
-        if missing := [name for name in names if name not in found]:
+        found = {name: p for p in self.soups for name in self.ingredients if (p.lambdas or {}).get(name) == 1}
+        if missing := [name for name in self.ingredients if name not in found]:
             raise FrontError(f"no records at λ = 1 of {missing}: sweep the ends too")
-        return {name: found[name] for name in names}
+        return {name: found[name] for name in self.ingredients}
+
+    @property
+    def has_chord(self) -> bool:
+        """Whether it can be drawn over λ: more than one soup of two ingredients, both ends included."""
+        try:
+            return len(self.soups) > 1 and len(self.ends) == 2
+        except FrontError:
+            return False
+
+    def at(self, lambdas: Sequence[float] | Mapping[str, float]) -> Point:
+        """The soup at λ, in the order of the ingredients or by their names.
+
+        Raises:
+            FrontError: There is none.
+        """
+        wanted = (
+            [lambdas.get(name, 0.0) for name in self.ingredients] if isinstance(lambdas, Mapping) else list(lambdas)
+        )
+        for point in self.soups:
+            weights = list((point.lambdas or {}).values())
+            if len(weights) == len(wanted) and np.allclose(weights, wanted):
+                return point
+        raise FrontError(f"no soup at λ {lambdas}; there are {[point.label for point in self.soups]}")
+
+    def named(self, name: str) -> Point:
+        """The base, or another model that was evaluated beside the soups.
+
+        Raises:
+            FrontError: There is none of this name.
+        """
+        for point in self.others:
+            if point.name == name:
+                return point
+        raise FrontError(f"no model {name!r} beside the soups; there are {[point.name for point in self.others]}")
 
     def pareto(self) -> list[Point]:
         """The points that no other point equals or beats in every reward and beats in one."""
         from moocore import is_nondominated
 
-        means = np.array([point.values.mean(axis=0) for point in self.points])
-        kept = is_nondominated(means, maximise=True, keep_weakly=True)
+        kept = is_nondominated(self._stack(self.points)[0], maximise=True, keep_weakly=True)
         return [point for point, keep in zip(self.points, kept, strict=True) if keep]
 
-    def hypervolume(self, reference: Mapping[str, float], points: Sequence[Point] | None = None) -> Estimate:
-        """Volume that points dominate above a reference, with its interval.
+    def pareto_shares(self) -> list[float] | None:
+        """In how many of the bootstrap draws each point is on the Pareto front; None where there are no prompts to resample."""
+        from moocore import is_nondominated
+
+        if self._shares is None:
+            return None
+        draws = self._stack(self.points)[1:]
+        kept = [is_nondominated(draw, maximise=True, keep_weakly=True) for draw in draws]
+        return np.mean(kept, axis=0).tolist()
+
+    def hypervolume(self, reference: Mapping[str, float], points: Sequence[Point] | None = None) -> Volume:
+        """Volume that points dominate above a reference, with its interval. Approximated above 5 rewards, with its error.
 
         Args:
             reference: A value for each reward; what does not exceed it counts nothing.
-            points: The soups by default.
+            points: The soups by default; all points of a front that has none.
 
         Raises:
-            FrontError: A reward without a reference, or one that is not finite.
+            FrontError: A reward without a reference, or one that is not finite; no points.
         """
-        from moocore import hypervolume
+        at = checked_reference(reference, self.rewards)
+        if points is not None and not points:
+            raise FrontError("hypervolume is of one point at least, got none")
+        return volume_of(self._stack(self._front if points is None else points), self.rewards, at)
 
-        if set(reference) != set(self.rewards) or not all(math.isfinite(value) for value in reference.values()):
+    def igd_plus(self, other: Front) -> Estimate:
+        """How far the soups are, in units of the rewards, from the Pareto set of another front's: 0 if they reach all of it.
+
+        IGD+ of Ishibuchi et al. 2015, paired over the common prompts. Points are chosen as by `hypervolume`.
+
+        Raises:
+            FrontError: Other rewards, or no common prompts.
+        """
+        first, second = self._paired_with(other)
+        return distance(first._stack(first._front), second._stack(second._front))
+
+    def compare(self, other: Front, reference: Mapping[str, float]) -> Comparison:
+        """This front against another one, paired over their common prompts (`difference` is of two points of one front).
+
+        Args:
+            other: Of the same rewards. Where one of the two has no prompts (a CSV), means are compared, without intervals.
+            reference: Of the hypervolumes.
+
+        Raises:
+            FrontError: Other rewards, no common prompts, or a reference that is none.
+        """
+        at = checked_reference(reference, self.rewards)
+        first, second = self._paired_with(other)
+        stacks = first._stack(first._front), second._stack(second._front)
+        return compared(*stacks, len(first.prompts), self.rewards, at)
+
+    def advantage(
+        self,
+        reference: Mapping[str, float],
+        names: Sequence[str] | None = None,
+        *,
+        runs: tuple[int, int] | None = None,
+        with_ends: bool = True,
+    ) -> Advantage:
+        """Do soups beat MORL, and by how much: hypervolume of the soups less that of the other runs, also per PPO run.
+
+        Args:
+            reference: Of the hypervolumes.
+            names: Of the other runs; by default all whose names begin with ``MORL``.
+            runs: PPO runs that the soups and the others took; by default one for each ingredient and each other run.
+            with_ends: Count each ingredient among the others too: it is MORL with all the weight on one reward.
+
+        Raises:
+            FrontError: No such run, no soups, an end that was not evaluated, or a reference that is none.
+        """
+        at = checked_reference(reference, self.rewards)
+        if names is None:
+            names = [point.name for point in self.others if point.name.lower().startswith(MORL.lower())]
+        others = [self.named(name) for name in names]
+        if not others or not self.soups:
+            raise FrontError(f"soups are compared with MORL runs here; there are {[p.label for p in self.points]}")
+        others += list(self.ends.values()) if with_ends else []
+        counted = runs or (len(self.ingredients), len(others))
+        return advantage(self._stack(self.soups), self._stack(others), counted, self.rewards, at)
+
+    def attainment(
+        self, *seeds: Front, levels: Sequence[float] = (0.025, 0.5, 0.975)
+    ) -> dict[float, NDArray[np.float64]]:
+        """Empirical attainment surfaces: by level, the corners of what at least this share of the draws attains.
+
+        Args:
+            seeds: Fronts of the same experiment with other seeds: the surfaces are then over the runs (this one included),
+                else over bootstrap draws of the prompts.
+            levels: Shares.
+
+        Returns:
+            Corners by level, each of shape (K, rewards), float64, sorted by the first reward.
+
+        Raises:
+            FrontError: Other than two or three rewards, other rewards among the seeds, or no prompts to resample.
+        """
+        if seeds:
+            for front in seeds:
+                self._check_rewards(front)
+            return attainment_surfaces([front._stack(front._front)[0] for front in (self, *seeds)], levels)
+        if self._shares is None:
             raise FrontError(
-                f"hypervolume needs a finite reference for each of {self.rewards} (all maximised), got {dict(reference)}"
+                "attainment over bootstrap draws needs the records of two prompts or more; this front has means only"
             )
-        at = [reference[reward] for reward in self.rewards]
-        values = np.stack([point.values for point in (self.soups if points is None else points)])
-        volumes = [
-            hypervolume(values[:, draw].mean(axis=1), ref=at, maximise=True) for draw in self._draws[: _RESAMPLES // 4]
-        ]
-        low, high = np.quantile(volumes, _tails())
-        return Estimate(float(hypervolume(values.mean(axis=1), ref=at, maximise=True)), float(low), float(high))
+        return attainment_surfaces(attainment_draws(self._stack(self._front)), levels)
 
     def linear_mode_connectivity(self) -> list[tuple[Point, dict[str, Estimate]]]:
         """At each soup, its reward less the chord's, Σ λi·(reward of ingredient i), paired over prompts.
@@ -198,56 +330,155 @@ class Front:
         for point in self.soups:
             assert point.lambdas is not None
             chord = sum(weight * self.ends[name].values for name, weight in point.lambdas.items())
-            out.append((point, self._paired(point.values - np.asarray(chord))))
+            out.append((point, self._estimates(point.values - np.asarray(chord))))
         return out
-
-    def compare(self, name: str, lambdas: Sequence[float]) -> dict[str, Estimate]:
-        """By reward, the soup at `lambdas` less the model called `name`, paired over prompts.
-
-        Raises:
-            FrontError: No such soup or model.
-        """
-        other = next((point for point in self.others if point.name == name), None)
-        at = [p for p in self.soups if np.allclose(list((p.lambdas or {}).values()), lambdas)]
-        if other is None or not at:
-            raise FrontError(f"no {name!r} or no soup at {list(lambdas)}; there are {[p.label for p in self.points]}")
-        return self.difference(at[0], other)
 
     def difference(self, point: Point, other: Point) -> dict[str, Estimate]:
         """By reward, one point of this front less another one, paired over prompts."""
-        return self._paired(point.values - other.values)
+        return self._estimates(point.values - other.values)
 
-    def _paired(self, differences: NDArray[np.float64]) -> dict[str, Estimate]:
-        columns = zip(*_interval(differences, self._draws), strict=True)
-        return {reward: Estimate(*map(float, column)) for reward, column in zip(self.rewards, columns, strict=True)}
+    def select(
+        self,
+        preference: Mapping[str, float] | None = None,
+        *,
+        maximise: str | None = None,
+        subject_to: Mapping[str, str] | None = None,
+        knee: bool = False,
+        votes: str | Path | Sequence[Mapping[str, Any]] | VotedUtility | None = None,
+    ) -> Choice:
+        """Choose λ among the soups that were evaluated (among all points of a front that has none), by one rule.
+
+        Args:
+            preference: Weights μ by reward: the largest Σ μi·Ri, of the rewards as they are (recipes/calibrate.py makes
+                unlike scales comparable).
+            maximise: A reward: the largest one ...
+            subject_to: ... where others keep limits, ``{"harmless": ">= 0.2"}``.
+            knee: The Pareto point farthest above the plane through the front's ends: where giving more of one reward
+                begins to cost more of another.
+            votes: A votes file, its rows, or what `fit_votes` made of them: the λ that the voters like best.
+
+        Raises:
+            FrontError: Not exactly one rule, a name that is no reward, or limits that no point keeps (the best reachable
+                value is told).
+            VotesError: As `fit_votes`.
+        """
+        rules = [preference is not None, maximise is not None, knee, votes is not None]
+        if sum(rules) != 1 or (subject_to and maximise is None):
+            raise FrontError("choose by one rule: preference, maximise (with subject_to, if you like), knee or votes")
+        if votes is not None:
+            return self._voted(votes)
+        among = self._front
+        means = self._stack(among)
+        rule, words = self._rule(preference, maximise, subject_to or {})
+        if isinstance(rule, Constrained):
+            rule.refuse(means[0], [point.label for point in among])
+        chosen = int(rule(means[0]))
+        share = None if len(means) == 1 else float(np.mean(rule(means[1:]) == chosen))
+        return Choice(among[chosen], words, share)
+
+    def _rule(
+        self, preference: Mapping[str, float] | None, maximise: str | None, subject_to: Mapping[str, str]
+    ) -> tuple[Rule, str]:
+        if preference is not None:
+            weights = ", ".join(f"{name} {weight:g}" for name, weight in preference.items())
+            return by_preference(preference, self.rewards), f"preference {weights}"
+        if maximise is not None:
+            limits = "".join(f", {name} {limit}" for name, limit in subject_to.items())
+            return Constrained(maximise, subject_to, self.rewards), f"largest {maximise}{limits}"
+        return knee, "knee of the front"
+
+    def _voted(self, votes: str | Path | Sequence[Mapping[str, Any]] | VotedUtility) -> Choice:
+        from rsoups.votes import VotedUtility, fit_votes
+
+        if not self.soups:
+            raise FrontError("votes choose among soups, and this front has none")
+        utility = votes if isinstance(votes, VotedUtility) else fit_votes(votes, self.ingredients)
+        if sorted(utility.ingredients) != sorted(self.ingredients):
+            raise FrontError(f"the votes are about {utility.ingredients}, the soups weigh {self.ingredients}")
+        best, share = utility.best_of([point.lambdas or {} for point in self.soups])
+        return Choice(self.soups[best], f"best liked in {utility.votes} votes", share)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know before the figures: how little there is to compare, empty texts."""
+        found = []
+        if len(self.rewards) == 1:
+            found.append(f"There is one reward only, {self.rewards[0]}: a trade-off needs two.")
+        if len(self.points) == 1:
+            found.append(f"There is one point only, {self.points[0].label}: nothing to compare it with.")
+        if len(self.prompts) == 1:
+            found.append("There is one prompt only: no figure has an interval.")
+        empty = [point for point in self.points if "words" in point.extras and point.extras["words"].value == 0]
+        if empty and len(empty) == len(self.points):
+            found.append("All responses of all models are empty: the rewards are of empty texts.")
+        elif empty:
+            found.append(f"All responses are empty at {', '.join(point.label for point in empty)}.")
+        return found
+
+    def to_table(self) -> list[dict[str, Any]]:
+        """One row for each point, ``pandas.DataFrame(front.to_table())`` makes a data frame.
+
+        Columns: ``name``, ``lambda_<ingredient>``, rewards and extras (each with its ``_low`` and ``_high``), ``pareto``.
+        """
+        pareto = set(self.pareto())
+        extras = list(dict.fromkeys(name for point in self.points for name in point.extras))
+        rows = []
+        for point in [*self.others, *self.soups]:
+            row: dict[str, Any] = {"name": point.name}
+            row |= {LAMBDA + name: (point.lambdas or {}).get(name) for name in self.ingredients}
+            for name in self.rewards:
+                row |= cells_of(name, point.estimate(name))
+            for name in extras:
+                row |= cells_of(name, point.extras.get(name))
+            rows.append(row | {"pareto": point in pareto})
+        return rows
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the points as `from_csv` reads them."""
+        names = ["name", *(LAMBDA + name for name in self.ingredients)]
+        names += [name + end for name in self.rewards for end in ("", "_low", "_high")]
+        with Path(path).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.to_table())
 
     def to_markdown(self) -> str:
         """A table of all points: the mean of each reward with its interval."""
         lines = [f"| {self.legend} | {' | '.join(self.rewards)} |", "| --- |" + " ---: |" * len(self.rewards)]
         for point in [*self.others, *self.soups]:
-            cells = [str(Estimate(point.mean[r], point.low[r], point.high[r])) for r in self.rewards]
-            lines.append(f"| {point.label} | {' | '.join(cells)} |")
+            lines.append(f"| {point.label} | {' | '.join(str(point.estimate(r)) for r in self.rewards)} |")
         return "\n".join(lines)
 
+    @property
+    def _front(self) -> list[Point]:
+        """What is measured as a front: the soups, or all points where there are none."""
+        return self.soups or self.points
 
-def _checked(number: int, record: Mapping[str, Any], rewards: list[str]) -> list[float]:
-    if missing := [field for field in _FIELDS if field not in record]:
-        raise FrontError(f"record {number} lacks {missing}")
-    where = f"record {number} ({record['name']}, lambdas {record['lambdas']}, prompt {record['prompt']!r})"
-    if sorted(record["rewards"]) != rewards or not rewards:
-        raise FrontError(f"{where} has rewards {sorted(record['rewards'])}, others have {rewards}")
-    scores = [record["rewards"][reward] for reward in rewards]
-    for reward, score in zip(rewards, scores, strict=True):
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise FrontError(f"{where}: {reward} is {score!r}, must be a finite number")
-    return scores
+    def _stack(self, points: Sequence[Point]) -> NDArray[np.float64]:
+        """Means of points as observed, then in each bootstrap draw: shape (1 + draws, points, rewards)."""
+        values = np.stack([point.values for point in points], axis=1)  # (prompts, points, rewards)
+        return means_with_draws(values, self._shares)
 
+    def _estimates(self, values: NDArray[np.float64]) -> dict[str, Estimate]:
+        return estimates_of(values, self.rewards, self._shares)
 
-def _tails() -> list[float]:
-    return [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2]
+    def _check_rewards(self, other: Front) -> None:
+        if self.rewards != other.rewards:
+            raise FrontError(f"fronts of the same rewards are compared: these have {self.rewards} and {other.rewards}")
 
+    def _paired_with(self, other: Front) -> tuple[Front, Front]:
+        """This front and another one on their common prompts, in the same draws; means only where one has no prompts."""
+        self._check_rewards(other)
+        common = sorted(set(self.prompts) & set(other.prompts))
+        if not common and self.prompts and other.prompts:
+            raise FrontError("the two fronts have no prompt in common: sweep both on the same ones")
+        shares = resampling(len(common), seed=0)
+        first, second = ([front._values_on(p, common) for p in front.points] for front in (self, other))
+        return Front(first, self.rewards, common, shares), Front(second, self.rewards, common, shares)
 
-def _interval(values: NDArray[np.float64], draws: NDArray[np.int64]) -> tuple[NDArray, NDArray, NDArray]:
-    """Mean and percentile interval over axis 0 of (prompts, rewards)."""
-    low, high = np.quantile(values[draws].mean(axis=1), _tails(), axis=0)
-    return values.mean(axis=0), low, high
+    def _values_on(self, point: Point, prompts: Sequence[str]) -> Point:
+        """A point on some of the prompts, or its means where there are none; its intervals are left out."""
+        place = {prompt: i for i, prompt in enumerate(self.prompts)}
+        values = point.values[[place[p] for p in prompts]] if prompts else point.values.mean(axis=0)[None]
+        mean = dict(zip(self.rewards, values.mean(axis=0).tolist(), strict=True))
+        return Point(point.name, point.lambdas, point.method, mean, {}, {}, len(prompts), values)

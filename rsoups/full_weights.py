@@ -12,17 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rsoups import tensor_files
 from rsoups._errors import CheckpointError, LambdasError
 from rsoups._files import from_hub, sha256_of, whole_folder
 from rsoups._resources import resolve
-from rsoups.adapters import is_finite
 from rsoups.soup import SOUP_FILE, weights_of
+from rsoups.tensor_files import is_finite
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _BLOCK = 2**22  # numbers that are read of each model at a time
@@ -250,12 +251,13 @@ def _write_weights(
         for name in first.handles:
             keys = [key for key, file in first.files.items() if file == name]
             kinds = {key: (_kind(kept, key, dtype), first.kinds[key][1]) for key in keys}
-            with (folder / name).open("wb") as file:
-                _write_header(file, kinds)
-                for key, (kind, _) in kinds.items():
-                    for block in _blocks(kept, key):
-                        total += file.write(_bytes(_average(block, key, _DTYPES.get(kind))))
-                    bar.update()
+
+            def blocks(key: str, kinds: dict[str, Any] = kinds) -> Iterator[Tensor]:
+                for block in _blocks(kept, key):
+                    yield _average(block, key, _DTYPES.get(kinds[key][0]))
+                bar.update()
+
+            total += tensor_files.write(folder / name, kinds, blocks)
     if (first.folder / _INDEX).is_file():
         index = _json(first.folder / _INDEX)
         index["metadata"] = (index.get("metadata") or {}) | {"total_size": total}
@@ -265,25 +267,6 @@ def _write_weights(
 def _kind(kept: list[tuple[_Checkpoint, float]], key: str, dtype: torch.dtype | None) -> str:
     kind = kept[0][0].kinds[key][0]
     return _NAMES[dtype] if dtype is not None and kind in _DTYPES else kind
-
-
-def _write_header(file: BinaryIO, kinds: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    """The format's beginning: the length of a JSON object, and the object: dtype, shape and place of each tensor."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for key, (kind, shape) in kinds.items():
-        size = _ITEMS[kind]
-        for length in shape:
-            size *= length
-        header[key] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-
-
-_ITEMS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
-_ITEMS |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
 
 def _blocks(kept: list[tuple[_Checkpoint, float]], key: str) -> Iterator[list[tuple[Tensor, float]]]:
@@ -321,7 +304,3 @@ def _average(block: list[tuple[Tensor, float]], key: str, dtype: torch.dtype | N
         whole = all(is_finite(tensor) for tensor, _ in block)
         raise CheckpointError(f"{key} {f'does not fit into {dtype}' if whole else 'holds NaN or infinity'}")
     return result
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 from rsoups._errors import HubError, LineageError, OutputError
 from rsoups._files import from_hub, whole_folder
 from rsoups.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from rsoups.front import Front, Point
+from rsoups.front import Front
 from rsoups.lineage import MANIFEST_FILE, SOUP_FILE, manifest_of
 from rsoups.model_card import CARD_FILE, PICTURE_FILE, Evaluation, adapter_card, front_card, soup_card
+from rsoups.points import Point
 from rsoups.soup import METHODS, Soup
 
 FRONT_FILE = "front.json"
@@ -181,7 +182,7 @@ def read_soup(source: str | Path) -> Soup:
         raise LineageError(f"{source}: {SOUP_FILE} is none of a soup of adapters ({told})")
     state = {name: adapter.tensor(name) for name in adapter.layout}
     return Soup(
-        state_dict=state,
+        tensors=state,
         config=adapter.config,
         lambdas=tuple(float(ingredient["lambda"]) for ingredient in manifest["ingredients"]),
         method=manifest["method"],
@@ -230,7 +231,7 @@ def _write_front(folder: Path, evaluation: Evaluation | None) -> None:
     """front.json and front.png."""
     if evaluation is None:
         return
-    from rsoups.report import draw_front
+    from rsoups.plots import draw_front
 
     front = evaluation.front
     data = {

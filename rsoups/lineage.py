@@ -15,7 +15,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,23 @@ _UNTOLD |= {
     "hub_private_repo",
 }
 Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """Where one adapter of a soup came from.
+
+    Attributes:
+        name: The key or the folder's name it was given under.
+        source: Hub id or folder; of an absolute path only the last part, so that publishing tells no one's disk.
+        revision: Hub commit, or None.
+        sha256: Of its weights.
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    sha256: str
 
 
 def manifest_of(source: str | Path) -> Manifest | None:

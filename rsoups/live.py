@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
+from threading import Condition, get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,20 +33,73 @@ if TYPE_CHECKING:
 _METHODS = ("exact", "factors")
 
 
-@dataclass
+# Layers that read one input in the usual architectures: one matmul for the A of all. (Where they do not, each gets its own.)
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+@dataclass(eq=False)
+class _Inputs:
+    """What layers of one input share: the A of every adapter, one under the other.
+
+    Attributes:
+        A: (Σr, in); of an embedding (vocabulary, Σr).
+        ranks: For each layer, of each adapter (0 where it has none there).
+        embedding: Whether x are ids.
+    """
+
+    A: Tensor
+    ranks: list[tuple[int, ...]]
+    embedding: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., Σr)."""
+        if self.embedding:
+            return nn.functional.embedding(x, self.A)
+        return nn.functional.linear(x if x.dtype == self.A.dtype else x.to(self.A.dtype), self.A)
+
+
+@dataclass(eq=False)
+class _Change:
+    """What a soup adds to one layer: B·(λ·A·x), A as rows `start` to `stop` of its inputs'.
+
+    Attributes:
+        ranks: Of each adapter.
+        B: (out, Σr), with the adapters' scalings.
+        bias: (N, out), scaled too, or None.
+    """
+
+    inputs: _Inputs
+    start: int
+    stop: int
+    ranks: tuple[int, ...]
+    B: Tensor
+    bias: Tensor | None
+
+
 class _Mix:
-    """λ of a call, and what has been made of it for layers of the same ranks."""
+    """λ of a call, and what has been made of it."""
 
-    lambdas: Tensor  # (B, N) or (1, N), float32
-    made: dict[Any, Tensor] = field(default_factory=dict)
+    def __init__(self, lambdas: Tensor):
+        self.lambdas = lambdas  # (B, N) or (1, N), float32
+        self._columns: dict[tuple[_Inputs, int], Tensor] = {}
+        self._last: tuple[_Inputs, Tensor, Tensor] | None = None  # layers of one input are called one after the other
 
-    def columns(self, ranks: tuple[int, ...], rows: int, like: Tensor) -> Tensor:
-        """λi once for each column of ingredient i: (rows, Σr), or (1, Σr) for one λ for all rows."""
-        key = (ranks, rows, like.dtype, like.device)
-        if key not in self.made:
-            repeats = torch.tensor(ranks)
-            self.made[key] = self.rows(rows).repeat_interleave(repeats, dim=1).to(like.device, like.dtype)
-        return self.made[key]
+    def low(self, inputs: _Inputs, x: Tensor) -> Tensor:
+        """λ·A·x, (..., Σr)."""
+        if self._last is None or self._last[0] is not inputs or self._last[1] is not x:
+            low = inputs(x)
+            self._last = inputs, x, low * self.columns(inputs, low)
+        return self._last[2]
+
+    def columns(self, inputs: _Inputs, like: Tensor) -> Tensor:
+        """λi once for each row of adapter i's A: (rows, 1, Σr), or (1, 1, Σr) of one λ for all rows."""
+        key = inputs, like.shape[0]
+        if key not in self._columns:
+            repeats = torch.tensor([rank for ranks in inputs.ranks for rank in ranks])
+            rows = self.rows(like.shape[0]).repeat(1, len(inputs.ranks)).repeat_interleave(repeats, dim=1)
+            rows = rows.to(like.device, like.dtype)
+            self._columns[key] = rows if like.dim() == 2 else rows.unsqueeze(1)
+        return self._columns[key]
 
     def rows(self, rows: int) -> Tensor:
         """λ of each row of a batch, which generation repeats for several sequences or beams of a prompt."""
@@ -53,6 +108,47 @@ class _Mix:
         if rows % len(self.lambdas):
             raise LambdasError(f"{len(self.lambdas)} rows of λ for a batch of {rows}: one for all, or one for each row")
         return self.lambdas.repeat_interleave(rows // len(self.lambdas), dim=0)
+
+    def keep(self, rows: Tensor) -> None:
+        if len(self.lambdas) > 1:
+            self.lambdas = self.lambdas[rows.to(self.lambdas.device)]
+            self._columns, self._last = {}, None
+
+
+class _ManyOrOne:
+    """A lock that many may share, or one may hold alone."""
+
+    def __init__(self) -> None:
+        self._changed, self._sharing = Condition(), 0
+        self._alone: int | None = None  # the thread
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            if self._alone == get_ident():
+                raise LambdasError("the base is merged at another λ here: leave `merged` before `at`")
+            self._changed.wait_for(lambda: self._alone is None)
+            self._sharing += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._sharing -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            if self._alone == get_ident():
+                raise LambdasError("the base is merged at another λ here: leave `merged` first")
+            self._changed.wait_for(lambda: self._alone is None and not self._sharing)
+            self._alone = get_ident()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._alone = None
+                self._changed.notify_all()
 
 
 class LiveSoup:
@@ -99,12 +195,17 @@ class LiveSoup:
         self.model, self.tokenizer, self.method = model.eval(), tokenizer, method
         self.names = list(self._adapters)
         self._mix: ContextVar[_Mix | None] = ContextVar("rsoups_mix", default=None)
+        self._turns = _ManyOrOne()
         self._hooks: list[Any] = []
+        self._changes: dict[str, _Change] = {}
         try:
-            for path in dict.fromkeys(path for adapter in several for path in adapter.modules):
-                layer = _layer(model, path)
-                _check_shape(layer, path, several)
-                self._hooks.append(layer.register_forward_hook(self._hook(path)))
+            paths = list(dict.fromkeys(path for adapter in several for path in adapter.modules))
+            for path in paths:
+                _check_shape(_layer(model, path), path, several)
+            for group in _of_one_input(paths):
+                self._changes |= self._stacked(group)
+            for path, change in self._changes.items():
+                self._hooks.append(_layer(model, path).register_forward_hook(self._hook(path, change)))
         except AdapterError:
             self.remove()
             raise
@@ -154,11 +255,79 @@ class LiveSoup:
             LambdasError: As `interpolate`.
         """
         rows = weights_of(lambdas, len(self.names), normalize, extrapolate)
-        token = self._mix.set(_Mix(torch.tensor(rows, dtype=torch.float32)))
-        try:
-            yield self.model
-        finally:
-            self._mix.reset(token)
+        with self._at(torch.tensor(rows, dtype=torch.float32)) as model:
+            yield model
+
+    @contextmanager
+    def _at(self, weights: Tensor) -> Iterator[PreTrainedModel]:
+        """`at` any weights (B, N): rows of zeros are the base."""
+        with self._turns.shared():
+            token = self._mix.set(_Mix(weights))
+            try:
+                yield self.model
+            finally:
+                self._mix.reset(token)
+
+    def keep(self, rows: Tensor) -> None:
+        """Within `at` one λ for each row: the batch goes on with some of its rows, such as those that have not ended."""
+        if (mix := self._mix.get()) is not None:
+            mix.keep(rows)
+
+    @contextmanager
+    def merged(
+        self, lambdas: Sequence[float], *, normalize: bool = False, extrapolate: bool = False
+    ) -> Iterator[PreTrainedModel]:
+        """A context in which the base's weights are those of the soup at one λ: for many tokens of one λ, faster than `at`.
+
+        Alone: it waits for calls within `at`, and they wait for it; a call outside of both sees the soup. The base's own
+        weights are set aside and put back, the same tensors. Sums are in float32, rounded once.
+
+        Raises:
+            LambdasError: As `interpolate`; within `at` or `merged` of the same thread.
+            AdapterError: The base is quantised: rounding would lose the change. Use `at`.
+        """
+        (row,) = weights_of([float(x) for x in lambdas], len(self.names), normalize, extrapolate)
+        if not self.can_merge:
+            raise AdapterError("the base's weights are quantised and cannot take a soup in: use `at`")
+        if self._mix.get() is not None:
+            raise LambdasError("`merged` within `at`: leave it first")
+        own: list[tuple[nn.Module, dict[str, Any]]] = []
+        with self._turns.alone():
+            try:
+                for path, change in self._changes.items():
+                    layer = _layer(self.model, path)
+                    merged = self._merged(layer, change, torch.tensor(row))
+                    own.append((layer, {name: layer._parameters.get(name) for name in merged}))
+                    layer._parameters |= {k: nn.Parameter(v, requires_grad=False) for k, v in merged.items()}
+                yield self.model
+            finally:
+                for layer, parameters in own:
+                    layer._parameters |= parameters
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether `merged` can be used: the adapted weights are floating-point and not packed."""
+        weights: list[Any] = [_layer(self.model, path).weight for path in self._changes]
+        return not getattr(self.model, "is_quantized", False) and all(w.is_floating_point() for w in weights)
+
+    def _merged(self, layer: nn.Module, change: _Change, row: Tensor) -> dict[str, Tensor]:
+        """The layer's parameters at one λ."""
+        weight: Any = layer.weight
+        repeats = torch.tensor(change.ranks)
+        columns = row.repeat_interleave(repeats).to(weight.device)
+        A = change.inputs.A[change.start : change.stop] if not change.inputs.embedding else change.inputs.A.T
+        A, B = A.float() * columns[:, None], change.B.float()
+        if self.method == "factors" and len(change.ranks) > 1:  # Σ λi·Ai first, then each Bi of it
+            A = A.unflatten(0, (len(change.ranks), -1)).sum(0).repeat(len(change.ranks), 1) * columns[:, None]
+        delta = B @ A  # (out, in)
+        if isinstance(layer, (Conv1D, nn.Embedding)):
+            delta = delta.T
+        out = {"weight": (weight.float() + delta).to(weight.dtype)}
+        if change.bias is not None:
+            bias = row.to(change.bias.device) @ change.bias.float()
+            own: Any = layer.bias
+            out["bias"] = (bias if own is None else bias + own.float()).to(weight.dtype)
+        return out
 
     def generate(
         self,
@@ -209,58 +378,70 @@ class LiveSoup:
             hook.remove()
         self._hooks = []
 
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
-        layer = _layer(self.model, path)
-        parts = [adapter.modules.get(path) for adapter in self._adapters.values()]
-        like = next(part for part in parts if part)
-        ranks = tuple(part.rank if part else 0 for part in parts)
-        A, B, bias = self._stacked(path, ranks, layer)
-        averaged = self.method == "factors" and len(ranks) > 1
+    def _hook(self, path: str, change: _Change) -> Callable[[nn.Module, tuple, Tensor], Tensor | None]:
+        inputs, B, bias = change.inputs, change.B.T, change.bias
+        count = len(change.ranks) if self.method == "factors" else 1
 
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             if (mix := self._mix.get()) is None:
-                return output
+                return None
             x = args[0]
-            rows = x.shape[0]
-            if not like.embedding and x.dim() == 2 and len(mix.lambdas) > 1:
+            if x.dim() == 2 and len(mix.lambdas) > 1 and not inputs.embedding:
                 raise LambdasError(f"layer {path} does not keep the rows of a batch apart: use one λ for all of them")
-            low = nn.functional.embedding(x, A) if like.embedding else nn.functional.linear(x.to(A.dtype), A)
-            weight = mix.columns(ranks, rows, low)
-            weight = weight if low.dim() == 2 else weight.unsqueeze(1)
-            low = low * weight
-            if averaged:  # Σ λi·Ai first, then each Bi of it
-                low = low.unflatten(-1, (len(ranks), ranks[0])).sum(-2)
-                low = low.repeat(*[1] * (low.dim() - 1), len(ranks)) * weight
-            change = nn.functional.linear(low, B)
+            low = mix.low(inputs, x)[..., change.start : change.stop]
+            if count > 1:  # Σ λi·Ai first, then each Bi of it
+                low = low.unflatten(-1, (count, -1)).sum(-2).repeat(*[1] * (low.dim() - 1), count)
+                low = low * mix.columns(inputs, low)[..., change.start : change.stop]
             if bias is not None:
-                own = mix.rows(rows).to(bias.device, bias.dtype) @ bias
-                change = change + (own if change.dim() == 2 else own.unsqueeze(1))
-            return output + change.to(output.dtype)
+                own = mix.rows(x.shape[0]).to(bias.device, bias.dtype) @ bias
+                output = output + (own if output.dim() == 2 else own.unsqueeze(1)).to(output.dtype)
+            if output.dtype != low.dtype:
+                return output + (low @ B).to(output.dtype)
+            flat = output.flatten(0, -2), low.flatten(0, -2), B
+            if torch.is_grad_enabled() or not output.is_contiguous():
+                return torch.addmm(*flat).view_as(output)
+            flat[0].addmm_(*flat[1:])  # into the layer's fresh output
+            return output
 
         return hook
 
-    def _stacked(self, path: str, ranks: tuple[int, ...], layer: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
-        """All A (Σr, in) (of an embedding (vocabulary, Σr)), all B (out, Σr) with their scalings, all biases (N, out)."""
-        weight: Any = layer.weight
-        dtype = weight.dtype if weight.dtype.is_floating_point else self.model.dtype
+    def _stacked(self, paths: list[str]) -> dict[str, _Change]:
+        """The changes of layers that read one input, their A stacked; in the base's precision."""
+        layer: Any = _layer(self.model, paths[0])
+        dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else self.model.dtype
+        to = {"device": layer.weight.device, "dtype": dtype}
+        like = next(m for a in self._adapters.values() if (m := a.modules.get(paths[0])))
         A: list[Tensor] = []
-        B: list[Tensor] = []
-        biases: list[Tensor | None] = []
-        for adapter in self._adapters.values():
-            if (module := adapter.modules.get(path)) is None:
-                biases.append(None)
-                continue
-            A.append(adapter.tensor(module.A).float())
-            B.append(adapter.tensor(module.B).float() * module.scaling)
-            biases.append(adapter.tensor(module.bias).float() * module.scaling if module.bias else None)
-        stacked = torch.cat(A), torch.cat(B, dim=1)
-        embedding = next(m for a in self._adapters.values() if (m := a.modules.get(path))).embedding
-        a = stacked[0].T.contiguous() if embedding else stacked[0]
-        bias = None
-        if any(part is not None for part in biases):
-            bias = torch.stack([torch.zeros(len(B[0])) if part is None else part for part in biases])
-        to = {"device": weight.device, "dtype": dtype}
-        return a.to(**to), stacked[1].to(**to), None if bias is None else bias.to(**to)
+        rest: list[tuple[tuple[int, ...], Tensor, Tensor | None]] = []
+        for path in paths:
+            parts = [(adapter, adapter.modules.get(path)) for adapter in self._adapters.values()]
+            A += [adapter.tensor(module.A).float() for adapter, module in parts if module]
+            B = [adapter.tensor(module.B).float() * module.scaling for adapter, module in parts if module]
+            biases = [
+                adapter.tensor(module.bias).float() * module.scaling
+                if module and module.bias
+                else torch.zeros(len(B[0]))
+                for adapter, module in parts
+            ]
+            with_bias = any(module and module.bias for _, module in parts)
+            ranks = tuple(module.rank if module else 0 for _, module in parts)
+            rest.append((ranks, torch.cat(B, dim=1).to(**to), torch.stack(biases).to(**to) if with_bias else None))
+        stacked = torch.cat(A).T.contiguous() if like.embedding else torch.cat(A)
+        inputs = _Inputs(stacked.to(**to), [ranks for ranks, _, _ in rest], like.embedding)
+        stops = list(accumulate(sum(ranks) for ranks, _, _ in rest))
+        return {
+            path: _Change(inputs, stop - sum(one[0]), stop, *one)
+            for path, stop, one in zip(paths, stops, rest, strict=True)
+        }
+
+
+def _of_one_input(paths: list[str]) -> list[list[str]]:
+    """Layers, those together that read the same input as far as their names tell."""
+    groups: dict[tuple[str, Any], list[str]] = {}
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        groups.setdefault((parent, next((s for s in _SIBLINGS if name in s), name)), []).append(path)
+    return list(groups.values())
 
 
 def _layer(model: PreTrainedModel, path: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The maths of low-rank changes Δ = B·A: stacked, truncated, measured, all from their factors, never from the dense Δ.
+"""The maths of low-rank changes Δ = B·A: truncated, measured, all from their factors, never from the dense Δ.
 
 Factors of convolutions are (r, in, ...) and (out, r, 1, ...); where it says B·A they are flattened to (r, in·...) and
 (out, r).
@@ -6,35 +6,8 @@ Factors of convolutions are (r, in, ...) and (out, r, 1, ...); where it says B·
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor
-
-_Part = tuple[Tensor, Tensor, float]  # A, B and what multiplies them
-
-
-def empty(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors without values, views of one block."""
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    parts = torch.empty(sum(sizes), dtype=dtype).split(sizes)
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-
-
-def stack(parts: Sequence[_Part], A: Tensor, B: Tensor) -> None:
-    """Write Σ si·Bi·Ai as one pair of factors: A = [A1; A2; ...], B = [s1·B1, s2·B2, ...].
-
-    Args:
-        parts: (A, B, s) of each summand.
-        A, B: Where to; shapes (Σ ri, in, ...) and (out, Σ ri, ...). Each product is rounded once, to their dtype.
-    """
-    at = 0
-    for a, b, scale in parts:
-        to = at + len(a)
-        A[at:to].copy_(a)
-        B[:, at:to].copy_(b.double().mul_(scale))
-        at = to
 
 
 def truncate(A: Tensor, B: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float, float]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from rsoups._errors import FrontError
 from rsoups._resources import resolve
-from rsoups.front import Front, Point
+from rsoups.front import Front
 from rsoups.lineage import Manifest, log
+from rsoups.points import Point
 from rsoups.tasks import TASKS
 
 if TYPE_CHECKING:

@@ -1,176 +1,145 @@
-"""The front as a picture and as one self-contained page: front.png, report.html, report.md.
+"""The front as one self-contained page: report.html, with report.md and front.png beside it.
 
-Pure functions of records; nothing is computed that the records do not hold.
+Pure functions of records; nothing is computed that the records do not hold. Charts are in `charts`, the picture in `plots`.
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rsoups._errors import FrontError
 from rsoups._resources import template
-from rsoups.front import BASE, Front, Point
+from rsoups.charts import (
+    beside_look,
+    chord_chart,
+    chord_scatter,
+    escaped,
+    front_chart,
+    lambda_chart,
+    looks_of,
+    parallel_chart,
+    series_of,
+    spider_chart,
+    swatch,
+    ternary_chart,
+)
+from rsoups.front import MORL, Front
+from rsoups.plots import draw_front
+from rsoups.points import Choice, Point, prompt_key
 from rsoups.tasks import question_of
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# Okabe and Ito's colours, told apart with any colour vision; shapes differ too.
-_BLUE, _GREY, _BLACK = "#0072B2", "#777777", "#222222"
-_OTHERS = [("#D55E00", "D"), ("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X")]
 _SHOWN_LAMBDAS = (0.0, 0.3, 0.5, 0.7, 1.0)
 _SHOWN_PROMPTS = 12
+_SHOWN_PAIRS = 6
+_EXTRAS = ("KL", "perplexity", "tokens", "words", "distinct-2")
+_TOLD = {
+    "KL": "Nats per response from the base (k1 estimate). Far above the others', a model has left the base for its reward.",
+    "perplexity": "Of the responses under the base, per token. Near 1 the model recites; high, it babbles.",
+    "tokens": "Of a response. A reward that likes length, and nothing else, shows here.",
+    "words": "Of a response. A reward that likes length, and nothing else, shows here.",
+    "distinct-2": "Different pairs of words over all pairs of words. A collapsed model repeats itself and falls towards 0.",
+}
 
 
-def write_report(front: Front, records: Iterable[Mapping[str, Any]], folder: str | Path) -> None:
+def write_report(
+    front: Front,
+    records: Iterable[Mapping[str, Any]],
+    folder: str | Path,
+    *,
+    reference: Mapping[str, float] | None = None,
+    others: Mapping[str, Front] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Write front.png, report.html (no external reference) and report.md.
 
     Args:
         front: Of the same records.
         records: For the texts.
         folder: Made if it is not there.
+        reference: Of hypervolumes, by reward; without it none is told.
+        others: Further fronts of the same rewards by name, drawn and compared.
+        settings: How the records were made; by default ``records.settings.json`` in `folder`, where a sweep leaves it.
+
+    Returns:
+        What the report says in words, a sentence each.
+
+    Raises:
+        FrontError: Other fronts of other rewards or prompts, or a reference that is none.
     """
     import matplotlib
 
+    others = dict(others or {})
+    told = sentences(front, reference, others)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "rsoups"}):
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        figure = draw_front(front)
-        figure.savefig(folder / "front.png", dpi=160)
-        pictures = {"front": _embedded(figure), "chord": _embedded(draw_chord(front)) if _has_chord(front) else ""}
-    records = list(records)
-    (folder / "report.md").write_text(_markdown(front, records), encoding="utf-8")
-    (folder / "report.html").write_text(_page(front, records, pictures), encoding="utf-8")
+        draw_front(front).savefig(folder / "front.png", dpi=160)
+    beside = folder / "records.settings.json"
+    if settings is None and beside.is_file():
+        settings = json.loads(beside.read_text(encoding="utf-8"))
+    page = _Page(front, _texts(records), others, settings or {})
+    (folder / "report.md").write_text(_markdown(front, told), encoding="utf-8")
+    (folder / "report.html").write_text(page.html(told), encoding="utf-8")
+    return told
 
 
-def draw_front(front: Front) -> Figure:
-    """One panel for each pair of rewards: soups joined from λ = 0 to 1, their chord, base and others, with intervals."""
-    from matplotlib.figure import Figure
-
-    pairs = list(combinations(front.rewards, 2))
-    if not pairs:
-        return draw_chord(front)
-    figure = Figure(figsize=(7.2 * len(pairs), 5.4), layout="constrained")
-    for axes, (x, y) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
-        _draw_pair(axes, front, x, y)
-    return figure
-
-
-def _draw_pair(axes: Axes, front: Front, x: str, y: str) -> None:
-    _style(axes)
-    soups = front.soups
-    if soups:
-        joined = len(soups[0].lambdas or {}) == 2
-        if joined and len(soups) > 1:
-            ends = soups[0], soups[-1]
-            axes.plot(*([p.mean[r] for p in ends] for r in (x, y)), "--", color=_GREY, lw=1.2, zorder=1, label="chord")
-        _mark(axes, soups, x, y, _BLUE, "o", "soups", line="-" if joined else "")
-        for point in soups:
-            _label(axes, point, x, y)
-    for number, point in enumerate(front.others):
-        colour, marker = (_BLACK, "s") if point.name == BASE else _OTHERS[number % len(_OTHERS)]
-        _mark(axes, [point], x, y, colour, marker, point.name)
-    axes.set_xlabel(f"{x}  (mean reward)")
-    axes.set_ylabel(f"{y}  (mean reward)")
-    note = f"{front.points[0].n} prompts, bars: 95% bootstrap over prompts"
-    if soups and len(soups[0].lambdas or {}) == 2:
-        first, second = soups[0].lambdas or {}
-        note += f"\nnumbers: λ of {second}, the rest is {first}"
-    axes.set_title(note, fontsize=9, color=_GREY, loc="left")
-    axes.legend(frameon=False, fontsize=9)
+def sentences(front: Front, reference: Mapping[str, float] | None, others: Mapping[str, Front]) -> list[str]:
+    """What there is to say, in words with figures: the chord, hypervolume, MORL, other fronts."""
+    found = _chord_sentences(front)
+    if reference is None:
+        return found
+    found.append(f"Hypervolume of the {'soups' if front.soups else 'points'}: {front.hypervolume(reference)}.")
+    if front.soups and any(p.name.lower().startswith(MORL.lower()) for p in front.others):
+        found.append(_advantage_sentence(front, reference))
+    for name, other in others.items():
+        result = front.compare(other, reference)
+        found.append(
+            f"Against {name} ({result.prompts or 'no'} common prompts): {result.gain} more hypervolume; IGD+ to its "
+            f"front {result.igd_plus[0]}, of it to this front {result.igd_plus[1]}; {result.coverage[0].value:.0%} of its "
+            f"points are equalled or beaten here, {result.coverage[1].value:.0%} of these by it."
+        )
+    return found
 
 
-def _style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e6e6e6", lw=0.6, zorder=0)
-    axes.set_axisbelow(True)
-
-
-def _mark(
-    axes: Axes, points: Sequence[Point], x: str, y: str, colour: str, marker: str, label: str, line: str = ""
-) -> None:
-    def bars(reward: str) -> list[list[float]]:
-        below = [max(0.0, p.mean[reward] - p.low[reward]) for p in points]
-        return [below, [max(0.0, p.high[reward] - p.mean[reward]) for p in points]]
-
-    axes.errorbar(
-        [p.mean[x] for p in points],
-        [p.mean[y] for p in points],
-        xerr=bars(x),
-        yerr=bars(y),
-        fmt=marker + line,
-        color=colour,
-        ecolor=colour + "55",
-        elinewidth=1,
-        markersize=6,
-        lw=1.6,
-        label=label,
-        zorder=3,
-    )
-
-
-def _label(axes: Axes, point: Point, x: str, y: str) -> None:
-    """λ beside a point, to the upper right, where a front of two maximised rewards leaves room."""
-    weights = list((point.lambdas or {}).values())
-    text = f"{weights[1]:.3g}" if len(weights) == 2 else "/".join(f"{w:.2g}" for w in weights)
-    axes.annotate(
-        text,
-        (point.mean[x], point.mean[y]),
-        xytext=(6, 5),
-        textcoords="offset points",
-        fontsize=8,
-        color=_BLUE,
-        zorder=4,
-    )
-
-
-def _has_chord(front: Front) -> bool:
+def _advantage_sentence(front: Front, reference: Mapping[str, float]) -> str:
     try:
-        return len(front.ends) == 2
+        found, counted = front.advantage(reference), ", the ingredients among them"
+    except FrontError:  # an end was not evaluated
+        found, counted = front.advantage(reference, with_ends=False), ""
+    return (
+        f"Soups less MORL in hypervolume: {found.gain}; per PPO run spent, soups {found.per_run[0]} ({found.runs[0]} runs), "
+        f"MORL {found.per_run[1]} ({found.runs[1]} runs{counted})."
+    )
+
+
+def _chord_sentences(front: Front) -> list[str]:
+    """What each reward does between the ends, against the chord."""
+    try:
+        rows = front.linear_mode_connectivity()
     except FrontError:
-        return False
-
-
-def draw_chord(front: Front) -> Figure:
-    """Each reward of the soups of two ingredients over λ, with the chord between the ends."""
-    from matplotlib.figure import Figure
-
-    if not _has_chord(front):
-        raise FrontError("a plot over λ needs soups of two ingredients, both ends included")
-    soups = front.soups
-    second = list(soups[0].lambdas or {})[1]
-    at = [(p.lambdas or {})[second] for p in soups]
-    figure = Figure(figsize=(4.6 * len(front.rewards), 3.6), layout="constrained")
-    for axes, reward in zip(figure.subplots(1, len(front.rewards), squeeze=False)[0], front.rewards, strict=True):
-        _style(axes)
-        axes.fill_between(at, [p.low[reward] for p in soups], [p.high[reward] for p in soups], color=_BLUE, alpha=0.15)
-        axes.plot(at, [p.mean[reward] for p in soups], "o-", color=_BLUE, ms=5, label="soups")
-        ends = [soups[0].mean[reward], soups[-1].mean[reward]]
-        axes.plot([at[0], at[-1]], ends, "--", color=_GREY, lw=1.2, label="chord")
-        axes.set_xlabel(f"λ of {second}")
-        axes.set_ylabel(reward)
-    figure.axes[0].legend(frameon=False, fontsize=9)
-    return figure
-
-
-def _embedded(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return []
+    inner = [gaps for point, gaps in rows if max((point.lambdas or {}).values()) < 1]
+    out = []
+    for reward in front.rewards if inner else []:
+        above = sum(gaps[reward].is_above_zero for gaps in inner)
+        below = sum(gaps[reward].is_below_zero for gaps in inner)
+        mean = sum(gaps[reward].value for gaps in inner) / len(inner)
+        sure = (
+            f"; above it with 95% confidence at {above} of {len(inner)} λ, below it at {below}" if front.prompts else ""
+        )
+        out.append(f"{reward}: between the ends the soups are {mean:+.3f} from the chord on average{sure}.")
+    return out
 
 
 def _texts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Records by model label and prompt, the first of each."""
+    """Records by model and prompt, the first of each."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for record in records:
-        found.setdefault(_key(record["name"], record["lambdas"]), {}).setdefault(record["prompt"], record)
+        found.setdefault(_key(record["name"], record["lambdas"]), {}).setdefault(prompt_key(record["prompt"]), record)
     return found
 
 
@@ -178,107 +147,316 @@ def _key(name: str, lambdas: Mapping[str, float] | None) -> str:
     return f"{name} {lambdas}"
 
 
-def _variety(records: Mapping[str, Mapping[str, Any]]) -> tuple[float, float, int]:
-    """Mean words, distinct-2 (different pairs of words over all pairs of words) and the number of different responses."""
-    texts = [record["response"].split() for record in records.values()]
-    pairs = [pair for words in texts for pair in zip(words, words[1:], strict=False)]
-    words = sum(map(len, texts)) / max(1, len(texts))
-    return words, len(set(pairs)) / max(1, len(pairs)), len({tuple(text) for text in texts})
-
-
-def _shown(front: Front) -> list[Point]:
-    """The base and the soups whose texts are shown: λ of the second ingredient 0, .3, .5, .7, 1; else ends and middle."""
-    base = [point for point in front.others if point.name == BASE]
+def _kept(front: Front) -> list[Point]:
+    """Whose texts are read without a script: the base, λ of the second ingredient 0, .3, .5, .7, 1; else ends and middle."""
+    base = [] if front.base is None else [front.base]
     soups = front.soups
     if not soups:
         return front.points[:5]
-    if len(soups[0].lambdas or {}) == 2:
+    if len(front.ingredients) == 2:
         return base + list(dict.fromkeys(_nearest(soups, wanted) for wanted in _SHOWN_LAMBDAS))
     even = min(soups, key=lambda p: max((p.lambdas or {}).values()))
-    ends = [p for p in soups if max((p.lambdas or {}).values()) == 1]
+    ends = _alone(front)
     return base + [*ends, *([even] if even not in ends else [])]
+
+
+def _alone(front: Front) -> list[Point]:
+    return [point for point in front.soups if max((point.lambdas or {}).values()) == 1]
 
 
 def _nearest(soups: Sequence[Point], wanted: float) -> Point:
     return min(soups, key=lambda point: abs(list((point.lambdas or {}).values())[1] - wanted))
 
 
-def _chord_sentences(front: Front) -> list[str]:
-    """What the front does against its chord, and against every other model, in words with figures."""
-    out = []
-    if _has_chord(front) and len(front.soups) > 2:
-        inner = [(p, gaps) for p, gaps in front.linear_mode_connectivity() if max((p.lambdas or {}).values()) < 1]
-        for reward in front.rewards:
-            above = sum(gaps[reward].low > 0 for _, gaps in inner)
-            below = sum(gaps[reward].high < 0 for _, gaps in inner)
-            mean = sum(gaps[reward].value for _, gaps in inner) / len(inner)
-            out.append(
-                f"{reward}: between the ends the soups are {mean:+.3f} from the chord on average; above it with 95% "
-                f"confidence at {above} of {len(inner)} λ, below it at {below}."
-            )
-    return out
-
-
-def _table(front: Front, records: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    texts = _texts(records)
-    pareto = set(front.pareto())
-    head = [front.legend, *front.rewards, "words", "distinct-2", "different responses", "Pareto"]
+def _table(front: Front) -> tuple[list[str], list[list[str]]]:
+    pareto, shares = set(front.pareto()), front.pareto_shares()
+    extras = [name for name in _EXTRAS if any(name in point.extras for point in front.points)]
     rows = []
     for point in [*front.others, *front.soups]:
-        words, distinct, different = _variety(texts[_key(point.name, point.lambdas)])
-        rewards = [f"{point.mean[r]:.3f} [{point.low[r]:.3f}, {point.high[r]:.3f}]" for r in front.rewards]
-        rows.append(
-            [
-                point.label,
-                *rewards,
-                f"{words:.1f}",
-                f"{distinct:.2f}",
-                f"{different} of {point.n}",
-                "yes" if point in pareto else "",
-            ]
-        )
-    return head, rows
+        share = "" if shares is None else f" ({shares[front.points.index(point)]:.0%})"
+        figures = [str(point.estimate(reward)) for reward in front.rewards]
+        figures += [str(point.extras.get(name, "")) for name in extras]
+        rows.append([point.label, *figures, ("yes" if point in pareto else "no") + share])
+    return [front.legend, *front.rewards, *extras, "Pareto"], rows
 
 
-def _markdown(front: Front, records: list[Mapping[str, Any]]) -> str:
-    head, rows = _table(front, records)
-    lines = ["# Front", "", "![The front](front.png)", ""]
+def _markdown(front: Front, told: Sequence[str]) -> str:
+    head, rows = _table(front)
+    lines = ["# Front", "", "![The front](front.png)", "", *(f"**{note}**\n" for note in front.notes)]
     lines += ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", f"{front.points[0].n} prompts; intervals: 95% bootstrap over prompts.", ""]
-    lines += [f"- {sentence}" for sentence in _chord_sentences(front)]
+    lines += ["", f"{_how_many(front)} Every reward is maximised.", ""]
+    lines += [f"- {sentence}" for sentence in told]
     return "\n".join(lines) + "\n"
 
 
-def _page(front: Front, records: list[Mapping[str, Any]], pictures: Mapping[str, str]) -> str:
-    escape = html.escape
-    head, rows = _table(front, records)
-    cells = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
-    ends = ", ".join(f"{p.label}: " + ", ".join(f"{r} {p.mean[r]:.2f}" for r in front.rewards) for p in _shown(front))
-    figures = f'<img src="{pictures["front"]}" alt="The front of mean rewards. {escape(ends)}">'
-    if pictures["chord"]:
-        figures += f'<h2>Against the chord</h2><img src="{pictures["chord"]}" alt="Each reward over λ, with the chord">'
-        figures += "<ul>" + "".join(f"<li>{escape(s)}</li>" for s in _chord_sentences(front)) + "</ul>"
-    texts = _texts(records)
-    shown = _shown(front)
-    prompts = []
-    for prompt in front.prompts[:: max(1, len(front.prompts) // _SHOWN_PROMPTS)][:_SHOWN_PROMPTS]:
-        columns = "".join(_column(point, texts[_key(point.name, point.lambdas)][prompt]) for point in shown)
-        prompts.append(f'<article><h3>{escape(question_of(prompt))}</h3><div class="row">{columns}</div></article>')
-    return template("report.html").substitute(
-        n=front.points[0].n,
-        rewards=escape(", ".join(front.rewards)),
-        figures=figures,
-        head="".join(f'<th scope="col">{escape(cell)}</th>' for cell in head),
-        rows=cells,
-        texts="\n".join(prompts),
-    )
+def _how_many(front: Front) -> str:
+    if not front.prompts:
+        return "Means from elsewhere, no prompts."
+    return f"{len(front.prompts)} prompts; intervals: 95% bootstrap over prompts, the same draws for every model."
 
 
-def _column(point: Point, record: Mapping[str, Any]) -> str:
-    scores = ", ".join(f"{name} {score:.2f}" for name, score in sorted(record["rewards"].items()))
-    text = html.escape(record["response"]) or "<em>empty</em>"
-    return f"<section><h4>{html.escape(point.label)}</h4><p>{text}</p><small>{html.escape(scores)}</small></section>"
+class _Page:
+    """The sections of report.html, each a piece of HTML or nothing."""
+
+    def __init__(
+        self,
+        front: Front,
+        texts: Mapping[str, Mapping[str, Mapping[str, Any]]],
+        others: Mapping[str, Front],
+        settings: Mapping[str, Any],
+    ):
+        self._front, self._texts, self._others, self._settings = front, texts, others, settings
+        self._shown = [*front.others, *front.soups]
+        self._models = {point: number for number, point in enumerate(self._shown)}
+
+    def html(self, told: Sequence[str]) -> str:
+        front = self._front
+        sections = [
+            ("front", "The front", self._fronts()),
+            ("chord", "Against the chord", self._chords()),
+            ("triangle", "Over the triangle of λ", self._triangles()),
+            ("rewards", "All rewards at once", self._all_rewards()),
+            ("drift", "Drift from the base", self._drift()),
+            ("choices", "Which λ?", self._choices()),
+            ("figures", "Figures", self._figures()),
+            ("texts", "The same prompt at every λ", self._articles()),
+            ("made", "How it was made", self._made()),
+        ]
+        held_out = [name for name in self._settings.get("held_out", []) if name in front.rewards]
+        apart = f" No run was trained on {', '.join(held_out)}." if held_out else ""
+        return template("report.html").substitute(
+            rewards=escaped(", ".join(front.rewards)),
+            lead=escaped(f"{_how_many(front)} Every reward is maximised: higher is better.{apart}"),
+            notes="".join(f'<p class="notice">{escaped(note)}</p>' for note in front.notes),
+            told="".join(f"<li>{escaped(sentence)}</li>" for sentence in told),
+            links="".join(f'<a href="#{name}">{escaped(title)}</a>' for name, title, body in sections if body),
+            sections="\n".join(
+                f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{escaped(title)}</h2>\n{body}</section>'
+                for name, title, body in sections
+                if body
+            ),
+        )
+
+    def _fronts(self) -> str:
+        front = self._front
+        pairs = list(combinations(front.rewards, 2))
+        charts = [
+            front_chart(front, x, y, self._models, self._others, len(pairs) == 1) for x, y in pairs[:_SHOWN_PAIRS]
+        ]
+        if not charts:
+            return ""
+        looks = looks_of(front)
+        keys = [(swatch(looks[p]), p.label) for p in front.others]
+        if front.soups:
+            weighed = f", numbers: λ of {front.ingredients[1]}" if len(front.ingredients) == 2 else ""
+            keys.insert(0, (swatch(looks[front.soups[0]]), f"soups{weighed}"))
+            keys.append((swatch(looks[front.soups[0]], hollow=True), "hollow: beaten by another point"))
+        if front.has_chord:
+            keys.append(
+                (
+                    '<svg class="swatch" viewBox="-8 -8 16 16" aria-hidden="true"><path class="chord" d="M-8,0H8"/></svg>',
+                    "chord",
+                )
+            )
+        for number, name in enumerate(self._others):
+            keys.append((swatch(beside_look(number), hollow=True), name))
+        left = len(pairs) - len(charts)
+        note = f'<p class="note">{left} more pairs of rewards are not drawn.</p>' if left > 0 else ""
+        return _figure(charts, "Bars: 95% intervals. Up and right is better.", keys) + note
+
+    def _chords(self) -> str:
+        front = self._front
+        if front.has_chord:
+            charts = [chord_chart(front, reward, self._models) for reward in front.rewards]
+            text = "Dashed: the ends' rewards, mixed by λ. Below: soup less chord; hollow where 0 is in the interval."
+            return _figure(charts, text)
+        try:
+            if len(front.ends) < 2 or len(front.soups) <= len(front.ends):
+                return ""
+        except FrontError:
+            return ""
+        charts = [chord_scatter(front, reward, self._models) for reward in front.rewards]
+        text = (
+            "Above the line the soup has more than its ends' rewards mixed; hollow where the line is in the interval."
+        )
+        return _figure(charts, text)
+
+    def _triangles(self) -> str:
+        front = self._front
+        if len(front.ingredients) != 3 or len(front.soups) < 4:
+            return ""
+        charts = [
+            ternary_chart(front, reward, lambda p, reward=reward: p.estimate(reward), self._models)  # type: ignore[misc]
+            for reward in front.rewards
+        ]
+        return _figure(charts, "Each corner is one ingredient alone. Lighter is higher. Ringed: on the Pareto front.")
+
+    def _all_rewards(self) -> str:
+        front = self._front
+        if len(front.rewards) < 3:
+            return ""
+        series = series_of(front)
+        charts = [parallel_chart(front, series, self._models), spider_chart(front, series, self._models)]
+        keys = [(swatch(entry.look), entry.name) for entry in series]
+        left = sum(point not in {entry.point for entry in series} for point in front.others)
+        text = "Each reward on its own scale, from the least to the largest of the models drawn; thin lines: the other soups."
+        text += f" {left} more models are in the table." if left else ""
+        return _figure(charts, text, keys)
+
+    def _drift(self) -> str:
+        front = self._front
+        names = [name for name in _EXTRAS if front.soups and all(name in point.extras for point in front.soups)]
+        if "tokens" in names:
+            names.remove("words")
+        if front.has_chord:
+            charts = [lambda_chart(front, name, self._models) for name in names]
+        elif len(front.ingredients) == 3 and len(front.soups) >= 4:
+            charts = [
+                ternary_chart(front, name, lambda p, name=name: p.extras.get(name), self._models)  # type: ignore[misc]
+                for name in names
+            ]
+        else:
+            return ""
+        looks = looks_of(front)
+        keys = [(swatch(looks[p]), p.label) for p in front.others] if front.has_chord else []
+        told = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(_TOLD[name])}</dd></div>" for name in names)
+        caption = "Reward hacking shows here, not in the rewards."
+        return _figure(charts, caption, keys) + f'<dl class="note">{told}</dl>'
+
+    def _choices(self) -> str:
+        front = self._front
+        if len(front.soups) < 2:
+            return ""
+        rules: list[tuple[str, Choice]] = []
+        if len(front.rewards) > 1:
+            rules.append(("all rewards count alike", front.select(dict.fromkeys(front.rewards, 1.0))))
+            rules.append(("the knee, where the front bends", front.select(knee=True)))
+        rules += [(f"most {reward}", front.select(maximise=reward)) for reward in front.rewards]
+        rows = []
+        for words, choice in rules:
+            sure = "" if choice.share is None else f"{choice.share:.0%}"
+            figures = "".join(_cell(str(choice.point.estimate(reward))) for reward in front.rewards)
+            rows.append(
+                f'<tr><th scope="row">{escaped(words)}</th><td>{escaped(choice.point.label)}</td><td>{sure}</td>{figures}</tr>'
+            )
+        head = ["if", front.legend.removeprefix("model (").removesuffix(")"), "same choice in", *front.rewards]
+        note = (
+            "“Same choice in”: the share of bootstrap draws over prompts that choose this λ. <code>rsoups select</code> takes "
+            "weights, limits and votes."
+        )
+        return _scrolled("Choices of λ", head, "".join(rows)) + f'<p class="note">{note}</p>'
+
+    def _figures(self) -> str:
+        head, rows = _table(self._front)
+        cells = "".join(
+            f'<tr><th scope="row">{escaped(row[0])}</th>{"".join(_cell(cell) for cell in row[1:])}</tr>' for row in rows
+        )
+        note = (
+            ""
+            if not self._front.prompts
+            else "In parentheses: the share of bootstrap draws in which the point is on the Pareto front."
+        )
+        return _scrolled("All models", head, cells) + f'<p class="note">{note}</p>'
+
+    def _articles(self) -> str:
+        front = self._front
+        if not front.prompts or not self._texts:
+            return ""
+        kept = _kept(front)
+        fixed = [p for p in (front.base, *(_alone(front) if len(front.ingredients) < 5 else [])) if p is not None]
+        middle = front.soups[len(front.soups) // 2] if front.soups else front.points[-1]
+        options = "".join(
+            f'<option value="{number}"{" selected" if point is middle else ""}>{escaped(point.label)}</option>'
+            for point, number in self._models.items()
+        )
+        slider = ""
+        if front.has_chord:
+            first = self._models[front.soups[0]]
+            slider = (
+                f'<input type="range" id="slide" min="{first}" max="{first + len(front.soups) - 1}" step="1" '
+                f'value="{self._models[middle]}" aria-label="λ of {escaped(front.ingredients[1])}">'
+            )
+        weighed = f" <small>λ: {escaped(' / '.join(front.ingredients))}</small>" if front.ingredients else ""
+        bar = (
+            f'<div class="chooser" hidden><label for="model">Read the texts of{weighed}</label>'
+            f'<select id="model">{options}</select>{slider}</div>'
+        )
+        articles = [
+            self._article(prompt, kept, fixed)
+            for prompt in front.prompts[:: max(1, len(front.prompts) // _SHOWN_PROMPTS)][:_SHOWN_PROMPTS]
+        ]
+        return bar + "\n".join(articles)
+
+    def _article(self, prompt: str, kept: Sequence[Point], fixed: Sequence[Point]) -> str:
+        """A prompt with its texts: the kept ones are read without a script, the others unfolded, or chosen by it."""
+
+        def column(point: Point) -> str:
+            record = self._texts[_key(point.name, point.lambdas)][prompt]
+            scores = "".join(
+                f"<span>{escaped(name)} {score:.2f}</span>" for name, score in sorted(record["rewards"].items())
+            )
+            text = escaped(record["response"]) if record["response"].strip() else "<em>empty</em>"
+            stays = "" if point not in fixed else f' data-fixed="{0 if point is self._front.base else 2}"'
+            label = f'<h4 data-model="{self._models[point]}"{stays}>{escaped(self._named(point))}</h4>'
+            return f'<div class="text">{label}<p>{text}</p><small>{scores}</small></div>'
+
+        rest = [point for point in self._shown if point not in kept]
+        more = "".join(column(point) for point in rest)
+        more = (
+            f'<details><summary>{len(rest)} other models</summary><div class="row">{more}</div></details>'
+            if rest
+            else ""
+        )
+        row = "".join(column(point) for point in kept)
+        asked = self._texts[_key(self._shown[0].name, self._shown[0].lambdas)][prompt]["prompt"]
+        return f'<article><h3>{escaped(question_of(asked))}</h3><div class="row">{row}</div>{more}</article>'
+
+    def _named(self, point: Point) -> str:
+        """The label, with the ingredient's name at the ends."""
+        alone = [name for name, weight in (point.lambdas or {}).items() if weight == 1]
+        return f"{alone[0]} alone" if alone else point.label
+
+    def _made(self) -> str:
+        settings = dict(self._settings)
+        if not settings:
+            return ""
+        command = settings.pop("command", None)
+        if isinstance(command, list):
+            command = " ".join(map(str, command))
+        shown = f'<pre tabindex="0"><code>{escaped(command)}</code></pre>' if command else ""
+        return shown + _definitions(settings)
+
+
+def _definitions(values: Mapping[str, Any]) -> str:
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            told = _definitions(value) if value else "none"
+        elif isinstance(value, (list, tuple)):
+            told = escaped(", ".join(map(str, value))) or "none"
+        else:
+            told = escaped(value)
+        rows.append(f"<div><dt>{escaped(str(name).replace('_', ' '))}</dt><dd>{told}</dd></div>")
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+def _cell(text: str) -> str:
+    """A figure, what is in brackets after it in smaller type."""
+    figure, space, rest = text.partition(" ")
+    return f"<td>{escaped(figure)}{space}{f'<small>{escaped(rest)}</small>' if rest else ''}</td>"
+
+
+def _figure(charts: Sequence[str], caption: str, keys: Sequence[tuple[str, str]] = ()) -> str:
+    legend = "".join(f"<li>{mark}{escaped(name)}</li>" for mark, name in keys)
+    legend = f'<ul class="legend">{legend}</ul>' if legend else ""
+    return f'<figure>{legend}<div class="charts">{"".join(charts)}</div><figcaption>{escaped(caption)}</figcaption></figure>'
+
+
+def _scrolled(name: str, head: Sequence[str], rows: str) -> str:
+    """A table that scrolls sideways by itself where the page is narrow."""
+    cells = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in head)
+    return (
+        f'<div class="scroll" role="region" aria-label="{escaped(name)}" tabindex="0"><table><thead><tr>{cells}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )

@@ -1,4 +1,4 @@
-"""Sampling on a CPU at the price of one random number a token."""
+"""Sampling at the price of one random number a token, which may be a row's own."""
 
 from __future__ import annotations
 
@@ -30,10 +30,15 @@ class _InverseTransform(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def draw(probabilities: Tensor) -> Tensor:
-    """One index for each row of (B, V) probabilities (or weights), (B, 1); one of weight 0 is never drawn."""
+def draw(probabilities: Tensor, uniform: Tensor | None = None) -> Tensor:
+    """One index for each row of (B, V) probabilities (or weights), (B, 1); one of weight 0 is never drawn.
+
+    Args:
+        probabilities: (B, V).
+        uniform: (B, 1), float64 within [0, 1): each row's own random number, from torch's generator by default.
+    """
     cumulative = probabilities.double().cumsum(-1)
     whole = cumulative[:, -1:].contiguous()
-    at = torch.rand_like(whole) * whole
+    at = (torch.rand_like(whole) if uniform is None else uniform.to(whole)) * whole
     at = torch.minimum(at, torch.nextafter(whole, torch.zeros_like(whole)))  # the product may round up to the whole
     return torch.searchsorted(cumulative, at, right=True)  # the first index whose sum is above

@@ -6,33 +6,32 @@ question is always in the input: `question_of` finds it in the prompt (the paper
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import math
 import re
-import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-import yaml
-
+from rsoups._cards import DTYPES, check_calibration, made, read_card_file
 from rsoups._errors import RewardError, RsoupsError
 from rsoups._resources import resolve, shipped
+from rsoups.function_rewards import FunctionCard, FunctionReward, check_scores, imported
+from rsoups.judge import Judge, JudgeCard
+from rsoups.reward_inputs import FIELD, FIELDS, batches, encode_pairs, encode_texts, filled, padded
 from rsoups.tasks import first_sentence, question_of, response_start
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 _INPUTS = ("pair", "reversed_pair")
-_FIELD = re.compile(r"\{(\w+)\}")  # in templates
-_FIELDS = {"question", "response", "bos", "eos", "sep"}
+_AVERAGES = ("weights", "scores")
 _RESPONSES: dict[str, Callable[[str], str]] = {"whole": str, "first_sentence": first_sentence}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_NO_ROOM = "a response fills all %d tokens that a reward model reads: its end is not seen"
-_BATCH_TOKENS = 8_192  # per scoring batch, padding included
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,11 @@ class RewardCard:
     Attributes:
         name: Names the reward in records, logs and plots.
         model: Hub id, folder, or ``rsoups/...`` for an embedded one: a sequence classifier.
-        revision: Hub revision, None for the newest.
+        models: Instead of one model several to be averaged, each as ``model`` or ``id@revision``.
+        average: What is averaged: their ``weights`` (WARM, Ramé et al. 2024: models of one architecture and tokenizer, one
+            forward for a score) or their ``scores`` (an ensemble: any models, one forward of each).
+        lambdas: Weights of the average, one for each of ``models``, summing to 1; uniform ones where left out.
+        revision: Of ``model`` on the Hub, None for the newest.
         input: ``pair``: tokenizer(question, response); ``reversed_pair``: tokenizer(response, question); or one text, a
             template with ``{response}`` and, where the model reads them, ``{question}``, ``{bos}``, ``{eos}``, ``{sep}``.
         question: Template of the question before it goes in, such as a chat's turn.
@@ -54,13 +57,18 @@ class RewardCard:
         sign: 1, or -1 where a higher logit is worse.
         mean, std: The score is ``(sign * logit - mean) / std``: from a named calibration, so that rewards can be mixed.
         calibration: What mean and std were measured on.
-        max_length: Tokens; a longer input loses the end of its question, never of its response.
+        max_length: Tokens; a longer input loses a side of its question, and only then the end of its response.
+        cut: Which side of a long question is lost: ``end``, or ``start`` (of a conversation, say).
+        dtype: To load the model in: ``float32``, ``bfloat16``, ``float16``; ``auto`` is as it is stored (embedded: float32).
         source: Where the input recipe comes from.
-        licence: Of the model's weights.
+        licence: Of the model's weights; empty where it was not looked up.
     """
 
     name: str
-    model: str
+    model: str | None = None
+    models: Sequence[str] | None = None
+    average: str | None = None
+    lambdas: Sequence[float] | None = None
     revision: str | None = None
     input: str = "pair"
     question: str = "{question}"
@@ -72,27 +80,41 @@ class RewardCard:
     std: float = 1.0
     calibration: str | None = None
     max_length: int = 512
+    cut: str = "end"
+    dtype: str = "auto"
     source: str = ""
     licence: str = ""
 
     def __post_init__(self) -> None:
+        self._check_models()
         if self.input not in _INPUTS and "{response}" not in self.input:
-            raise RewardError(
-                f"reward card {self.name!r}: input is {self.input!r}, must be one of {list(_INPUTS)} or a template with "
-                "{response}"
-            )
-        if unknown := {*_FIELD.findall(self.input)} - _FIELDS or {*_FIELD.findall(self.question)} - {"question"}:
-            raise RewardError(f"reward card {self.name!r}: no field {sorted(unknown)} for templates; {sorted(_FIELDS)}")
-        if self.response not in _RESPONSES:
-            raise RewardError(f"reward card {self.name!r}: response is {self.response!r}, not of {sorted(_RESPONSES)}")
-        if self.sign not in (1, -1):
-            raise RewardError(f"reward card {self.name!r}: sign is {self.sign!r}, must be 1 or -1")
-        for field in ("mean", "std"):
-            value = getattr(self, field)
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise RewardError(f"reward card {self.name!r}: {field} is {value!r}, must be a finite number")
-        if self.std <= 0:
-            raise RewardError(f"reward card {self.name!r}: std is {self.std!r}, must be above 0")
+            self._refuse(f"input is {self.input!r}, must be one of {list(_INPUTS)} or a template with {{response}}")
+        if unknown := {*FIELD.findall(self.input)} - FIELDS or {*FIELD.findall(self.question)} - {"question"}:
+            self._refuse(f"no field {sorted(unknown)} for templates; {sorted(FIELDS)}")
+        allowed = {"response": (*_RESPONSES,), "sign": (1, -1), "cut": ("end", "start"), "dtype": DTYPES}
+        for field, values in allowed.items():
+            if (value := getattr(self, field)) not in values:
+                self._refuse(f"{field} is {value!r}, must be one of {list(values)}")
+        if type(self.max_length) is not int or self.max_length < 1:
+            self._refuse(f"max_length is {self.max_length!r}, must be a number of tokens")
+        check_calibration(self.name, self.mean, self.std)
+
+    def _check_models(self) -> None:
+        if (self.model is None) == (self.models is None):
+            self._refuse("names either its model, or models with an average")
+        if self.models is None:
+            if self.average is not None or self.lambdas is not None:
+                self._refuse("average and lambdas go with models, not with one model")
+            return
+        if isinstance(self.models, str) or len(self.models) < 2:
+            self._refuse(f"models is {self.models!r}, must be a list of two or more")
+        if self.average not in _AVERAGES:
+            self._refuse(f"average is {self.average!r}, must be one of {list(_AVERAGES)}")
+        if self.revision is not None:
+            self._refuse("revision goes with one model; with models, write each as id@revision")
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise RewardError(f"reward card {self.name!r}: {reason}")
 
     @classmethod
     def read(cls, path: str | Path) -> RewardCard:
@@ -101,18 +123,21 @@ class RewardCard:
         Raises:
             RewardError: Not a YAML mapping, an unknown or missing key, or a value that is out of range.
         """
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise RewardError(f"{path}: not YAML ({error})") from None
-        if not isinstance(data, dict):
-            raise RewardError(f"{path}: a reward card is a mapping of fields, not {type(data).__name__}")
-        known = {field.name for field in fields(cls)}
-        if unknown := set(data) - known:
-            raise RewardError(f"{path}: unknown field(s) {sorted(unknown)}; a card has {sorted(known)}")
-        if missing := {"name", "model"} - set(data):
-            raise RewardError(f"{path}: missing field(s) {sorted(missing)}")
-        return cls(**data)
+        return made(cls, read_card_file(path), str(path))
+
+    def summary(self) -> str:
+        """Who scores, what it reads, and which logit counts, on one line."""
+        who = self.model or f"average of {self.average}: {', '.join(self.models or ())}"
+        minus = f" - logit {self.minus}" if self.minus is not None else ""
+        return f"{who:50} {self.input:28} {'-' if self.sign < 0 else ''}logit {self.logit}{minus}"
+
+    def said(self, response: str) -> str:
+        """The part of a response that is scored."""
+        return _RESPONSES[self.response](response)
+
+    def scaled(self, raw: Any) -> Any:
+        """The score of a raw value (a number, or a tensor of them): sign, then mean and std."""
+        return (self.sign * raw - self.mean) / self.std
 
 
 def cards() -> dict[str, Path]:
@@ -120,59 +145,121 @@ def cards() -> dict[str, Path]:
     return {path.stem: path for path in sorted(shipped("rewards").glob("*.yaml"))}
 
 
+class LoadedReward(Protocol):
+    """What `load_reward` returns, whatever its kind: prompts and responses in, one float each out.
+
+    Attributes:
+        name: Of records, logs and plots.
+        columns: Those of a dataset that it looks at beside prompts and responses, passed by name.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]: ...
+
+
 class Reward:
     """A loaded reward model: ``reward(prompts, responses) -> list[float]``.
 
-    Runs without gradients, in the model's own precision, sorted by length into batches of equal padding; scores do not
-    depend on the batching.
+    Runs without gradients, in the card's precision, sorted by length into batches of equal padding; scores do not depend on
+    the batching. Models whose weights a card averages are averaged once, in float64, by way of a temporary folder.
+
+    Args:
+        card: What the reward is.
+        device: Where the model runs.
+        trust_remote_code: Run Python code that comes with the model, of a kind that transformers does not know.
+
+    Raises:
+        RewardError: A model that cannot be loaded, that asks for code of its own without leave, that lacks the card's
+            logits, or that cannot be averaged with the others.
     """
 
-    def __init__(self, card: RewardCard, device: str = "cpu"):
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    columns: tuple[str, ...] = ()  # of a dataset: a model looks at prompt and response only
 
+    def __init__(self, card: RewardCard, device: str = "cpu", trust_remote_code: bool = False):
+        if card.average == "scores":
+            raise RewardError(f"reward card {card.name!r} averages scores of several models: use load_reward")
         self.card = card
         self.name = self.__name__ = card.name  # TRL logs a reward under its __name__
-        source = resolve(card.model)
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(source, revision=card.revision)
-            # The embedded weights are stored in half precision to be small, and computed with in float32.
-            dtype = torch.float32 if source != card.model else "auto"
-            # Of "main", said aloud, transformers also looks for the conversion bot's safetensors where it holds a pickle only.
-            model = AutoModelForSequenceClassification.from_pretrained(
-                source, revision=card.revision or "main", dtype=dtype, use_safetensors=True
-            )
-        except OSError as error:
-            raise RewardError(
-                f"reward {card.name!r}: cannot load {card.model!r} (only safetensors are read, never a pickle): {error}"
-            ) from error
-        self._pad(model)
+        if card.model is not None:
+            model = self._load(resolve(card.model), trust_remote_code)
+        else:
+            with tempfile.TemporaryDirectory(prefix="rsoups-") as folder:
+                model = self._load(self._averaged(folder), trust_remote_code)
+        self._pad_id = self._padding(model.config)
         self._columns = [self._column(model.config, label) for label in (card.logit, card.minus) if label is not None]
         self._model = model.eval().requires_grad_(False).to(device)
 
-    def _pad(self, model: Any) -> None:
-        """A pad token for tokenizers without one (GPT-2), known to the model, which looks for the last real token."""
-        if self._tokenizer.pad_token is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.unk_token
-        model.config.pad_token_id = self._tokenizer.pad_token_id
+    def _dtype(self) -> Any:
+        """The torch dtype to load in; None for the one that is stored."""
+        import torch
+
+        if self.card.dtype != "auto":
+            return getattr(torch, self.card.dtype)
+        # The embedded weights are stored in half precision to be small, and computed with in float32.
+        sources = [self.card.model] if self.card.model is not None else [*(self.card.models or ())]
+        return torch.float32 if all(resolve(source) != source for source in sources) else None
+
+    def _averaged(self, folder: str) -> str:
+        from rsoups.full_weights import interpolate_checkpoints
+
+        out = Path(folder) / "average"
+        try:
+            interpolate_checkpoints(
+                [*(self.card.models or ())], self.card.lambdas, out, dtype=self._dtype(), progress=False
+            )
+        except RsoupsError as error:
+            raise RewardError(f"reward card {self.name!r}: its models' weights do not average: {error}") from error
+        return str(out)
+
+    def _load(self, source: str, trust_remote_code: bool) -> Any:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        # Of "main", said aloud, transformers also looks for the conversion bot's safetensors where it holds a pickle only.
+        options = {"revision": self.card.revision or "main", "trust_remote_code": trust_remote_code}
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            return AutoModelForSequenceClassification.from_pretrained(
+                source, dtype=self._dtype() or "auto", use_safetensors=True, **options
+            )
+        except (OSError, ValueError) as error:
+            what = f"reward {self.name!r}: cannot load {self.card.model or self.card.models!r}"
+            if "trust_remote_code" in str(error):
+                raise RewardError(
+                    f"{what}: it brings Python code of its own; read it, and allow it with trust_remote_code (in Python: =True)"
+                ) from None
+            raise RewardError(f"{what} (only safetensors are read, never a pickle): {error}") from error
+
+    def _padding(self, config: Any) -> int | None:
+        """The id that pads; None where there is none (GPT-2)."""
+        tokenizer = self._tokenizer
+        if tokenizer.sep_token is None and (
+            "{sep}" in self.card.input or not tokenizer.num_special_tokens_to_add(True)
+        ):
+            logger.info("reward %s: its tokenizer has no separator token, none is put in", self.name)
+        if tokenizer.pad_token_id is None:
+            logger.info("reward %s: its tokenizer has no pad token, a token that no input holds stands in", self.name)
+            return config.pad_token_id
+        return tokenizer.pad_token_id
 
     def _column(self, config: Any, label: int | str) -> int:
         names = {int(i): str(name) for i, name in config.id2label.items()}
         found = [i for i, name in names.items() if label in (i, name)]
         if not found:
-            raise RewardError(f"reward {self.name!r}: no logit {label!r} in {self.card.model!r}, which has {names}")
+            models = self.card.model or self.card.models
+            raise RewardError(f"reward {self.name!r}: no logit {label!r} in {models!r}, which has {names}")
         return found[0]
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, list[int]]]:
         """The model's input for each sample, unpadded."""
         card = self.card
-        questions = [_filled(card.question, question=question_of(prompt)) for prompt in prompts]
-        said = [_RESPONSES[card.response](response) for response in responses]
+        questions = [filled(card.question, question=question_of(prompt)) for prompt in prompts]
+        said = [card.said(response) for response in responses]
         if card.input in _INPUTS:
-            return encode_pairs(
-                self._tokenizer, questions, said, card.max_length, reverse=card.input == "reversed_pair"
-            )
-        return encode_texts(self._tokenizer, card.input, questions, said, card.max_length)
+            reverse = card.input == "reversed_pair"
+            return encode_pairs(self._tokenizer, questions, said, card.max_length, reverse, card.cut)
+        return encode_texts(self._tokenizer, card.input, questions, said, card.max_length, card.cut)
 
     def explain(self, prompt: str, response: str) -> dict[str, Any]:
         """What the model reads of one sample, and what it says: ``text``, ``ids``, ``logits`` by label, ``score``."""
@@ -180,8 +267,7 @@ class Reward:
 
         (encoded,) = self.encode([prompt], [response])
         with torch.inference_mode():
-            inputs = {key: torch.tensor([value], device=self._model.device) for key, value in encoded.items()}
-            logits = self._model(**inputs).logits[0].float().tolist()
+            logits = self._logits([encoded])[0].tolist()
         names = self._model.config.id2label
         return {
             "text": self._tokenizer.decode(encoded["input_ids"]),
@@ -196,7 +282,7 @@ class Reward:
         Args:
             prompts: Policy prompts (the question is taken out of the prompt format) or bare questions.
             responses: As many responses.
-            columns: Of a dataset; a model does not look at them.
+            columns: Of a dataset; not looked at.
 
         Raises:
             RewardError: Unequal numbers, or a score that is not finite (the sample is shown).
@@ -206,173 +292,122 @@ class Reward:
         if len(prompts) != len(responses):
             raise RewardError(f"reward {self.name!r}: {len(prompts)} prompts but {len(responses)} responses")
         encoded = self.encode(prompts, responses)
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]), reverse=True)
         scores = [0.0] * len(encoded)
         with torch.inference_mode():
-            while order:
-                size = max(1, _BATCH_TOKENS // len(encoded[order[0]]["input_ids"]))
-                batch, order = order[:size], order[size:]
-                padded = self._tokenizer.pad([encoded[i] for i in batch], return_tensors="pt", padding_side="right")
-                logits = self._model(**padded.to(self._model.device)).logits.float()
+            for batch in batches(encoded, self._model.device):
+                logits = self._logits([encoded[i] for i in batch])
                 raw = logits[:, self._columns[0]]
                 if len(self._columns) == 2:
                     raw = raw - logits[:, self._columns[1]]
-                values = (self.card.sign * raw - self.card.mean) / self.card.std
-                for i, value in zip(batch, values.tolist(), strict=True):
+                for i, value in zip(batch, self.card.scaled(raw).tolist(), strict=True):
                     scores[i] = value
         check_scores(self.name, scores, prompts, responses)
         return scores
 
+    def _logits(self, rows: list[dict[str, list[int]]]) -> Tensor:
+        """(B, labels), float32.
 
-def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
-    responses: Sequence[str],
-    max_length: int,
-    reverse: bool = False,
-) -> list[dict[str, list[int]]]:
-    """Tokenize (question, response) pairs as a sequence classifier reads them; `reverse` puts the response first.
-
-    Where a pair is longer than `max_length` tokens, the question loses its end, and where all of it is not enough, the
-    response does.
-    """
-
-    def encode(question: str, response: str, lost: str) -> dict[str, list[int]]:
-        pair = (response, question) if reverse else (question, response)
-        side = "only_second" if reverse == (lost == "question") else "only_first"
-        return dict(tokenizer(*pair, truncation=side, max_length=max_length))
-
-    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
-    sizes = [len(ids) for ids in tokenizer(list(responses), add_special_tokens=False)["input_ids"]]
-    encoded = []
-    for question, response, size in zip(questions, responses, sizes, strict=True):
-        if size < room:
-            encoded.append(encode(question, response, "question"))
-        else:
-            logger.warning(_NO_ROOM, max_length)
-            encoded.append(encode("", response, "response"))
-    return encoded
+        Decoders read the score at the last token that is not padding, by its id: what stands in for a missing pad token
+        must be in no row (an end-of-text token may well be the last one of a text).
+        """
+        pad = self._pad_id
+        if pad is None:
+            used = {token for row in rows for token in row["input_ids"]}
+            pad = next(token for token in range(len(used) + 1) if token not in used)
+        self._model.config.pad_token_id = pad
+        return self._model(**padded(rows, pad, self._model.device)).logits.float()
 
 
-def encode_texts(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    questions: Sequence[str],
-    responses: Sequence[str],
-    max_length: int,
-) -> list[dict[str, list[int]]]:
-    """Tokenize texts made by a template; where one is longer than `max_length` tokens, its question loses its end."""
-    special = {name: getattr(tokenizer, f"{name}_token") or "" for name in ("bos", "eos", "sep")}
+class AveragedScores:
+    """Several loaded reward models, of any kinds: the score is the weighted mean of theirs."""
 
-    def encode(question: str, response: str) -> dict[str, list[int]]:
-        return dict(tokenizer(_filled(template, question=question, response=response, **special)))
+    columns: tuple[str, ...] = ()
 
-    encoded = []
-    for question, response in zip(questions, responses, strict=True):
-        one = encode(question, response)
-        while (over := len(one["input_ids"]) - max_length) > 0 and question:
-            ends = [
-                end
-                for _, end in tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)[
-                    "offset_mapping"
-                ]
-            ]
-            question = question[: ends[-over - 1]] if over < len(ends) else ""
-            one = encode(question, response)
-        if over > 0:
-            logger.warning(_NO_ROOM, max_length)
-            one = {key: ids[:max_length] for key, ids in one.items()}
-        encoded.append(one)
-    return encoded
+    def __init__(self, card: RewardCard, device: str = "cpu", trust_remote_code: bool = False):
+        from rsoups.soup import weights_of
 
-
-def _filled(template: str, **values: str) -> str:
-    return _FIELD.sub(lambda match: values[match[1]], template)
-
-
-def check_scores(name: str, scores: Sequence[float], prompts: Sequence[str], responses: Sequence[str]) -> None:
-    """Refuse scores that would poison a run.
-
-    Raises:
-        RewardError: Not one score per sample, or a score that is NaN or infinite; names the reward and the sample.
-    """
-    if len(scores) != len(responses):
-        raise RewardError(f"reward {name!r} returned {len(scores)} scores for {len(responses)} responses")
-    for score, prompt, response in zip(scores, prompts, responses, strict=True):
-        if not math.isfinite(score):
-            raise RewardError(f"reward {name!r} returned {score} for prompt {prompt!r}, response {response!r}")
-
-
-class FunctionReward:
-    """A function as a reward: ``reward(prompts, responses, **columns) -> list[float]``.
-
-    Takes ``f(prompts, responses)`` and TRL's ``f(prompts, completions, **columns)`` alike; a function gets those of the
-    dataset's columns that it names, or all where it takes any.
-    """
-
-    def __init__(self, function: Callable[..., Any], name: str | None = None):
-        self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
-        self.__name__ = self.name
-        self._function = function
-        parameters = inspect.signature(function).parameters
-        self._any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        self._known = set(parameters)
+        self.card = card
+        self.name = self.__name__ = card.name
+        sources = [source.partition("@") for source in card.models or ()]
+        try:
+            (self.lambdas,) = weights_of(card.lambdas, len(sources), False, False)
+        except RsoupsError as error:
+            raise RewardError(f"reward card {self.name!r}: {error}") from error
+        one = replace(card, models=None, average=None, lambdas=None, model="")
+        self.members = [
+            Reward(replace(one, model=model, revision=revision or None), device, trust_remote_code)
+            for model, _, revision in sources
+        ]
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
-        """Score each response to its prompt.
-
-        Raises:
-            RewardError: Not one finite score for each response (the sample is shown).
-        """
-        passed = {key: value for key, value in columns.items() if self._any or key in self._known}
-        if "completions" in self._known:
-            scores = self._function(prompts=list(prompts), completions=list(responses), **passed)
-        else:
-            scores = self._function(list(prompts), list(responses), **passed)
-        scores = [float(score) for score in scores]
-        check_scores(self.name, scores, prompts, responses)
-        return scores
+        """Score each response to its prompt; errors as of `Reward`."""
+        rows = zip(*(member(prompts, responses) for member in self.members), strict=True)
+        return [math.fsum(weight * score for weight, score in zip(self.lambdas, row, strict=True)) for row in rows]
 
 
-def load_reward(source: str | Path | Callable[..., Any], device: str = "cpu") -> Reward | FunctionReward:
+def read_card(path: str | Path) -> RewardCard | FunctionCard | JudgeCard:
+    """Read and check a card of any kind.
+
+    Raises:
+        RewardError: Not a YAML mapping, an unknown or missing key, or a value that is out of range.
+    """
+    data = read_card_file(path)
+    kind: Any = JudgeCard if "judge" in data else FunctionCard if "function" in data else RewardCard
+    return made(kind, data, str(path))
+
+
+def _of_card(
+    card: RewardCard | FunctionCard | JudgeCard, device: str, trust_remote_code: bool, arguments: dict[str, Any]
+) -> LoadedReward:
+    if isinstance(card, FunctionCard):
+        return FunctionReward.of(replace(card, arguments={**card.arguments, **arguments}))
+    if arguments:
+        raise RewardError(
+            f"reward {card.name!r} is a model: only a function's card takes arguments, {sorted(arguments)}"
+        )
+    if isinstance(card, JudgeCard):
+        return Judge(card, device, trust_remote_code)
+    kind = AveragedScores if card.average == "scores" else Reward
+    return kind(card, device, trust_remote_code)
+
+
+def load_reward(
+    source: str | Path | Callable[..., Any],
+    device: str = "cpu",
+    *,
+    trust_remote_code: bool = False,
+    **arguments: Any,
+) -> LoadedReward:
     """Load a reward.
 
     Args:
-        source: A shipped card's name (``"naturalness"``, ``"deberta-v3-large-v2"``, ...), the path of a YAML card, a sequence
-            classifier's Hub id or folder (read as ``tokenizer(question, response)``, score logits[0]), ``"module:function"``
-            (also of a file beside you), or a function.
+        source: A shipped card's name (``"naturalness"``, ``"rouge-l"``, ...), the path of a YAML card, a sequence classifier's
+            Hub id or folder (read as ``tokenizer(question, response)``, score logits[0]), ``"module:function"`` (also of a
+            file beside you), or a function.
         device: Where a model runs.
+        trust_remote_code: Run Python code that comes with a model, of a kind that transformers does not know.
+        arguments: Of the function that a card names, over the card's own.
 
     Raises:
         RewardError: No such reward (the shipped ones are listed), or an invalid one.
     """
-    if callable(source):
-        return FunctionReward(source)
     text, known = str(source), cards()
     path = known.get(text, Path(text))
-    if path.is_file():
-        return Reward(RewardCard.read(path), device)
+    if not callable(source) and path.is_file():
+        return _of_card(read_card(path), device, trust_remote_code, arguments)
+    if arguments:
+        raise RewardError(f"{text} is no card: only a function that a card names takes arguments, {sorted(arguments)}")
+    if callable(source):
+        return FunctionReward(source)
     if path.is_dir() or _HUB_ID.fullmatch(text):
         logger.info("%s is no card: scored as tokenizer(question, response), logits[0]", text)
-        return Reward(RewardCard(name=path.name, model=text), device)
+        return Reward(RewardCard(name=path.name, model=text), device, trust_remote_code)
     module, separator, name = text.partition(":")
     if separator:
-        return FunctionReward(_imported(module, name), name)
+        return FunctionReward(imported(module, name), name)
     raise RewardError(
         f"no reward {text!r}; shipped cards: {sorted(known)}, or give a YAML card, a classifier's Hub id or module:function"
     )
-
-
-def _imported(module: str, name: str) -> Callable[..., Any]:
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RewardError(f"no reward function {module}:{name}: {error}") from None
-    if not callable(found):
-        raise RewardError(f"{module}:{name} is {type(found).__name__}, not a function")
-    return found
 
 
 def reward_function(
@@ -384,7 +419,7 @@ def reward_function(
     say (a word that goes on has no space before it).
     """
 
-    scored = reward if isinstance(reward, (Reward, FunctionReward)) else FunctionReward(reward)
+    scored = FunctionReward(reward)
 
     def whole(prompt: Any, completion: Any, ids: list[int] | None) -> str:
         if isinstance(completion, list):  # messages: a conversation's answer

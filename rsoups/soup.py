@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import save_file
 from torch import Tensor
 
+from rsoups import stacking, tensor_files
 from rsoups._errors import AdapterError, LambdasError
 from rsoups._files import sha256_of, whole_folder
 from rsoups.adapters import (
@@ -35,11 +35,10 @@ from rsoups.adapters import (
     Adapter,
     adapter_of,
     check_compatible,
-    for_inference,
     read_adapter,
 )
-from rsoups.lineage import SOUP_FILE, command, history_of, parents_of, published
-from rsoups.stacking import Kept, check_factors, exact, factors, finite
+from rsoups.lineage import SOUP_FILE, Ingredient, command, history_of, parents_of, published
+from rsoups.stacking import Blend, Kept, blocks_of, check_factors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,29 +51,14 @@ METHODS = ("exact", "factors", "svd")
 _SUM_TOLERANCE = 1e-6  # λ in single precision still count as summing to 1
 
 
-@dataclass(frozen=True)
-class Ingredient:
-    """Where one adapter of a soup came from.
-
-    Attributes:
-        name: The key or the folder's name it was given under.
-        source: Hub id or folder; of an absolute path only the last part, so that publishing tells no one's disk.
-        revision: Hub commit, or None.
-        sha256: Of its weights.
-    """
-
-    name: str
-    source: str
-    revision: str | None
-    sha256: str
-
-
 @dataclass(frozen=True, eq=False)
 class Soup:
     """An interpolation of adapters: an ordinary LoRA with its lineage.
 
+    Its tensors are made from the ingredients when they are asked for: by `save_pretrained` block by block, so that a soup that
+    is only saved is never held; by `state_dict` all at once.
+
     Attributes:
-        state_dict: Tensors by PEFT's names.
         config: PEFT's config.
         lambdas: One weight for each ingredient.
         method: ``exact``, ``factors`` or ``svd``.
@@ -83,9 +67,9 @@ class Soup:
         svd_errors: The same for each module.
         factors_distance: ‖Δ of ``factors`` - exact Δ‖ / ‖exact Δ‖, measured where the ingredients of a ``factors`` soup
             do not share their initialisation; None otherwise.
+        tensors: How each tensor is made, by PEFT's names.
     """
 
-    state_dict: dict[str, Tensor]
     config: LoraConfig
     lambdas: tuple[float, ...]
     method: str
@@ -93,6 +77,7 @@ class Soup:
     svd_error: float | None = None
     svd_errors: dict[str, float] = field(default_factory=dict)
     factors_distance: float | None = None
+    tensors: Mapping[str, Blend | Tensor] = field(default_factory=dict, repr=False)
     _adapters: dict[str, Adapter] = field(default_factory=dict, repr=False)
     _manifest: dict[str, Any] | None = field(default=None, repr=False)  # of a soup that was read, not made
     _file: Adapter | None = field(default=None, repr=False)  # and its own adapter
@@ -108,6 +93,17 @@ class Soup:
         from rsoups.hub import read_soup
 
         return read_soup(source)
+
+    @cached_property
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors by PEFT's names, made when first asked for. What is changed in them is not what `save_pretrained` writes.
+
+        Raises:
+            AdapterError: An ingredient's file was written to since it was opened.
+        """
+        made = {key: tensor.tensor() if isinstance(tensor, Blend) else tensor for key, tensor in self.tensors.items()}
+        self._check_unchanged()
+        return made
 
     @cached_property
     def ingredients(self) -> tuple[Ingredient, ...]:
@@ -137,7 +133,7 @@ class Soup:
             ],
             "method": self.method,
             "rank": max(
-                (t.shape[0] for key, t in self.state_dict.items() if ".lora_" in key and "A" in key[-8:]), default=0
+                (t.shape[0] for key, t in self.tensors.items() if ".lora_" in key and "A" in key[-8:]), default=0
             ),
             "svd_error": self.svd_error,
             "factors_distance": self.factors_distance,
@@ -151,13 +147,20 @@ class Soup:
 
         Raises:
             OutputError: The folder holds something other than a soup, or cannot be written.
+            AdapterError: An ingredient's file was written to since it was opened.
         """
+        order = sorted(self.tensors, key=lambda name: (-self.tensors[name].dtype.itemsize, name))  # safetensors' own
+        layout = {name: (tensor_files.NAMES[self.tensors[name].dtype], self.tensors[name].shape) for name in order}
         with whole_folder(folder, SOUP_FILE) as partial:
-            tensors = {key: tensor.contiguous() for key, tensor in self.state_dict.items()}
-            save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+            tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: blocks_of(self.tensors[name]))
             deepcopy(self.config).save_pretrained(str(partial))
             manifest = self.lineage | {"sha256": sha256_of(partial / WEIGHTS_FILE)}
             (partial / SOUP_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        for adapter in self._adapters.values():
+            adapter.check_unchanged()
 
     def truncate(self, rank: int | float) -> Soup:
         """The best approximation of the soup at a rank, or within a relative error: see `interpolate`'s `rank`.
@@ -294,10 +297,6 @@ class Soup:
 
         Returns:
             The URL of the commit or the pull request; of a dry run the folder that would be pushed.
-
-        Raises:
-            HubError: The Hub refuses or cannot be reached; nothing is half-published.
-            FrontError: The front has no point at this soup's λ.
         """
         from rsoups.hub import push
 
@@ -331,7 +330,8 @@ def interpolate(
         adapters: N folders, Hub ids, PeftModels, tuples (PeftModel, adapter name) or Soups; or a dict of them by name. A
             Soup stands for its ingredients (one of method ``factors`` only in a soup of that method: elsewhere it is an
             adapter of its own).
-        lambdas: N weights, or a K × N matrix for a list of K soups (every ingredient is read once). Uniform by default.
+        lambdas: N weights, or a K × N matrix for a list of K soups (every ingredient is checked and hashed once). Uniform by
+            default.
         method: ``exact``: Σ λi·si·Bi·Ai as one LoRA of rank Σ ri. ``factors``: Σ λi·Ai and Σ λi·Bi apart, as the paper's
             code did: the rank stays, and it is right only for adapters from one initialisation (of others it warns). ``svd``:
             the best approximation of exact at `rank` (Eckart-Young), its relative error recorded.
@@ -365,12 +365,12 @@ def interpolate(
     check_compatible(read.values(), allow_base_mismatch)
     if method == "factors":
         check_factors(list(read.values()))
+    for adapter in read.values():
+        adapter.check_values()  # those of weight 0 too
     same = _same(list(read.values()))
     kept = [_kept(list(read.values()), same, row) for row in rows]
     several = [row for row in kept if not _is_alone(row, rank)]
-    made = iter(factors(several, dtype) if method == "factors" else exact(several, method == "svd", rank, dtype))
-    for adapter in set(read.values()) - {adapter for row in kept for adapter, _ in row}:
-        adapter.check_values()  # of weight 0, but refused where it is broken; the others' show in the soup
+    made = iter(_made(several, method, rank, dtype))
     parts = [_alone(row[0][0], method, dtype) if _is_alone(row, rank) else next(made) for row in kept]
     whole: dict[str, Any] = {"method": method, "base_mismatch": allow_base_mismatch, "_adapters": read}
     soups = [Soup(lambdas=tuple(row), **part, **whole) for row, part in zip(rows, parts, strict=True)]
@@ -484,12 +484,13 @@ def _is_alone(kept: Kept, rank: int | float | None) -> bool:
 
 
 def _alone(adapter: Adapter, method: str, dtype: torch.dtype | None) -> dict[str, Any]:
-    state = {key: finite(key, adapter.tensor(key), [adapter], dtype) for key in adapter.layout}
-    return {
-        "state_dict": state,
-        "config": for_inference(adapter.config),
-        "svd_error": 0.0 if method == "svd" else None,
-    }
+    return stacking.alone(adapter, dtype) | {"svd_error": 0.0 if method == "svd" else None}
+
+
+def _made(rows: list[Kept], method: str, rank: int | float | None, dtype: torch.dtype | None) -> list[dict[str, Any]]:
+    if method == "factors":
+        return stacking.factors(rows, dtype)
+    return [stacking.exact(row, dtype) if method == "exact" else stacking.svd(row, rank, dtype) for row in rows]
 
 
 def _ingredient(name: str, adapter: Adapter) -> Ingredient:

@@ -1,7 +1,7 @@
-"""The two ways to interpolate: `exact` stacks the ingredients' factors, `factors` averages them.
+"""The ways to interpolate: `exact` stacks the ingredients' factors, `svd` truncates the stack, `factors` averages them.
 
-Module by module, each tensor read once however many soups are made, so that memory holds the soups and one module of each
-ingredient.
+What comes out are `Blend`s: tensors that are made block by block when they are asked for, from the ingredients' files, so
+that a soup can be saved without being held.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -21,143 +21,195 @@ from torch import Tensor
 
 from rsoups import low_rank
 from rsoups._errors import AdapterError
-from rsoups.adapters import PREFIX, Adapter, LoraModule, for_inference, is_finite
+from rsoups.adapters import PREFIX, Adapter, LoraModule, for_inference
+from rsoups.tensor_files import is_finite, rows_of_blocks
 
 _ONE_START = 0.5  # cosine of two ingredients' A above which they are taken to share their initialisation
 Kept = list[tuple[Adapter, float]]  # what a soup is made of: adapters that differ, with weights that are not 0
 
 
-def exact(rows: list[Kept], truncated: bool, rank: int | float | None, dtype: torch.dtype | None) -> list[dict]:
-    """Δ = Σ λi·si·Bi·Ai of each row as one pair of stacked factors per module, λi·si in B; or truncated to `rank`."""
+class Part(NamedTuple):
+    """A tensor of an ingredient, and what multiplies it."""
+
+    adapter: Adapter
+    name: str
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Blend:
+    """One tensor of a soup, and how it is made.
+
+    Attributes:
+        how: `_below`, `_beside` or `_summed`.
+        parts: Of what.
+        shape, dtype: Of the tensor.
+    """
+
+    how: Callable[[Blend], Iterator[Tensor]]
+    parts: list[Part]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bound(self) -> float:
+        """No magnitude in it is larger, but for rounding."""
+        return math.fsum(abs(part.factor) * part.adapter.largest for part in self.parts)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The tensor, some rows at a time. Products and sums are in float64, rounded once."""
+        return self.how(self)
+
+    def tensor(self) -> Tensor:
+        found = torch.empty(math.prod(self.shape), dtype=self.dtype)
+        at = 0
+        for block in self.blocks():
+            found[at : at + block.numel()].copy_(block.reshape(-1))
+            at += block.numel()
+        return found.view(self.shape)
+
+
+def blocks_of(tensor: Blend | Tensor) -> Iterable[Tensor]:
+    return tensor.blocks() if isinstance(tensor, Blend) else (tensor,)
+
+
+def _below(blend: Blend) -> Iterator[Tensor]:
+    """Parts one below the other, their factors 1."""
+    for part in blend.parts:
+        for block in part.adapter.blocks(part.name):
+            yield block.to(blend.dtype)
+
+
+def _beside(blend: Blend) -> Iterator[Tensor]:
+    """Parts side by side, along the second dimension, each times its factor."""
+    widths = [part.adapter.layout[part.name].shape[1] for part in blend.parts]
+    rows = rows_of_blocks((blend.shape[0], max(widths)))
+    for blocks in zip(*(part.adapter.blocks(part.name, rows) for part in blend.parts), strict=True):
+        beside = torch.empty(len(blocks[0]), sum(widths), *blend.shape[2:], dtype=blend.dtype)
+        for to, block, part in zip(beside.split(widths, dim=1), blocks, blend.parts, strict=True):
+            to.copy_(block.double().mul_(part.factor))
+        yield beside
+
+
+def _summed(blend: Blend) -> Iterator[Tensor]:
+    """The sum of all parts, each times its factor; 0 where there are none."""
+    if not blend.parts:
+        yield torch.zeros(blend.shape, dtype=blend.dtype)
+        return
+    for blocks in zip(*(part.adapter.blocks(part.name) for part in blend.parts), strict=True):
+        total = blocks[0].double().mul_(blend.parts[0].factor)
+        for block, part in zip(blocks[1:], blend.parts[1:], strict=True):
+            total.add_(block.double(), alpha=part.factor)
+        yield total.to(blend.dtype)
+
+
+def alone(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, Any]:
+    """An adapter as it is."""
+    tensors = {
+        key: Blend(_below, [Part(adapter, key)], tuple(like.shape), dtype or like.dtype)
+        for key, like in adapter.layout.items()
+    }
+    return {"tensors": fitting(tensors), "config": for_inference(adapter.config)}
+
+
+def exact(kept: Kept, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Δ = Σ λi·si·Bi·Ai as one pair of stacked factors per module, λi·si in B."""
     dtype = dtype or torch.float32
-    made = [_Stack(kept, torch.float64 if truncated else dtype, whole=not truncated) for kept in rows]
-    if truncated and rank is None:
-        rank = max((m.rank for kept in rows for adapter, _ in kept for m in adapter.modules.values()), default=1)
-    for path in dict.fromkeys(path for kept in rows for adapter, _ in kept for path in adapter.modules):
-        read: dict[Adapter, tuple[Tensor, Tensor, Tensor | None]] = {}
-        for stack in made:
-            stack.add(path, read)
-            if truncated and path in stack.modules:
-                stack.truncate(path, rank or 1, dtype)
-    return [stack.finish(full, dtype) for stack, full in zip(made, _full(rows, dtype), strict=True)]
+    modules, tensors = _stacked(kept, dtype)
+    tensors |= _full(kept, dtype)
+    return {"tensors": fitting(tensors), "config": _config([adapter for adapter, _ in kept], modules)}
 
 
-class _Stack:
-    """The stacked factors of one soup, filled module by module."""
+def _stacked(kept: Kept, dtype: torch.dtype) -> tuple[dict[str, LoraModule], dict[str, Blend]]:
+    """The modules of a soup, and their factors."""
+    with_bias = any(adapter.config.lora_bias for adapter, _ in kept)
+    modules, tensors = {}, {}
+    for path in dict.fromkeys(path for adapter, _ in kept for path in adapter.modules):
+        parts = [(adapter, adapter.modules[path], weight) for adapter, weight in kept if path in adapter.modules]
+        rank = sum(module.rank for _, module, _ in parts)
+        soup = modules[path] = _named_module(path, rank, parts[0][1], with_bias)
+        shape = (rank, *soup.shape[1:])
+        tensors[soup.A] = Blend(_below, [Part(adapter, module.A) for adapter, module, _ in parts], shape, dtype)
+        scaled = [Part(adapter, module.B, weight * module.scaling) for adapter, module, weight in parts]
+        shape = (soup.shape[0], rank, *(1 for _ in soup.shape[2:]))
+        tensors[soup.B] = Blend(_beside, scaled, shape, dtype)
+        if soup.bias:
+            biases = [Part(a, m.bias, weight * m.scaling) for a, m, weight in parts if m.bias]
+            tensors[soup.bias] = Blend(_summed, biases, soup.shape[:1], dtype)
+    return modules, tensors
 
-    def __init__(self, kept: Kept, dtype: torch.dtype, whole: bool):
-        self.kept = kept
-        self.dtype = dtype
-        self.with_bias = any(adapter.config.lora_bias for adapter, _ in kept)
-        self.modules: dict[str, LoraModule] = {}
-        for path in dict.fromkeys(path for adapter, _ in kept for path in adapter.modules):
-            parts = [adapter.modules[path] for adapter, _ in kept if path in adapter.modules]
-            self.modules[path] = _named_module(path, sum(part.rank for part in parts), parts[0], self.with_bias)
-        self.config = _config([adapter for adapter, _ in kept], self.modules)
-        self.state = low_rank.empty(self._shapes(self.modules), dtype) if whole else {}
-        self.lost: dict[str, tuple[float, float]] = {}  # squared norms: of what was cut off, and of all
 
-    def _shapes(self, paths: Any) -> dict[str, tuple[int, ...]]:
-        """Of the factors of some modules, by their names."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path in paths:
-            module = self.modules[path]
-            shapes[module.A] = (module.rank, *module.shape[1:])
-            shapes[module.B] = (module.shape[0], module.rank, *(1 for _ in module.shape[2:]))
-            if module.bias:
-                shapes[module.bias] = (module.shape[0],)
-        return shapes
-
-    def add(self, path: str, read: dict[Adapter, tuple[Tensor, Tensor, Tensor | None]]) -> None:
-        """Fill one module; `read` holds what has been read of it for other soups."""
-        if path not in self.modules:
-            return
-        module, parts = self.modules[path], []
-        if module.A not in self.state:
-            self.state |= {key: torch.empty(shape, dtype=self.dtype) for key, shape in self._shapes([path]).items()}
-        bias = torch.zeros(module.shape[0], dtype=torch.float64)
-        for adapter, weight in self.kept:
-            if (part := adapter.modules.get(path)) is None:
-                continue
-            if adapter not in read:
-                read[adapter] = (
-                    adapter.tensor(part.A),
-                    adapter.tensor(part.B),
-                    adapter.tensor(part.bias) if part.bias else None,
-                )
-            a, b, own_bias = read[adapter]
-            parts.append((a, b, weight * part.scaling))
-            if own_bias is not None:
-                bias += weight * part.scaling * own_bias.double()
-        low_rank.stack(parts, self.state[module.A], self.state[module.B])
-        for name in (module.A, module.B):
-            finite(name, self.state[name], (adapter for adapter, _ in self.kept))
-        if module.bias:
-            finite(module.bias, self.state[module.bias].copy_(bias), (adapter for adapter, _ in self.kept))
-
-    def truncate(self, path: str, rank: int | float, dtype: torch.dtype) -> None:
-        module = self.modules[path]
-        a, b = self.state[module.A], self.state[module.B]
+def svd(kept: Kept, rank: int | float | None, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The exact Δ, truncated to a rank, by default the largest among the ingredients, or within a relative error."""
+    dtype = dtype or torch.float32
+    if rank is None:
+        rank = max((module.rank for adapter, _ in kept for module in adapter.modules.values()), default=1)
+    modules, stacked = _stacked(kept, torch.float64)
+    tensors: dict[str, Blend | Tensor] = {}
+    errors, all_lost, all_total = {}, 0.0, 0.0
+    for path, module in modules.items():
+        a, b = stacked[module.A].tensor(), stacked[module.B].tensor()
         A, B, lost, total = low_rank.truncate(a.flatten(1), b.flatten(1), rank)
-        self.lost[path] = lost, total
-        self.state[module.A] = finite(module.A, A.reshape(len(A), *a.shape[1:]), (), dtype)
-        self.state[module.B] = finite(module.B, B.reshape(len(b), -1, *b.shape[2:]), (), dtype)
-        self.modules[path] = replace(module, rank=len(A))
-
-    def finish(self, full: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
-        state = {key: tensor.to(dtype) for key, tensor in self.state.items()} | full
-        found: dict[str, Any] = {"state_dict": state, "config": self.config}
-        if self.lost:
-            found["config"] = _config([adapter for adapter, _ in self.kept], self.modules)
-            found["svd_errors"] = {
-                path: math.sqrt(lost / all_) if all_ else 0.0 for path, (lost, all_) in self.lost.items()
-            }
-            lost, total = (sum(pair[i] for pair in self.lost.values()) for i in (0, 1))
-            found["svd_error"] = math.sqrt(lost / total) if total else 0.0
-        return found
+        tensors[module.A] = A.reshape(len(A), *a.shape[1:]).to(dtype)
+        tensors[module.B] = B.reshape(len(b), -1, *b.shape[2:]).to(dtype)
+        if module.bias:
+            tensors[module.bias] = replace(stacked[module.bias], dtype=dtype)
+        modules[path] = replace(module, rank=len(A))
+        errors[path] = math.sqrt(lost / total) if total else 0.0
+        all_lost, all_total = all_lost + lost, all_total + total
+    tensors |= _full(kept, dtype)
+    return {
+        "tensors": fitting(tensors),
+        "config": _config([adapter for adapter, _ in kept], modules),
+        "svd_errors": errors,
+        "svd_error": math.sqrt(all_lost / all_total) if all_total else 0.0,
+    }
 
 
-def factors(rows: list[Kept], dtype: torch.dtype | None) -> list[dict]:
+def factors(rows: list[Kept], dtype: torch.dtype | None) -> list[dict[str, Any]]:
     """Σ λi·Ai and Σ λi·Bi; the scaling that all ingredients share stays in the config."""
     made = []
-    names = list(rows[0][0][0].layout) if rows else []
     adapters = list(dict.fromkeys(adapter for kept in rows for adapter, _ in kept))
     starts = cosines_of_starts(adapters) if len(adapters) > 1 else []
-    for kept, state in zip(rows, _sums(rows, names, dtype or torch.float32), strict=True):
+    for kept in rows:
+        tensors = _sums(kept, list(kept[0][0].layout), dtype or torch.float32)
         distance = None
         places = [adapters.index(adapter) for adapter, _ in kept]
         if any(starts[i][j] < _ONE_START for i, j in combinations(places, 2)):
-            distance = _distance(kept, state)
+            distance = _distance(kept, tensors)
             warnings.warn(
                 f"these ingredients do not start from one initialisation: Δ of method 'factors' is {distance:.0%} of the exact "
                 "Δ away from it; use method 'exact' or 'svd'",
                 stacklevel=3,
             )
         config = for_inference(kept[0][0].config)
-        made.append({"state_dict": state, "config": config, "factors_distance": distance})
+        made.append({"tensors": fitting(tensors), "config": config, "factors_distance": distance})
     return made
 
 
 def cosines_of_starts(adapters: Sequence[Adapter]) -> list[list[float]]:
     """Cosine between the A of each two adapters, over the modules that both have; training from one start leaves it near 1."""
-    pairs = [(i, j) for i in range(len(adapters)) for j in range(i + 1)]
-    sums = {pair: [0.0, 0.0, 0.0] for pair in pairs}  # product, and both squared norms
+    count = len(adapters)
+    products, squares = torch.zeros(count, count), torch.zeros(count, count)  # squares[i, j]: of i, over what j has too
     for path in dict.fromkeys(path for adapter in adapters for path in adapter.modules):
-        read = [a.tensor(a.modules[path].A).float().flatten() if path in a.modules else None for a in adapters]
-        squares = [float(torch.dot(a, a)) if a is not None else 0.0 for a in read]
-        for i, j in pairs:
-            a, b = read[i], read[j]
-            if a is not None and b is not None and a.shape == b.shape:
-                found = squares[i] if i == j else float(torch.dot(a, b))
-                sums[i, j] = [x + y for x, y in zip(sums[i, j], (found, squares[i], squares[j]), strict=True)]
-    cosines = [[0.0] * len(adapters) for _ in adapters]
-    for (i, j), (product, one, other) in sums.items():
-        cosines[i][j] = cosines[j][i] = product / math.sqrt(one * other) if one and other else 0.0
-    return cosines
+        names = {i: adapter.modules[path].A for i, adapter in enumerate(adapters) if path in adapter.modules}
+        shapes = {i: tuple(adapters[i].layout[name].shape) for i, name in names.items()}
+        for shape in set(shapes.values()):
+            those = [i for i in names if shapes[i] == shape]
+            gram = torch.zeros(len(those), len(those))
+            for blocks in zip(*(adapters[i].blocks(names[i]) for i in those), strict=True):
+                rows = torch.stack([block.reshape(-1).float() for block in blocks])
+                for i, row in enumerate(rows):
+                    gram[i] += rows @ row
+            grid = torch.meshgrid(torch.tensor(those), torch.tensor(those), indexing="ij")
+            products[grid] += gram
+            squares[grid] += gram.diagonal()[:, None]
+    norms = (squares * squares.T).sqrt()
+    return torch.where(norms > 0, products / norms, 0.0).tolist()
 
 
-def _distance(kept: Kept, state: dict[str, Tensor]) -> float:
-    """‖B·A - Σ λi·Bi·Ai‖ / ‖Σ λi·Bi·Ai‖ of all modules, B and A being the averages in `state`."""
+def _distance(kept: Kept, tensors: Mapping[str, Blend]) -> float:
+    """‖B·A - Σ λi·Bi·Ai‖ / ‖Σ λi·Bi·Ai‖ of all modules, B and A being the averages in `tensors`."""
     apart = total = 0.0
     for path, module in kept[0][0].modules.items():
         parts = [
@@ -165,7 +217,7 @@ def _distance(kept: Kept, state: dict[str, Tensor]) -> float:
         ]
         A = torch.cat([a.flatten(1).double() for a, _ in parts])
         B = torch.cat([w * b.flatten(1).double() for (_, b), (_, w) in zip(parts, kept, strict=True)], dim=1)
-        a, b = state[module.A].flatten(1).double(), state[module.B].flatten(1).double()
+        a, b = tensors[module.A].tensor().flatten(1).double(), tensors[module.B].tensor().flatten(1).double()
         difference = (torch.cat([A, a]), torch.cat([B, -b], dim=1))
         scale = module.scaling**2
         apart += scale * low_rank.inner(difference, difference)
@@ -173,35 +225,32 @@ def _distance(kept: Kept, state: dict[str, Tensor]) -> float:
     return math.sqrt(max(apart, 0) / total) if total else 0.0
 
 
-def _sums(rows: list[Kept], names: list[str], dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """Σ λi·Ti of each named tensor, in float64, rounded once."""
-    if not rows:
-        return []
-    states = [low_rank.empty({n: tuple(kept[0][0].layout[n].shape) for n in names}, dtype) for kept in rows]
-    for name in names:
-        read: dict[Adapter, Tensor] = {}
-        for kept, state in zip(rows, states, strict=True):
-            read |= {adapter: adapter.tensor(name) for adapter, _ in kept if adapter not in read}
-            (first, weight), *rest = kept
-            total = read[first].double().mul_(weight)
-            for adapter, weight in rest:
-                total.add_(read[adapter].double(), alpha=weight)
-            finite(name, state[name].copy_(total), (adapter for adapter, _ in kept))
-    return states
+def _sums(kept: Kept, names: Sequence[str], dtype: torch.dtype) -> dict[str, Blend]:
+    """Σ λi·Ti of each named tensor."""
+    layout = kept[0][0].layout
+    return {
+        name: Blend(
+            _summed, [Part(adapter, name, weight) for adapter, weight in kept], tuple(layout[name].shape), dtype
+        )
+        for name in names
+    }
 
 
-def _full(rows: list[Kept], dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    return _sums(rows, rows[0][0][0].full, dtype) if rows and rows[0][0][0].full else [{} for _ in rows]
+def _full(kept: Kept, dtype: torch.dtype) -> dict[str, Blend]:
+    return _sums(kept, kept[0][0].full, dtype)
 
 
-def finite(name: str, tensor: Tensor, adapters: Iterable[Adapter], dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of a soup, in `dtype`; where it is not finite, either an ingredient is not, or the dtype is too narrow."""
-    tensor = tensor if dtype is None else tensor.to(dtype)
-    if not is_finite(tensor):
-        for adapter in adapters:
-            adapter.check_values()
-        raise AdapterError(f"the soup's tensor {name} does not fit into {tensor.dtype}: choose a wider dtype")
-    return tensor
+def fitting(tensors: Mapping[str, Blend | Tensor]) -> Mapping[str, Blend | Tensor]:
+    """The tensors of a soup, whose ingredients are finite, if they are too: if their dtype is wide enough.
+
+    Of a blend that is made only where the magnitudes of its parts leave it open.
+    """
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Blend) and tensor.bound <= torch.finfo(tensor.dtype).max:
+            continue
+        if not all(map(is_finite, blocks_of(tensor))):
+            raise AdapterError(f"the soup's tensor {name} does not fit into {tensor.dtype}: choose a wider dtype")
+    return tensors
 
 
 def check_factors(adapters: list[Adapter]) -> None:

@@ -1,297 +1,435 @@
-"""Sweep λ: generate at every λ, score with every reward, write one record per (model, prompt).
+"""Sweep λ: generate at every λ, score with every reward, write one record for each response.
 
-A record is one line of JSON: ``name, lambdas, method, prompt, response, rewards, seed``. Everything after it (fronts,
-plots, reports, the choice of λ) is a function of the records.
+A record is one line of JSON:
+
+- ``name, lambdas, method``: the model: ``soup`` with its λ by ingredient, ``base``, ``ensemble``, or another adapter's name;
+- ``prompt, sample, seed``: what was asked, which response to it (0, 1, ...), the sweep's seed;
+- ``response, rewards``: what rewards saw of the response, and what each said;
+- ``tokens, kl, base_nll``: of the whole response: its tokens (the one that ended it included), Σ log p - log p_base of them
+  at the sampling temperature (k1; at temperature 1 where greedy), and Σ -log p_base at temperature 1, both in nats: the
+  base's perplexity is exp(base_nll / tokens).
+
+Everything after it (fronts, plots, reports, the choice of λ) is a function of the records.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import shlex
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import product
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsoups._errors import DatasetError, OutputError, RewardError
+import numpy as np
+
+from rsoups._errors import DatasetError, LambdasError, RewardError, RsoupsError
 from rsoups._resources import resolve
 from rsoups.adapters import Adapter, read_adapter
+from rsoups.checkpoints import only_run_in
+from rsoups.decoding import Prompt, encode
 from rsoups.front import Front
-from rsoups.sampling import fast_sampling
-from rsoups.scoring import check_scores
-from rsoups.soup import Soup, interpolate
+from rsoups.generation import Answer, Generator, Item, Model, load_base, places_of
+from rsoups.grids import largest_gap, simplex
+from rsoups.live import LiveSoup
+from rsoups.points import BASE, SOUP
+from rsoups.records import Key, Records, gather, model_key, prepare
+from rsoups.scoring import FunctionReward, Reward, check_scores
+from rsoups.soup import weights_of
+from rsoups.tasks import fit_prompts, read_jsonl
+from rsoups.vllm_server import Server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ENSEMBLE = "ensemble"
+_WAITING = 2  # batches that wait to be scored
 
-def simplex(ingredients: int, points: int = 11) -> list[list[float]]:
-    """λ on a regular grid of the simplex, `points` to each edge.
-
-    For two ingredients, from the first alone, (1, 0), to the second alone, (0, 1).
-
-    Raises:
-        ValueError: Fewer than one ingredient or two points.
-    """
-    if ingredients < 1 or points < 2:
-        raise ValueError(f"simplex needs at least 1 ingredient and 2 points, got {ingredients} and {points}")
-    steps = points - 1
-    grid = [c for c in product(range(steps + 1), repeat=ingredients) if sum(c) == steps]
-    return [[count / steps for count in counts] for counts in sorted(grid, reverse=True)]
-
-
-@dataclass(frozen=True, eq=False)
-class _Model:
-    """One column of the sweep: a soup, or the base (no soup) or another adapter under its own name."""
-
-    name: str
-    lambdas: dict[str, float] | None
-    method: str | None
-    soup: Soup | None
-
-    @property
-    def key(self) -> str:
-        return json.dumps([self.name, self.lambdas, self.method])
-
-    @property
-    def label(self) -> str:
-        return self.name if self.lambdas is None else "λ " + "/".join(f"{x:g}" for x in self.lambdas.values())
-
-    def records(
-        self, prompts: list[str], responses: list[str], scores: dict[str, list[float]], seed: int
-    ) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": self.name,
-                "lambdas": self.lambdas,
-                "method": self.method,
-                "prompt": prompt,
-                "response": response,
-                "rewards": {name: scores[name][i] for name in scores},
-                "seed": seed,
-            }
-            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-        ]
+logger = logging.getLogger(__name__)
 
 
 def sweep(
-    base: str | PreTrainedModel,
-    adapters: Mapping[str, Any],
-    rewards: Mapping[str, Callable[[list[str], list[str]], list[float]]],
-    prompts: Sequence[str],
+    base: str | PreTrainedModel | LiveSoup,
+    adapters: Mapping[str, Any] | None,
+    rewards: Mapping[str, Callable[..., Any]],
+    prompts: Sequence[Prompt],
     lambdas: Sequence[Sequence[float]] | None = None,
     *,
     method: str = "exact",
+    samples: int = 1,
     others: Mapping[str, Any] | None = None,
+    ensemble: bool = False,
+    refine: int = 0,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    held_out: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     cut: Callable[[str], str] = str.strip,
     temperature: float = 1.0,
     max_new_tokens: int = 32,
-    batch_size: int = 64,
+    long_prompts: str = "refuse",
+    batch_tokens: int | str = "auto",
+    server: str | None = None,
     seed: int = 0,
+    notes: Mapping[str, Any] | None = None,
     out: str | Path = "records.jsonl",
     progress: bool = True,
 ) -> Front:
     """Evaluate every soup on every prompt with every reward.
 
-    The base is loaded once; each soup is attached to it and taken off again. All models answer the same prompts in the
-    same batches, and start them from the same random state, so that comparisons are paired.
+    One copy of the base is loaded; soups, base and other adapters share its batches, each row with its own λ. A response's
+    random numbers depend on `seed`, its prompt and its sample alone: every model answers under the same ones, whatever the
+    batches are. Under `accelerate launch`, processes share the work. A sweep that finds records of its own in `out` goes on
+    after them.
 
     Args:
-        base: Model, folder, Hub id or ``rsoups/...``.
-        adapters: Ingredients by name (folders, Hub ids, read Adapters).
-        rewards: Rewards by name, each ``(prompts, responses) -> floats``.
-        prompts: Policy prompts, all different.
+        base: Model, folder, Hub id or ``rsoups/...``; or a LiveSoup, whose adapters are the ingredients.
+        adapters: Ingredients by name (folders, Hub ids, read Adapters); None with a LiveSoup.
+        rewards: Rewards by name, each ``(prompts, responses, **columns) -> floats``, or without columns.
+        prompts: Policy prompts, all different: texts, or messages for the tokenizer's chat template.
         lambdas: K × N interpolation weights in the order of `adapters`; ``simplex(N)`` by default.
         method: As in `interpolate`.
+        samples: Responses of each model to each prompt.
         others: Further adapters by name, evaluated beside the soups and the base (MORL runs, say).
+        ensemble: Evaluate the prediction ensemble too: the mean of the ingredients' next-token distributions.
+        refine: So many λ more, one after the other, each where the front has its largest gap (`grids.largest_gap`).
+        columns: By name, one value for each prompt, which rewards are handed (``references``, say).
+        held_out: Names of the rewards that no ingredient was trained on, for the report.
         tokenizer: The base's own by default.
         cut: What rewards see of a response (a task's ``cut``).
-        temperature: Of sampling; 0 decodes greedily.
+        temperature: Of sampling, without top-k or top-p; 0 decodes greedily.
         max_new_tokens: Longest response, in tokens.
-        batch_size: Prompts generated at a time.
+        long_prompts: Where prompts leave no room for a response in the context: ``refuse``, or ``drop`` them.
+        batch_tokens: Of a batch, padding included; halved where memory does not hold it.
+        server: URL of a running vLLM server of this base, which answers instead (`rsoups.vllm_server`); records then have
+            neither `kl` nor `base_nll`.
         seed: Of sampling.
-        out: Records file. A sweep that finds records of its own there goes on after them.
+        notes: More to be found in the settings file beside the records.
+        out: Records file.
         progress: Show a progress bar.
 
     Returns:
         The front of all records.
 
     Raises:
-        DatasetError: No prompts, or the same one twice.
-        AdapterError, LambdasError: As `interpolate`.
-        RewardError: No rewards, or a score that is not finite.
-        OutputError: `out` holds records of another sweep.
+        DatasetError: No prompts, the same one twice, too long ones; or responses that are all empty.
+        AdapterError, LambdasError: As `interpolate`; no λ at all; a name among `others` that is taken.
+        RewardError: No rewards, one that raised, or a score that is not finite.
+        ServerError: The server refuses or cannot be reached.
+        OutputError: `out` holds records of another sweep, another process is at it, or it cannot be written.
     """
-    if not prompts or len(set(prompts)) != len(prompts):
-        raise DatasetError(
-            f"a sweep needs prompts, each once; got {len(prompts)}, {len(set(prompts))} of them different"
-        )
-    if not rewards:
-        raise RewardError("a sweep needs at least one reward")
-    read = {name: _read(source) for name, source in adapters.items()}
-    grid = [[float(x) for x in row] for row in (simplex(len(read)) if lambdas is None else lambdas)]
-    models = _models(read, grid, method, {name: _read(source) for name, source in (others or {}).items()})
-    settings = {
-        "ingredients": {name: adapter.sha256 for name, adapter in read.items()},
+    live = base if isinstance(base, LiveSoup) else None
+    ingredients = _ingredients(live, adapters)
+    grid = _grid(lambdas, len(ingredients))
+    method = live.method if live else method
+    beside = {name: _read(source) for name, source in (others or {}).items()}
+    _check_names(rewards, beside, held_out)
+    opened = _Base(base, tokenizer)
+    asked = _Asked.of(prompts, columns, opened, max_new_tokens, long_prompts)
+    models = [Model(BASE)]
+    models += [Model(SOUP, dict(zip(ingredients, row, strict=True)), method) for row in grid]
+    models += [Model(name, other=name) for name in beside]
+    models += [Model(ENSEMBLE, ensemble=True)] if ensemble else []
+    decoding: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+    settings = decoding | {
+        "ingredients": {name: adapter.sha256 for name, adapter in ingredients.items()},
+        "other_hashes": {name: adapter.sha256 for name, adapter in beside.items()},
         "rewards": list(rewards),
-        "temperature": temperature,
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "seed": seed,
-        "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
+        "prompts": _digest(asked.prompts),
+        "columns": _digest(asked.columns),
+        "server": server is not None,
+        "cut": getattr(cut, "__qualname__", type(cut).__name__),
     }
-    records = _Records(Path(out), settings)
-    todo = {
-        model: batches
-        for model in models
-        if (batches := [b for b in _batches(prompts, batch_size) if records.missing(model.key, b)])
-    }
-    if todo:
-        from tqdm.auto import tqdm
+    about = {"held_out": list(held_out), "samples": samples, "method": method, **_provenance(base), **(notes or {})}
+    for name, sources in (("adapters", ingredients), ("others", beside)):
+        about[name] = {key: _told(source, Path(out).parent) for key, source in sources.items()}
+    processes = _Processes()
+    run = _Run(models, asked, rewards, cut, samples, seed, Path(out), processes, progress)
 
-        generate = _Generator(base, tokenizer, temperature, max_new_tokens)
-        total = sum(len(batch) for batches in todo.values() for batch in batches)
-        with tqdm(total=total, unit="response", disable=not progress, desc="sweep") as bar:
-            for model, batches in todo.items():
-                bar.set_postfix_str(model.label)
-                with generate.attached(model.soup):
-                    for batch in batches:
-                        responses = [cut(text) for text in generate(batch, seed)]
-                        records.append(model.records(batch, responses, _score(rewards, batch, responses), seed))
-                        bar.update(len(batch))
+    def start() -> Generator | Server:
+        if server is not None:
+            return Server(server, ingredients, beside, Path(out).parent, **decoding)
+        return opened.generator(ingredients, beside, method, ensemble, batch_tokens=batch_tokens, **decoding)
+
+    run.start = start
+    with only_run_in(Path(out).parent) if processes.is_main else nullcontext(), run:
+        if processes.is_main:
+            prepare(Path(out), settings | about)
+        run.until_done(models)
+        for _ in range(refine):
+            if (row := run.wanted()) is None:
+                break
+            models.append(Model(SOUP, dict(zip(ingredients, row, strict=True)), method))
+            run.until_done(models[-1:])
+    _check_texts(Path(out))
     return Front.from_jsonl(out)
 
 
-def _score(rewards: Mapping[str, Callable], prompts: list[str], responses: list[str]) -> dict[str, list[float]]:
-    scored = {name: list(reward(prompts, responses)) for name, reward in rewards.items()}
-    for name, scores in scored.items():
-        check_scores(name, scores, prompts, responses)
-    return scored
+class _Run:
+    """The work of one process: items that no record holds yet, in batches; rewards are scored beside the generation."""
+
+    start: Callable[[], Generator | Server]  # what answers, when there is something to be answered
+
+    def __init__(
+        self,
+        models: list[Model],
+        asked: _Asked,
+        rewards: Mapping[str, Callable[..., Any]],
+        cut: Callable[[str], str],
+        samples: int,
+        seed: int,
+        path: Path,
+        processes: _Processes,
+        progress: bool,
+    ):
+        self._models, self._asked, self._cut, self._samples, self._seed = models, asked, cut, samples, seed
+        self._path, self._processes, self._progress = path, processes, progress
+        self._rewards = {
+            name: reward if isinstance(reward, (Reward, FunctionReward)) else FunctionReward(reward, name)
+            for name, reward in rewards.items()
+        }
+        self._scoring = ThreadPoolExecutor(1, thread_name_prefix="rsoups-scoring")
+        self._made: Generator | Server | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: Any) -> None:
+        self._scoring.shutdown(cancel_futures=True)
+        if self._made is not None:
+            self._made.close()
+
+    def until_done(self, models: Sequence[Model]) -> None:
+        """Answer what these models have not answered yet, and gather the records of all processes."""
+        self._processes.wait()  # for `prepare`, or for the records that were gathered before
+        records = Records(self._path, self._processes.rank, self._processes.count)
+        todo = [item for item in self._items(models) if _key(item) not in records.done]
+        if todo:
+            share = sorted(todo, key=lambda item: len(item.ids), reverse=True)[
+                self._processes.rank :: self._processes.count
+            ]
+            self._answer(share, records)
+        self._processes.wait()
+        if self._processes.is_main:
+            gather(self._path, map(_key, self._items(self._models)))
+        self._processes.wait()
+
+    def _items(self, models: Sequence[Model]) -> Iterator[Item]:
+        """In the order of the records file."""
+        for model in models:
+            for place, (prompt, ids) in enumerate(zip(self._asked.prompts, self._asked.ids, strict=True)):
+                for sample in range(self._samples):
+                    yield Item(model, place, prompt, ids, sample)
+
+    def _answer(self, items: list[Item], records: Records) -> None:
+        from tqdm.auto import tqdm
+
+        self._made = generate = self._made or self.start()
+        scored: deque[Future[list[dict[str, Any]]]] = deque()
+        shown = self._progress and self._processes.is_main
+        with tqdm(total=len(items), unit="response", disable=not shown, desc="sweep") as bar:
+            for batch in generate.batches(items):
+                scored.append(self._scoring.submit(self._records, batch, generate(batch)))
+                while scored and (len(scored) > _WAITING or scored[0].done()):
+                    records.append(found := scored.popleft().result())
+                    bar.update(len(found))
+            while scored:
+                records.append(found := scored.popleft().result())
+                bar.update(len(found))
+
+    def _records(self, batch: list[Item], answers: list[Answer]) -> list[dict[str, Any]]:
+        responses = [self._cut(answer.text) for answer in answers]
+        prompts = [item.prompt for item in batch]
+        columns = {name: [column[item.place] for item in batch] for name, column in self._asked.columns.items()}
+        scores = {name: _scored(reward, prompts, responses, columns) for name, reward in self._rewards.items()}
+        out = []
+        for i, (item, answer, response) in enumerate(zip(batch, answers, responses, strict=True)):
+            record = item.model.head | {"prompt": item.prompt, "response": response}
+            record |= {"rewards": {name: values[i] for name, values in scores.items()}, "seed": self._seed}
+            record |= {"sample": item.sample, "tokens": answer.tokens, "kl": answer.kl, "base_nll": answer.base_nll}
+            out.append({key: value for key, value in record.items() if value is not None or key in item.model.head})
+        return out
+
+    def wanted(self) -> list[float] | None:
+        """λ of one more soup, of the records of those there are."""
+        soups = [model for model in self._models if model.soup]
+        found: dict[str, list[list[float]]] = {}
+        for record in read_jsonl(self._path):
+            found.setdefault(model_key(record), []).append([record["rewards"][name] for name in self._rewards])
+        means = np.array([np.mean(found[model.key], axis=0) for model in soups])
+        return largest_gap([list((model.soup or {}).values()) for model in soups], means)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The prompts that leave room for a response: as given, in tokens, with their columns."""
+
+    prompts: list[Prompt]
+    ids: list[list[int]]
+    columns: dict[str, list[Any]]
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[Prompt],
+        columns: Mapping[str, Sequence[Any]] | None,
+        opened: _Base,
+        new: int,
+        policy: str,
+    ) -> _Asked:
+        different = {json.dumps(prompt) for prompt in prompts}
+        if not prompts or len(different) != len(prompts):
+            raise DatasetError(
+                f"a sweep needs prompts, each once; got {len(prompts)}, {len(different)} of them different"
+            )
+        columns = columns or {}
+        for name, column in columns.items():
+            if len(column) != len(prompts):
+                raise DatasetError(f"column {name!r} has {len(column)} values for {len(prompts)} prompts")
+        ids = [encode(opened.tokenizer, prompt) for prompt in prompts]
+        if not all(ids):
+            raise DatasetError(f"prompt {prompts[ids.index([])]!r} has no tokens")
+        places = list(range(len(prompts)))
+        if opened.context is not None:
+            places = fit_prompts(places, [len(one) for one in ids], opened.context - new, policy)
+        if len(places) < len(prompts):
+            logger.warning("%d of %d prompts dropped: too long", len(prompts) - len(places), len(prompts))
+        kept = {name: [column[place] for place in places] for name, column in columns.items()}
+        return cls([prompts[place] for place in places], [ids[place] for place in places], kept)
+
+
+class _Base:
+    """The base: its tokenizer at once, its weights when there is something to answer."""
+
+    def __init__(self, base: str | PreTrainedModel | LiveSoup, tokenizer: PreTrainedTokenizerBase | None):
+        from transformers import AutoConfig, AutoTokenizer
+
+        self._base = base
+        if isinstance(base, LiveSoup):
+            config, tokenizer = base.model.config, tokenizer or base.tokenizer
+            source = config.name_or_path
+        elif isinstance(base, str):
+            source = resolve(base)
+            config = AutoConfig.from_pretrained(source)
+        else:
+            config, source = base.config, base.config.name_or_path
+        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        self.context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    def generator(
+        self,
+        adapters: Mapping[str, Adapter],
+        others: Mapping[str, Adapter],
+        method: str,
+        ensemble: bool,
+        **settings: Any,
+    ) -> Generator:
+        base: Any = load_base(self._base) if isinstance(self._base, str) else self._base
+        places = places_of(base, adapters, others, method, ensemble)
+        model = base.model if isinstance(base, LiveSoup) else base
+        return Generator(model, self.tokenizer, places, **settings)
+
+
+class _Processes:
+    """This process among those of `accelerate launch`."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            import torch
+            from accelerate import PartialState
+
+            slowest = timedelta(days=7)  # that the others wait for
+            self._state = PartialState(cpu=not torch.accelerator.is_available(), timeout=slowest)
+        self.rank = self._state.process_index if self._state else 0
+        self.count = self._state.num_processes if self._state else 1
+        self.is_main = self.rank == 0
+
+    def wait(self) -> None:
+        if self._state:
+            self._state.wait_for_everyone()
+
+
+def _ingredients(live: LiveSoup | None, adapters: Mapping[str, Any] | None) -> dict[str, Adapter]:
+    if live is not None:
+        if adapters is not None and list(adapters) != live.names:
+            raise LambdasError(f"the LiveSoup is of {live.names}, the adapters are {list(adapters)}: leave them out")
+        return dict(live._adapters)
+    if not adapters:
+        raise LambdasError("no adapters to sweep between")
+    return {name: _read(source) for name, source in adapters.items()}
+
+
+def _grid(lambdas: Sequence[Sequence[float]] | None, count: int) -> list[list[float]]:
+    """Checked λ, each once."""
+    rows = simplex(count) if lambdas is None else [list(row) for row in lambdas]
+    if not rows:
+        raise LambdasError("no λ to sweep: give one at least, or none at all for a grid of 11 on each edge")
+    return [list(row) for row in dict.fromkeys(tuple(row) for row in weights_of(rows, count, False, False))]
+
+
+def _check_names(rewards: Mapping[str, Any], others: Mapping[str, Any], held_out: Sequence[str]) -> None:
+    if not rewards:
+        raise RewardError("a sweep needs at least one reward")
+    if unknown := set(held_out) - set(rewards):
+        raise RewardError(f"held_out names {sorted(unknown)}, the rewards are {list(rewards)}")
+    if taken := {SOUP, BASE, ENSEMBLE} & set(others):
+        raise LambdasError(f"{sorted(taken)} among others: these names are taken, choose another")
 
 
 def _read(source: Any) -> Adapter:
     return source if isinstance(source, Adapter) else read_adapter(source)
 
 
-def _models(
-    adapters: dict[str, Adapter], grid: list[list[float]], method: str, others: dict[str, Adapter]
-) -> list[_Model]:
-    soups = interpolate(adapters, grid, method=method)
-    assert isinstance(soups, list)
-    models = [_Model("base", None, None, None)]
-    for row, soup in zip(grid, soups, strict=True):
-        models.append(_Model("soup", dict(zip(adapters, row, strict=True)), method, soup))
-    for name, adapter in others.items():
-        alone = interpolate([adapter], [1.0])
-        assert isinstance(alone, Soup)
-        models.append(_Model(name, None, None, alone))
-    return models
+def _key(item: Item) -> Key:
+    return item.model.key, json.dumps(item.prompt), item.sample
 
 
-def _batches(prompts: Sequence[str], size: int) -> Iterator[list[str]]:
-    """Batches of prompts of like length, the same ones for every model."""
-    ordered = sorted(prompts, key=len, reverse=True)
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+def _scored(reward: Any, prompts: list[Prompt], responses: list[str], columns: dict[str, list[Any]]) -> list[float]:
+    try:
+        scores = list(reward(prompts, responses, **columns))
+    except RsoupsError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"reward {reward.name!r} raised {type(error).__name__}: {error}; the batch begins with prompt {prompts[0]!r}, "
+            f"response {responses[0]!r}"
+        ) from error
+    check_scores(reward.name, scores, prompts, responses)
+    return scores
 
 
-class _Generator:
-    """The base with its tokenizer, and one soup at a time on it."""
-
-    def __init__(self, base: Any, tokenizer: Any, temperature: float, max_new_tokens: int):
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        if isinstance(base, str):
-            source = resolve(base)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            embedded = source != base  # stored in half precision to be small, computed with in float32
-            dtype = torch.float32 if embedded or device == "cpu" else torch.bfloat16
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-            base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-            base.to(device)
-        tokenizer = deepcopy(tokenizer or AutoTokenizer.from_pretrained(base.config.name_or_path))
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self._base, self._tokenizer = base.eval(), tokenizer
-        self._model = self._base
-        self._settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
-        if temperature > 0:
-            self._settings |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        else:
-            self._settings |= {"do_sample": False}
-
-    @contextmanager
-    def attached(self, soup: Soup | None) -> Iterator[None]:
-        """A context in which the soup is on the base, which is left as it was found."""
-        if soup is None:
-            yield
-            return
-        with soup.attached(self._base) as model:
-            self._model = model.eval()
-            try:
-                yield
-            finally:
-                self._model = self._base
-
-    def __call__(self, prompts: list[str], seed: int) -> list[str]:
-        import torch
-
-        inputs = self._tokenizer(prompts, return_tensors="pt", padding=True).to(self._model.device)
-        inputs.pop("token_type_ids", None)
-        torch.manual_seed(seed)
-        with torch.inference_mode(), fast_sampling(self._model.device):
-            ids = self._model.generate(**inputs, **self._settings)
-        return self._tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def _check_texts(path: Path) -> None:
+    if not any(record["response"] for record in read_jsonl(path)):
+        raise DatasetError(
+            f"all responses in {path} are empty: the model ends its responses at once, or `cut` leaves nothing of them"
+        )
 
 
-class _Records:
-    """An append-only file of records, with the settings that made them beside it."""
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self._path, beside = path, path.with_suffix(".settings.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            found = json.loads(beside.read_text()) if beside.exists() else None
-            if found != settings:
-                differing = "all" if found is None else sorted(k for k in settings if settings[k] != found.get(k))
-                raise OutputError(
-                    f"{path} holds records of another sweep (differing: {differing}); move it or choose --out"
-                )
-            self._drop_partial()
-        else:
-            beside.write_text(json.dumps(settings, indent=2) + "\n")
-            path.touch()
-        lines = path.read_text(encoding="utf-8").splitlines()
-        self._done = {self._key(json.loads(line)) for line in lines}
 
-    @staticmethod
-    def _key(record: dict[str, Any]) -> tuple[str, str]:
-        return json.dumps([record["name"], record["lambdas"], record["method"]]), record["prompt"]
+def _told(adapter: Adapter, folder: Path) -> str | None:
+    """Where an adapter is: a Hub id, or a folder as seen from the records'; None of one in memory."""
+    path = Path(adapter.source).expanduser()
+    if path.is_dir():
+        return os.path.relpath(path.resolve(), folder.resolve())
+    return adapter.source if "of a live model" not in adapter.source else None
 
-    def missing(self, model: str, prompts: list[str]) -> bool:
-        """Whether a record of this model is missing for any of the prompts."""
-        return any((model, prompt) not in self._done for prompt in prompts)
 
-    def _drop_partial(self) -> None:
-        """Cut off what a killed process left: a last line without its end."""
-        data = self._path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            with self._path.open("r+b") as file:
-                file.truncate(end)
-
-    def append(self, records: list[dict[str, Any]]) -> None:
-        """Write the records that are not there yet, and have them on disk before returning."""
-        new = [record for record in records if self._key(record) not in self._done]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
-            file.flush()
-            os.fsync(file.fileno())
-        self._done |= {self._key(record) for record in new}
+def _provenance(base: Any) -> dict[str, Any]:
+    return {
+        "base": base if isinstance(base, str) else None,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("rsoups", "transformers", "peft", "torch")},
+    }

@@ -10,13 +10,14 @@ import gzip
 import json
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rsoups._errors import DatasetError
 
+_T = TypeVar("_T")
 _INSTRUCTION, _INPUT, _RESPONSE = "### Instruction:", " ### Input:", " ### Response: "
 _FIELD = re.compile(r"\{(\w+)\}")  # in templates
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
@@ -114,12 +115,15 @@ class Task:
     splits: dict[str, str] = field(default_factory=dict)
     most: dict[str, int] = field(default_factory=dict)
 
-    def rows(self, dataset: Iterable[dict[str, Any]], most: int | None = None) -> list[dict[str, Any]]:
+    def rows(
+        self, dataset: Iterable[dict[str, Any]], most: int | None = None, kept: Collection[str] = ()
+    ) -> list[dict[str, Any]]:
         """Rows of a dataset as ``{"prompt": str, "references": list[str]}``; filtered rows are left out.
 
         Args:
             dataset: Rows.
             most: How many to return at most; the rest is not read.
+            kept: Further columns of the dataset to keep as they are, where it has them.
 
         Raises:
             DatasetError: A column is missing (those present are listed), or no row is left.
@@ -139,18 +143,25 @@ class Task:
             if (key is not None and key in seen) or (prompt := self.prompt(row)) is None:
                 continue
             seen.add(key)
-            out.append({"prompt": prompt, "references": [text for text in self.references(row) if text]})
+            further = {name: row[name] for name in kept if name in row}
+            out.append(further | {"prompt": prompt, "references": [text for text in self.references(row) if text]})
         if not out:
             raise DatasetError(f"the dataset holds no row that task {self.name!r} can use")
         return out
 
 
-def fit_prompts(prompts: list[str], lengths: list[int], longest: int, policy: str) -> list[str]:
+def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows of a task as columns, None where a row lacks one; without ``references`` where no row has any."""
+    names = dict.fromkeys(name for row in rows for name in row if name != "references" or row[name])
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def fit_prompts(prompts: list[_T], lengths: list[int], longest: int, policy: str) -> list[_T]:
     """Prompts that leave room for a response in the model's context.
 
     Args:
-        prompts: Texts.
-        lengths: Tokens of each.
+        prompts: Texts, or rows that hold them.
+        lengths: Tokens of each prompt.
         longest: Tokens that a prompt may have.
         policy: ``"refuse"`` prompts that are longer, or ``"drop"`` them.
 

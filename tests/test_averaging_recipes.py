@@ -58,19 +58,6 @@ def members(tmp_path_factory):
 PROMPTS = [row["prompt"] for row in load_rows(TASKS["concepts"], None, "test", 5)]
 
 
-def test_an_ensemble_of_one_responds_as_the_model_does(diwa, members, tmp_path):
-    (name, folder), *_ = members.items()
-    ensemble = diwa.Ensemble(BASE, {name: folder}, temperature=0.7, max_new_tokens=8)
-    settings = {"temperature": 0.7, "max_new_tokens": 8, "out": tmp_path / "records.jsonl", "progress": False}
-    ones = {"one": lambda prompts, responses: [1.0] * len(prompts)}
-    for seed in (3, 4):
-        settings["out"] = tmp_path / f"{seed}.jsonl"
-        rsoups.sweep(BASE, {name: folder}, ones, PROMPTS, [[1.0]], seed=seed, **settings)
-        expected = {r["prompt"]: r["response"] for r in read_jsonl(settings["out"]) if r["name"] == "soup"}
-        asked = sorted(PROMPTS, key=len, reverse=True)
-        assert [text.strip() for text in ensemble(asked, seed)] == [expected[prompt] for prompt in asked]
-
-
 @pytest.fixture(scope="module")
 def alone(members):
     """Each member in float64 on a base of its own, and the tokenizer."""
@@ -78,30 +65,11 @@ def alone(members):
     return models, AutoTokenizer.from_pretrained(resolve(BASE))
 
 
-def test_an_ensemble_draws_from_the_mean_of_the_distributions(diwa, members, alone):
-    """Against float64, without padding or cache, one prompt at a time, by the same random numbers."""
-    models, tokenizer = alone
-    ensemble = diwa.Ensemble(BASE, members, temperature=0.9, max_new_tokens=6)
-    responses = ensemble(PROMPTS, seed=5)
-    torch.manual_seed(5)
-    uniform = torch.cat([torch.rand(len(PROMPTS), 1, dtype=torch.float64) for _ in range(6)], dim=1)
-    for prompt, response, numbers in zip(PROMPTS, responses, uniform, strict=True):
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        start = ids.shape[1]
-        for number in numbers:
-            with torch.no_grad():
-                mean = torch.stack([(model(ids).logits[0, -1] / 0.9).softmax(-1) for model in models]).mean(0)
-            token = int((mean.cumsum(0) <= number * mean.sum()).sum())
-            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-            if token == tokenizer.eos_token_id:
-                break
-        assert response == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
-
-
 def test_divergences_are_those_of_the_members_distributions(diwa, members, alone):
     models, tokenizer = alone
     responses = ["a man rides a horse.", "dog", "the girl sits on a chair in the park.", "snow.", "two cars"]
-    found = diwa.Ensemble(BASE, members, 0.7, 8).divergences(PROMPTS, responses, batch=2)
+    live = rsoups.LiveSoup.from_pretrained(BASE, members)
+    found = diwa.divergences(live, PROMPTS, responses, 0.7)
     expected, tokens = np.zeros((3, 3)), 0
     for prompt, response in zip(PROMPTS, responses, strict=True):
         asked = tokenizer(prompt)["input_ids"]
@@ -149,7 +117,7 @@ def test_from_runs_to_the_report_of_diwa(diwa, monkeypatch, out):
     assert len({(t.learning_rate, t.kl_coef) for _, t in drawn}) > 1 and {t.adapter_init_seed for _, t in drawn} == {0}
 
     results = json.loads((out / "results.json").read_text())
-    records = [r for seed in range(2) for r in read_jsonl(out / "records" / f"held-out-{seed}.jsonl")]
+    records = read_jsonl(out / "records" / "held-out.jsonl")
     assert len({r["prompt"] for r in records}) == 4
 
     def mean(*weights):
@@ -162,7 +130,7 @@ def test_from_runs_to_the_report_of_diwa(diwa, monkeypatch, out):
     assert [held_out["reward"][f"run-{i}"][0] for i in range(3)] == pytest.approx(singles)
     assert held_out["reward"]["uniform soup"][0] == pytest.approx(mean(*third))
     assert held_out["uniform soup less the runs' mean"][0] == pytest.approx(mean(*third) - np.mean(singles))
-    ensemble = [r["rewards"]["coverage"] for r in read_jsonl(out / "records" / "held-out-ensemble.jsonl")]
+    ensemble = [r["rewards"]["coverage"] for r in records if r["name"] == "ensemble"]
     assert held_out["differences"]["uniform soup less ensemble"][0] == pytest.approx(mean(*third) - np.mean(ensemble))
     pair = held_out["pairs"][1]
     assert pair["runs"] == ["run-0", "run-2"]

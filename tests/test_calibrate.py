@@ -46,12 +46,62 @@ def test_a_calibrated_card_scores_its_references_0_with_a_deviation_of_1(tmp_pat
     assert sorted(range(15), key=scores.__getitem__) == sorted(range(15), key=before.__getitem__)
 
 
+ROWS = [{"concepts": ["dog"], "sentences": [f"a dog runs {'x ' * i}home.", "the dog runs", "a dog"]} for i in range(6)]
+
+
+def calibrate(tmp_path, monkeypatch, *flags):
+    """The recipe on six rows of three sentences, and one of one."""
+    lines = [*ROWS, {"concepts": ["cat"], "sentences": ["a cat"]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["--task", "concepts", "--dataset", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "new")]
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", *arguments, *flags])
+    runpy.run_path(RECIPE, run_name="__main__")
+
+
+def test_references_are_compared_with_the_rows_others(tmp_path, monkeypatch):
+    calibrate(tmp_path, monkeypatch, "--reward", "rouge-l", "length", "--rows", "7")
+    reward = rsoups.load_reward(tmp_path / "new" / "rouge-l.yaml")
+    said, others = [row["sentences"][0] for row in ROWS], [row["sentences"][1:] for row in ROWS]
+    scores = reward(["p"] * 6, said, references=others)
+    assert fmean(scores) == pytest.approx(0, abs=1e-9) and pstdev(scores) == pytest.approx(1, abs=1e-9)
+    assert (
+        reward.card.calibration == "6 reference responses of concepts, rows.jsonl, train, each against the row's others"
+    )
+    assert reward.card.arguments == {"score": "fmeasure"}
+    assert rsoups.load_reward(tmp_path / "new" / "length.yaml").card.calibration.startswith("7 reference responses")
+
+
+def test_samples_of_a_policy_are_compared_with_all_references(tmp_path, monkeypatch):
+    corpus = f"corpus={tmp_path / 'rows.jsonl'}"
+    policy = ["--policy", "rsoups/tiny-llama", "--temperature", "0.7", "--max_new_tokens", "12"]
+    calibrate(tmp_path, monkeypatch, "--reward", "cider", "--arguments", corpus, "column=sentences", *policy)
+    reward = rsoups.load_reward(tmp_path / "new" / "cider.yaml")
+    assert reward.card.arguments == {"corpus": str(tmp_path / "rows.jsonl"), "column": "sentences"}
+    assert reward.card.calibration.startswith(
+        "7 samples of rsoups/tiny-llama at temperature 0.7 for the prompts of concepts"
+    )
+    first = (tmp_path / "new" / "cider.yaml").read_bytes()
+    calibrate(tmp_path, monkeypatch, "--reward", "cider", "--arguments", corpus, "column=sentences", *policy)
+    assert (tmp_path / "new" / "cider.yaml").read_bytes() == first and 0 < reward.card.std < 5
+    (tmp_path / "flat.py").write_text("def zero(prompts, responses): return [0 for r in responses]")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(rsoups.RewardError, match=r"\['zero'\] are functions without a card"):
+        calibrate(tmp_path, monkeypatch, "--reward", "flat:zero")
+
+
 def test_what_no_deviation_can_be_taken_of_is_refused(tmp_path):
-    calibrated = runpy.run_path(RECIPE)["calibrated"]
+    recipe = runpy.run_path(RECIPE)
     card = tmp_path / "r.yaml"
     card.write_text(f"name: r\nmodel: {tiny_classifier(tmp_path / 'm', 'electra')}")
     reward, task = rsoups.load_reward(card), rsoups.tasks.custom_task("x")
-    with pytest.raises(rsoups.RewardError, match="0 reference responses"):
-        calibrated(reward, [{"prompt": "w1", "references": []}] * 3, task, "nothing")
+
+    def tried(references, compared=False):
+        rows = [{"prompt": "w1", "references": references}] * 3
+        return recipe["calibrated"](reward, recipe["of_people"](rows, task, compared), "responses of x")
+
+    with pytest.raises(rsoups.RewardError, match="0 responses of x"):
+        tried([])
+    with pytest.raises(rsoups.RewardError, match="0 responses of x"):
+        tried(["w2"], compared=True)
     with pytest.raises(rsoups.RewardError, match="the same score"):
-        calibrated(reward, [{"prompt": "w1", "references": ["w2"]}] * 3, task, "one")
+        tried(["w2"])

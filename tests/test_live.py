@@ -25,6 +25,10 @@ def alone(make, folders, lambdas, ids, method="exact"):
 
 KINDS = {name: (tiny_llama, kinds) for name, kinds in VARIETIES.items()}
 KINDS |= {
+    "tied": (
+        lambda: tiny_llama(tie_word_embeddings=True),
+        [{"target_modules": ["embed_tokens", "up_proj"]}, {"target_modules": "all-linear"}],
+    ),
     "gpt2": (gpt2, [{"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}] * 2),
     "embeddings": (tiny_llama, [{"target_modules": ["embed_tokens", "q_proj"]}] * 2),
     "head": (tiny_llama, [{"target_modules": ["lm_head"]}, {"target_modules": ["up_proj"]}]),
@@ -33,7 +37,7 @@ KINDS |= {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore:.*invalid shape.*lora_B.bias")
+@pytest.mark.filterwarnings("ignore:.*invalid shape.*lora_B.bias", "ignore:Model has `tie_word_embeddings=True`")
 def test_each_row_is_the_soup_of_its_lambdas(tmp_path, kind):
     make, loras = KINDS[kind]
     folders = [tiny_adapter(tmp_path / str(i), make(), seed=i, **lora) for i, lora in enumerate(loras)]
@@ -50,9 +54,23 @@ def test_each_row_is_the_soup_of_its_lambdas(tmp_path, kind):
             shared = model(FOUR).logits
         assert torch.allclose(shared[1], found[1], atol=1e-5)
         assert torch.equal(live.model(FOUR).logits, base), "outside of `at`, the base is itself"
+        merged_equals_alone(live, make, folders, [0.3, 0.7])
         live.remove()
         with live.at([0.3, 0.7]) as model:
             assert torch.equal(model(FOUR).logits, base)
+
+
+def merged_equals_alone(live, make, folders, lambdas):
+    """And the base's own tensors come back, the same ones with the same bits."""
+    before = {name: (parameter, parameter.clone()) for name, parameter in live.model.named_parameters()}
+    with live.merged(lambdas) as model:
+        found = model(FOUR).logits
+    for row, ids in enumerate(FOUR):
+        assert torch.allclose(found[row], alone(make, folders, lambdas, ids, live.method), atol=2e-5)
+    after = dict(live.model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, (parameter, values) in before.items():
+        assert after[name] is parameter and torch.equal(parameter, values), name
 
 
 @pytest.mark.filterwarnings("ignore:these ingredients do not start")
@@ -64,6 +82,8 @@ def test_factors_too(tmp_path):
         found = model(FOUR).logits
     for row, lambdas in enumerate(rows):
         assert torch.allclose(found[row], alone(tiny_llama, folders, lambdas, FOUR[row], "factors"), atol=2e-5)
+    with torch.no_grad():
+        merged_equals_alone(live, tiny_llama, folders, rows[0])
     soup = live.to_soup(rows[0])
     assert soup.method == "factors" and soup.lambdas == (0.2, 0.3, 0.5)
 
@@ -129,6 +149,65 @@ def test_calls_of_several_threads_never_mix(tmp_path):
     assert wrong == []
 
 
+def test_merged_is_alone(tmp_path):
+    """Calls in other threads wait for it, and it for them; of the same thread they are refused, not waited for forever."""
+    folders = [tiny_adapter(tmp_path / str(i), seed=i) for i in range(2)]
+    live = LiveSoup(tiny_llama(), folders)
+    expected = {tuple(row): alone(tiny_llama, folders, row, FOUR[0]) for row in ROWS}
+    wrong, go = [], threading.Barrier(4)
+
+    def work(number):
+        go.wait()
+        for turn in range(20):
+            row = ROWS[(number + turn) % 4]
+            with torch.no_grad(), live.at(row) if number % 2 else live.merged(row) as model:
+                found = model(FOUR[:1]).logits[0]
+            if not torch.allclose(found, expected[tuple(row)], atol=2e-5):
+                wrong.append((number, turn))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    with live.at(ROWS[0]), pytest.raises(rsoups.LambdasError, match="within `at`"), live.merged(ROWS[0]):
+        pass
+    with live.merged(ROWS[0]):
+        for inner in (live.at, live.merged):
+            with pytest.raises(rsoups.LambdasError, match="leave `merged`"), inner(ROWS[0]):
+                pass
+    with pytest.raises(ZeroDivisionError), live.merged(ROWS[1]):
+        raise ZeroDivisionError
+    with torch.no_grad():
+        assert torch.equal(live.model(FOUR).logits, tiny_llama()(FOUR).logits)
+
+
+def test_a_batch_goes_on_with_some_of_its_rows(tmp_path):
+    folders = [tiny_adapter(tmp_path / str(i), seed=i) for i in range(2)]
+    live, rows = LiveSoup(tiny_llama(), folders), torch.tensor([3, 1])
+    with torch.no_grad(), live.at(ROWS) as model:
+        whole = model(FOUR).logits
+        live.keep(rows)
+        assert torch.allclose(model(FOUR[rows]).logits, whole[rows], atol=1e-5)
+        with pytest.raises(rsoups.LambdasError, match="2 rows of λ for a batch of 3"):
+            model(FOUR[:3])
+
+
+def test_gradients_flow_through_it(tmp_path):
+    """To inputs, as through the soup's own: nothing is written over what a gradient needs."""
+    folders = [tiny_adapter(tmp_path / str(i), seed=i, target_modules="all-linear") for i in range(2)]
+    live = LiveSoup(tiny_llama(), folders)
+    ids = FOUR[:1]
+    embedded = live.model.get_input_embeddings()(ids).detach()
+    found, expected = embedded.clone().requires_grad_(), embedded.clone().requires_grad_()
+    with live.at(ROWS[1]) as model:
+        model(inputs_embeds=found).logits.square().sum().backward()
+    soup = rsoups.interpolate(folders, ROWS[1]).load(tiny_llama())
+    soup(inputs_embeds=expected).logits.square().sum().backward()
+    assert torch.allclose(found.grad, expected.grad, rtol=1e-3, atol=1e-3 * float(expected.grad.abs().max()))
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     "settings",
@@ -153,6 +232,8 @@ def test_over_quantised_bases(tmp_path, settings):
         with torch.no_grad(), live.at(lambdas) as model:
             found = model(FOUR[row : row + 1]).logits[0]
         assert torch.allclose(found, alone(make, folders, lambdas, FOUR[row]), atol=1e-3)
+    with pytest.raises(rsoups.AdapterError, match="quantised"), live.merged(ROWS[0]):
+        pass
 
 
 def test_bfloat16_to_its_rounding(tmp_path):
@@ -164,6 +245,10 @@ def test_bfloat16_to_its_rounding(tmp_path):
     for row, lambdas in enumerate(ROWS):
         expected = alone(tiny_llama, folders, lambdas, FOUR[row])
         assert (found[row].float() - expected).abs().max() < 0.05 * expected.abs().max()
+    with torch.no_grad(), live.merged(ROWS[1]) as model:
+        merged = model(FOUR[1:2]).logits[0]
+    assert merged.dtype == torch.bfloat16
+    assert (merged.float() - alone(tiny_llama, folders, ROWS[1], FOUR[1])).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_what_cannot_be_live_is_refused(tmp_path):

@@ -17,19 +17,36 @@ SOURCES = sorted((ROOT / "rsoups").glob("*.py"))
 # DESIGN: imports point one way. A module may import from rsoups only what stands in an earlier row.
 ORDER = [
     {"_errors"},
-    {"_files"},
-    {"actor_critic", "adapters", "callbacks", "checkpoints", "low_rank", "rl_math", "sampling", "front", "tasks"},
-    {"stacking"},
-    {"_resources"},
-    {"lineage"},
-    {"soup", "scoring"},
-    {"averaging", "conflicts", "full_weights", "inspection", "live", "merging"},
-    {"ppo", "sweeps"},
+    {"_cards", "_files", "tensor_files"},
+    {
+        "actor_critic",
+        "adapters",
+        "callbacks",
+        "checkpoints",
+        "estimates",
+        "grids",
+        "judge_client",
+        "lineage",
+        "low_rank",
+    }
+    | {"reward_inputs", "rl_math", "sampling", "tasks", "votes"},
+    {"comparison", "decoding", "points", "records", "selection", "stacking", "text_metrics"},
+    {"front", "text_checks"},
+    {"_resources", "function_rewards"},
+    {"soup", "judge"},
+    {"averaging", "conflicts", "full_weights", "inspection", "live", "merging", "sweep_folder"},
+    {"generation", "scoring", "streaming"},
+    {"ppo", "probing", "vllm_server"},
+    {"sweeps"},
     {"suites"},
+    {"charts", "plots", "space", "tasting"},
     {"report"},
     {"model_card"},
     {"hub"},
     {"versions"},
+    {"explorer_view"},
+    {"explorer_page"},
+    {"explorer"},
     {"cli_hub"},
     {"cli"},
 ]
@@ -115,6 +132,8 @@ def test_the_wheel_holds_one_package_with_its_cards_recipes_and_assets(wheel):
         "recipes/configs/embedded.yaml",
         "assets/tiny-llama/model.safetensors",
         "assets/concepts/test.jsonl",
+        "assets/explorer.css",
+        "assets/explorer.js",
     ):
         assert f"rsoups/{needed}" in names
     assert not [name for name in names if name.endswith((".pyc", ".bin", ".pt"))]
@@ -144,6 +163,6 @@ print("works")
 def test_nothing_fetched_is_in_the_assets():
     """The embedded weights and our own prompts; none of the sentences that they were trained on."""
     files = {p.suffix for p in (ROOT / "rsoups" / "assets").rglob("*") if p.is_file()}
-    assert files <= {".json", ".safetensors", ".md", ".jsonl", ".html"}
+    assert files <= {".css", ".html", ".js", ".json", ".jsonl", ".md", ".safetensors"}
     size = sum(p.stat().st_size for p in (ROOT / "rsoups" / "assets").rglob("*"))
     assert size < 16 * 2**20

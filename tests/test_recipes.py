@@ -1,5 +1,6 @@
 """The recipes: what they parse, and the whole chain on the embedded models, short."""
 
+import gzip
 import json
 import math
 import random
@@ -95,7 +96,7 @@ def test_responses_begin_with_tokens_of_a_reference(tmp_path):
 
     def made(*more):
         script, training, _ = recipe["parse"](["--config", str(CONFIGS / "embedded.yaml"), *flags, *more])
-        return recipe["prompts"](script, training, tokenizer, 100)[0]
+        return recipe["prompts"](script, training, tokenizer, 100)[0]["prompt"]
 
     starts = [text.partition("### Response: ")[2] for text in made()]
     whole = "a dog runs home in the rain today."
@@ -105,6 +106,26 @@ def test_responses_begin_with_tokens_of_a_reference(tmp_path):
     assert made() == made() != made("--seed", "1")
     with pytest.raises(SystemExit, match="takes two numbers"):
         made("--prefix_tokens", "3")
+
+
+def test_references_stay_with_their_prompts(tmp_path):
+    """Where prompts are dropped, and where they go on with a reference's first words."""
+    texts = ["dog", "dog " * 40, "cat", "boat " * 30]
+    rows = [{"prompt": f"{text} {i}", "references": [f"a {text[:3]} {i}."], "n": i} for i, text in enumerate(texts)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = runpy.run_path(str(RECIPES / "ppo_reward.py"))
+    flags = ["--task", "custom", "--dataset", str(tmp_path), "--long_prompts", "drop", "--eval_prompts", "1"]
+    tokenizer = AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama"))
+    for more, start in (([], ("", "")), (["--prefix_tokens", "2", "2"], ("a dog", "a cat"))):
+        script, training, _ = recipe["parse"](["--config", str(CONFIGS / "embedded.yaml"), *flags, *more])
+        train, held_out = recipe["prompts"](script, training, tokenizer, 20, ["n"])
+        assert train == {
+            "prompt": ["dog 0" + start[0], "cat 2" + start[1]],
+            "references": [["a dog 0."], ["a cat 2."]],
+            "n": [0, 2],
+        }
+        assert held_out == {name: values[:1] for name, values in train.items()}
 
 
 @pytest.fixture
@@ -178,11 +199,11 @@ def test_a_word_is_one_token_wherever_it_stands(prepare):
     assert tokenizer.tokenize("dog runs dog") == ["Ġdog", "Ġruns", "Ġdog"]
 
 
-def launch(*arguments):
+def launch(*arguments, cwd=None):
     """As a user does, in a process of its own."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     assert run.returncode == 0, run.stderr[-3000:]
 
 
@@ -211,24 +232,57 @@ def test_the_adapter_names_its_base_as_the_user_did(runs):
 
 
 def test_from_adapters_to_the_report(runs, tmp_path):
-    """With `--method factors` too: both runs start from one initialisation."""
+    """With `--method factors` too, both runs start from one initialisation; then on a dataset's own prompts and references."""
     adapters = [f"{name}={runs / name}" for name in ("naturalness", "coverage")]
     flags = ["--adapters", *adapters, "--reward", "naturalness", "coverage", "--others", f"MORL={runs / 'again'}"]
     flags += ["--prompts", "6", "--points", "3", "--max_new_tokens", "8"]
+    rows = [{"words": f"dog, run {i % 6}", "reference": "a dog runs"} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.py").write_text(
+        "def said(prompts, responses, references): return [float(len(r)) for r in references]"
+    )
+    own = {"exact": ["--ensemble", "true", "--held_out_reward", "rating"]}
+    own["factors"] = ["--task", "custom", "--dataset", "rows.jsonl", "--template", "Use {words}:", "--samples", "2"]
+    own["factors"] += ["--held_out_reward", "mine:said"]
     for method in ("exact", "factors"):
         out = tmp_path / method
+        command = [sys.executable, str(RECIPES / "sweep.py"), *flags, *own[method], "--method", method]
         run = subprocess.run(
-            [sys.executable, str(RECIPES / "sweep.py"), *flags, "--method", method, "--output_dir", str(out)],
-            capture_output=True,
-            text=True,
-            check=False,
+            [*command, "--output_dir", str(out)], capture_output=True, text=True, check=False, cwd=tmp_path
         )
         assert run.returncode == 0, run.stderr[-3000:]
         assert "| λ 0.5 / 0.5 |" in run.stdout and "| MORL |" in run.stdout
-        assert len(read_jsonl(out / "records.jsonl")) == 6 * 5
+        records = read_jsonl(out / "records.jsonl")
+        assert len(records) == 6 * (6 if method == "exact" else 5 * 2)
         assert {"front.png", "report.html", "report.md"} <= {path.name for path in out.iterdir()}
         front = rsoups.Front.from_jsonl(out / "records.jsonl")
-        assert front.rewards == ["coverage", "naturalness"] and len(front.soups) == 3
+        held_out = "rating" if method == "exact" else "said"
+        assert front.rewards == sorted(["coverage", "naturalness", held_out]) and len(front.soups) == 3
+        settings = json.loads((out / "records.settings.json").read_text())
+        assert settings["held_out"] == [held_out] and settings["base"] == "rsoups/tiny-llama"
+        assert (out / settings["adapters"]["coverage"]).resolve() == runs / "coverage"
+        if method == "factors":
+            assert {r["prompt"] for r in records} == {f"Use dog, run {i}:" for i in range(6)}
+            assert all(r["rewards"]["said"] == 1 for r in records), "one reference for each prompt"
+
+
+def test_the_assistant_task_runs_on_any_file_in_the_format_of_hh_rlhf(tmp_path):
+    with gzip.open(tmp_path / "hh.jsonl.gz", "wt") as file:
+        for i in range(40):
+            turns = f"\n\nHuman: How do I mend {i} socks?\n\nAssistant: With a needle.\n\nHuman: Ok\n\nAssistant: Bye."
+            file.write(json.dumps({"chosen": turns, "rejected": turns}) + "\n")
+    flags = [
+        "--config",
+        CONFIGS / "embedded.yaml",
+        "--task",
+        "assistant",
+        "--dataset",
+        tmp_path / "hh.jsonl.gz",
+        *SHORT,
+    ]
+    launch(RECIPES / "ppo_reward.py", "--reward", "naturalness", "--output_dir", tmp_path / "run", *flags)
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "held_out_results.json").read_text())["after"].keys() >= {"reward", "kl"}
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
@@ -241,6 +295,35 @@ def test_adapters_of_other_algorithms_go_into_the_same_soup(runs, tmp_path, algo
     assert soup.lambdas == (0.5, 0.5)
     held_out = json.loads((tmp_path / algorithm / "held_out_results.json").read_text())
     assert held_out["before"].keys() == held_out["after"].keys() >= {"reward"}
+
+
+def test_rewards_read_references_and_columns_of_the_data(tmp_path):
+    """A statistical card and a function of TRL's signature, each of which is right only about its own row."""
+    (tmp_path / "own.py").write_text(
+        "def right(prompts, completions, number, references, **rest):\n"
+        "    assert all(f'word{n}' in p and r == [f'a word{n}.'] for n, p, r in zip(number, prompts, references))\n"
+        "    return [0.0] * len(prompts)\n"
+    )
+    rows = [{"prompt": f"word{i}", "references": [f"a word{i}."], "number": i} for i in range(64)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--task", "custom", "--dataset", "rows.jsonl", "--eval_prompts", 4, *SHORT]
+    for algorithm, config in (("ppo", "embedded"), ("grpo", "embedded-grpo")):
+        more = ["--config", CONFIGS / f"{config}.yaml", "--algorithm", algorithm, "--reward", "rouge-l", "own:right"]
+        launch(RECIPES / "ppo_reward.py", *flags, *more, "--output_dir", tmp_path / algorithm, cwd=tmp_path)
+        held_out = json.loads((tmp_path / algorithm / "held_out_results.json").read_text())
+        assert 0 <= held_out["before"]["reward"] < 0.5
+
+
+def test_a_statistical_reward_wants_references_before_anything_is_loaded(tmp_path):
+    """The base is not there: had it been loaded first, the error would be another one."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}')
+    base = tmp_path / "base"
+    AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama")).save_pretrained(base)
+    LlamaConfig().save_pretrained(base)
+    command = [sys.executable, str(RECIPES / "ppo_reward.py"), "--model_name_or_path", str(base), "--bf16", "false"]
+    command += ["--task", "custom", "--dataset", str(tmp_path / "rows.jsonl"), "--reward", "meteor"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
+    assert run.returncode and "reward 'meteor' needs a column 'references', the dataset gives ['prompt']" in run.stderr
 
 
 def test_an_adapter_can_be_trained_on(runs, tmp_path):

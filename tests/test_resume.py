@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_partial_one(tmp_path,
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
     run = trainer(tmp_path, max_steps=1)
-    with only_run_in(tmp_path / "run"), pytest.raises(OutputError, match="another run is training into"):
+    with only_run_in(tmp_path / "run"), pytest.raises(OutputError, match="another run is writing into"):
         run.train()
     run.train()
 

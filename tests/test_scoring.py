@@ -1,15 +1,23 @@
 """Reward cards and rewards, against one-by-one scoring with transformers alone."""
 
+import json
+import logging
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from tiny import tiny_classifier, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 import rsoups
 from rsoups import RewardCard, load_reward
-from rsoups.scoring import cards, check_scores, reward_function
+from rsoups._resources import shipped
+from rsoups.function_rewards import FunctionCard, check_columns
+from rsoups.judge import JudgeCard, JudgeSettings
+from rsoups.reward_inputs import encode_texts
+from rsoups.scoring import cards, check_scores, read_card, reward_function
 from rsoups.tasks import question_of
 
 PROMPTS = [f"### Instruction: w1 w2 ### Input: {' w3' * (i % 4 + 1)} ### Response: " for i in range(12)]
@@ -70,6 +78,33 @@ def test_a_long_question_loses_its_end_and_never_the_response(tmp_path):
     assert encoded["input_ids"][-4:-1] == [6, 7, 8]
 
 
+@pytest.mark.parametrize("kind", ["pair", "reversed_pair", '"{question} {response}"', '"{response} {question}"'])
+def test_the_side_of_a_long_question_that_is_lost_is_the_cards(tmp_path, kind):
+    folder = tiny_classifier(tmp_path / "m", "electra")
+    for cut, kept in (("end", ["w0", "w1"]), ("start", ["w8", "w9"])):
+        reward = load_reward(write_card(tmp_path, name="r", model=folder, input=kind, max_length=8, cut=cut))
+        (encoded,) = reward.encode([" ".join(f"w{i}" for i in range(10))], ["w17 w18 w19"])
+        read = reward._tokenizer.decode(encoded["input_ids"]).replace("<s>", "").replace("</s>", "").split()
+        assert len(encoded["input_ids"]) == 8 and [w for w in read if w in ("w17", "w18", "w19")] == [
+            "w17",
+            "w18",
+            "w19",
+        ]
+        assert [w for w in read if len(w) == 2][:: -1 if cut == "start" else 1][:2] == kept[
+            :: -1 if cut == "start" else 1
+        ]
+        assert reward._tokenizer.truncation_side == "right"
+
+
+def test_a_model_is_loaded_in_the_cards_precision(tmp_path):
+    folder = tiny_classifier(tmp_path / "m", "electra")
+    exact = load_reward(write_card(tmp_path, name="r", model=folder))(PROMPTS, RESPONSES)
+    half = load_reward(write_card(tmp_path, name="r", model=folder, dtype="bfloat16"))
+    assert half._model.dtype == torch.bfloat16
+    scores = half(PROMPTS, RESPONSES)
+    assert scores != exact and scores == pytest.approx(exact, abs=0.1)
+
+
 def test_one_text_made_by_a_template_is_what_the_model_reads(tmp_path):
     """gpt2_reward_summarization's recipe: the response, the bos token and the post, in one string."""
     folder = tiny_classifier(tmp_path / "m", "gpt2")
@@ -103,6 +138,69 @@ def test_a_response_that_leaves_no_room_keeps_its_beginning(tmp_path, caplog, ki
     short, long = reward.encode(["w1 w2", "w1 w2"], ["w3", "w4 " * 30])
     assert len(short["input_ids"]) < 10 and len(long["input_ids"]) == 10
     assert long["input_ids"].count(8) >= 7 and "its end is not seen" in caplog.text
+
+
+def test_a_text_that_ends_with_end_of_text_is_scored_at_its_end(tmp_path, caplog):
+    """GPT-2 has no pad token and looks for the last token that is not one: end-of-text must not stand in for it."""
+    caplog.set_level(logging.INFO)
+    folder = tiny_classifier(tmp_path / "m", "gpt2")
+    reward = load_reward(write_card(tmp_path, name="r", model=folder, input='"{response} {sep} {eos}"'))
+    assert "no pad token" in caplog.text and "no separator token" in caplog.text
+    responses = ["w1", "w2 w3 w4 w5", "w1 w2", ""]
+    tokenizer, model = (c.from_pretrained(folder) for c in (AutoTokenizer, AutoModelForSequenceClassification))
+    assert tokenizer.pad_token is None and model.config.pad_token_id is None
+    with torch.no_grad():
+        rows = [torch.tensor([tokenizer(response)["input_ids"] + [2]]) for response in responses]
+        expected = [model(row).logits[0, 0].item() for row in rows]  # alone and without a pad token: at the last one
+    assert reward(["w9"] * 4, responses) == pytest.approx(expected, abs=1e-5)
+    for response, score in zip(responses, expected, strict=True):
+        assert reward.explain("w9", response)["logits"]["LABEL_0"] == pytest.approx(score, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "electra", "deberta"])
+@pytest.mark.parametrize("input", ["pair", "reversed_pair", '"{response}"'])
+def test_an_empty_response_has_a_score(tmp_path, kind, input):
+    folder = tiny_classifier(tmp_path / "m", kind)
+    reward = load_reward(write_card(tmp_path, name="r", model=folder, input=input))
+    empty, said = reward(["w1"] * 2, ["", "w2 w3"])
+    assert math.isfinite(empty) and empty != said and reward(["w1"], [""]) == pytest.approx([empty], abs=1e-5)
+
+
+def test_a_question_that_ends_in_a_character_of_several_tokens_is_cut(tmp_path):
+    vocabulary = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    for cut in ("end", "start"):
+        for question in ("ab\U0001f600", "\U0001f600ab", "\U0001f600\U0001f600"):
+            for longest in range(1, 12):
+                (one,) = encode_texts(fast, "{question}{response}", [question], ["c"], longest, cut)
+                assert len(one["input_ids"]) <= longest and one["input_ids"][-1] == vocabulary["c"]
+
+
+def test_code_that_comes_with_a_model_runs_on_leave_only(tmp_path, monkeypatch):
+    """A folder whose config names Python code of its own, which leaves a mark when it runs."""
+    folder = tiny_classifier(tmp_path / "m", "electra")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    mark = tmp_path / "ran"
+    (folder / "own.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\n"
+        "from transformers import ElectraConfig, ElectraForSequenceClassification\n"
+        "class OwnConfig(ElectraConfig):\n    model_type = 'own'\n"
+        "class OwnModel(ElectraForSequenceClassification):\n    config_class = OwnConfig\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    card = write_card(tmp_path, name="r", model=folder)
+    for source in (card, folder):
+        with pytest.raises(rsoups.RewardError, match="brings Python code of its own.*trust_remote_code"):
+            load_reward(source)
+    assert not mark.exists()
+    assert len(load_reward(card, trust_remote_code=True)(["w1"], ["w2"])) == 1 and mark.exists()
+    selfish = write_card(tmp_path, name="r", model=folder, trust_remote_code="true")  # no card gives itself leave
+    with pytest.raises(rsoups.RewardError, match=r"unknown field\(s\) \['trust_remote_code'\]"):
+        load_reward(selfish)
 
 
 def test_conversations_are_scored_by_their_last_question_and_answer():
@@ -156,7 +254,17 @@ BAD_CARDS = [
     ("name: x\nmodel: y\nquestion: '{response}'", r"no field \['response'\]"),
     ("name: x\nmodel: y\nresponse: last", "response is 'last'"),
     ("[1, 2]", "mapping"),
-    ("name: x", r"missing field\(s\) \['model'\]"),
+    ("model: x", r"missing field\(s\) \['name'\]"),
+    ("name: x", "names either its model, or models"),
+    ("name: x\nmodel: y\nmodels: [a, b]\naverage: weights", "names either its model, or models"),
+    ("name: x\nmodel: y\naverage: weights", "average and lambdas go with models"),
+    ("name: x\nmodels: [a]\naverage: weights", "must be a list of two or more"),
+    ("name: x\nmodels: a\naverage: weights", "must be a list of two or more"),
+    ("name: x\nmodels: [a, b]", "average is None"),
+    ("name: x\nmodels: [a, b]\naverage: scores\nrevision: main", "write each as id@revision"),
+    ("name: x\nmodel: y\ncut: middle", "cut is 'middle'"),
+    ("name: x\nmodel: y\ndtype: int8", "dtype is 'int8'"),
+    ("name: x\nmodel: y\nmax_length: 0", "max_length is 0"),
     ("name: x\nmodel: y\ntemplate: z", r"unknown field\(s\) \['template'\]"),
     ("name: x\nmodel: y\ninput: triple", "input is 'triple'"),
     ("name: x\nmodel: y\nsign: 2", "sign is 2"),
@@ -164,6 +272,27 @@ BAD_CARDS = [
     ("name: x\nmodel: y\nmean: .nan", "mean is nan"),
     ("name: [", "not YAML"),
     ("name: x\nmodel: rsoups/nothing", "no embedded asset"),
+    ("model: x", r"missing field\(s\) \['name'\]"),
+    ("name: x\nmodel: y\nfunction: rsoups.text_checks:length", r"unknown field\(s\) \['model'\]"),
+    ("name: x\nmodel: y\narguments: {target: 3}", r"unknown field\(s\) \['arguments'\]"),
+    ("name: x\nfunction: rsoups.text_checks:length\narguments: 3", "arguments is 3, must be a mapping"),
+    ("name: x\nfunction: rsoups.text_checks:length\narguments: {words: 3}", r"text_checks:length: .*'target'"),
+    ("name: x\nfunction: rsoups.text_checks:length\nsign: 0", "sign is 0"),
+    ("name: x\nfunction: rsoups.text_checks:length\nstd: -1", "std is -1"),
+    *(
+        (
+            f"name: x\nfunction: '{function}'",
+            "must be one of .*rsoups.text_checks:length.*without a card, as module:function",
+        )
+        for function in (
+            "os:system",
+            "rsoups.cli:main",
+            "rsoups.text_metrics:library",  # imports what it is told to
+            "rsoups.text_metrics:read_jsonl",
+            "rsoups.text_checks:__builtins__",
+            "rsoups.text_checks",
+        )
+    ),
 ]
 
 
@@ -187,8 +316,16 @@ def test_an_unknown_reward_lists_the_shipped_ones():
 
 @pytest.mark.parametrize("name", sorted(cards()))
 def test_shipped_cards_are_valid(name):
-    card = RewardCard.read(cards()[name])
-    assert card.name == name and card.model.count("/") == 1
+    card = read_card(cards()[name])
+    assert card.name == name
+    if isinstance(card, RewardCard):
+        assert card.model.count("/") == 1
+
+
+@pytest.mark.parametrize("kind", [RewardCard, FunctionCard, JudgeCard, JudgeSettings])
+def test_the_schema_is_documented(kind):
+    text = (shipped("rewards") / "README.md").read_text("utf-8")
+    assert not [field.name for field in fields(kind) if f"`{field.name}`" not in text]
 
 
 @pytest.mark.parametrize("scores", [[1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [math.inf, 1.0]])
@@ -222,6 +359,47 @@ def test_functions_are_rewards(tmp_path, monkeypatch):
         rsoups.scoring.FunctionReward(lambda prompts, responses: [1.0], "bad")(["p"] * 2, ["r"] * 2)
     with pytest.raises(rsoups.RewardError, match="'nan' returned nan"):
         rsoups.scoring.FunctionReward(lambda prompts, responses: [math.nan], "nan")(["p"], ["r"])
+
+
+def test_a_functions_card_scales_as_a_models_does(tmp_path):
+    fields = {"function": "rsoups.text_checks:length", "arguments": "{target: 4}", "mean": 0.25, "std": 0.5, "sign": -1}
+    reward = load_reward(write_card(tmp_path, name="short", **fields))
+    assert reward(["p"] * 2, ["a b", "a b c d"]) == [(0.5 - 0.25) / 0.5, (0 - 0.25) / 0.5]
+    assert reward.name == reward.__name__ == "short"
+    assert load_reward(tmp_path / "card.yaml", target=2)(["p"], ["a b"]) == [-0.5]
+
+
+def test_the_columns_of_a_function_are_those_that_it_names():
+    def trls(prompts, completions, completion_ids, answer, trainer_state=None, hint=None, **columns):
+        assert (answer, hint, columns) == (["a"], ["h"], {"other": [1]})
+        return [1.0]
+
+    reward = load_reward(trls)
+    assert (reward.columns, reward.needs) == (("answer", "hint"), ("answer",))
+    assert reward(["p"], ["r"], completion_ids=[[1]], answer=["a"], hint=["h"], other=[1]) == [1]
+    with pytest.raises(rsoups.RewardError, match=r"'trls' needs the column\(s\) \['answer'\]"):
+        reward(["p"], ["r"], completion_ids=[[1]])
+    assert load_reward(lambda prompts, responses, answer: [0.0]).needs == ("answer",)
+    assert load_reward(lambda texts, answers: [0.0]).columns == ()
+
+
+def test_data_without_a_needed_column_is_refused_with_its_name():
+    rewards = [load_reward("meteor"), load_reward("keywords"), load_reward(len_of_zero)]
+    check_columns(rewards, {"prompt": ["p"] * 2, "references": [["r"]] * 2, "number": [0, 0]})
+    for columns, words in (
+        ({"prompt": ["p"]}, r"'meteor' needs a column 'references', the dataset gives \['prompt'\]"),
+        (
+            {"prompt": ["p"] * 3, "references": [["r"], [], None]},
+            "'meteor' needs 'references' of every row: 2 of 3 have none",
+        ),
+        ({"prompt": ["p"], "references": [["r"]]}, "'len_of_zero' needs a column 'number'"),
+    ):
+        with pytest.raises(rsoups.RewardError, match=words):
+            check_columns(rewards, columns)
+
+
+def len_of_zero(prompts, completions, number):
+    return number
 
 
 def test_a_classifiers_folder_is_a_reward(tmp_path):

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -452,14 +457,18 @@ def test_saving_is_all_or_nothing(two, tmp_path, monkeypatch):
     soup.save_pretrained(target)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
 
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("rsoups.soup.save_file", full_disk)
-    with pytest.raises(rsoups.OutputError, match="No space left"):
-        soup.save_pretrained(target)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
-    assert [path.name for path in target.parent.iterdir()] == ["soup"]
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    for early in (True, False):  # found where space is set aside, and while writing
+        if not early:
+            monkeypatch.delattr(os, "posix_fallocate")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, hard))
+        try:
+            with pytest.raises(rsoups.OutputError, match="File too large"):
+                soup.save_pretrained(target)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+        assert [path.name for path in target.parent.iterdir()] == ["soup"]
     monkeypatch.undo()
     rsoups.interpolate(two, [0.2, 0.8]).save_pretrained(target)  # a soup may be replaced
     assert json.loads((target / "soup.json").read_text())["ingredients"][0]["lambda"] == 0.2
@@ -516,3 +525,92 @@ def test_nothing_is_written_for_tensors_that_share_memory(two, tmp_path):
     soup.save_pretrained(tmp_path / "s")
     save_file(soup.state_dict, tmp_path / "again.safetensors", metadata={"format": "pt"})
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "s" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_soup_is_made_of_what_was_checked(two, tmp_path):
+    """Its files are read again when it is saved: a changed one is refused, one that is gone is read on."""
+    soup, other = rsoups.interpolate(two), rsoups.interpolate(two)
+    other.save_pretrained(tmp_path / "before")
+    weights = two[0] / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(rsoups.AdapterError, match=r"adapter_model\.safetensors was written to"):
+        soup.save_pretrained(tmp_path / "soup")
+    with pytest.raises(rsoups.AdapterError, match="was written to"):
+        soup.state_dict  # noqa: B018
+    assert not (tmp_path / "soup").exists() and not list(tmp_path.glob(".*"))
+
+    soup = rsoups.interpolate(two)
+    for folder in two:
+        shutil.rmtree(folder)
+    soup.save_pretrained(tmp_path / "soup")
+    saved, expected = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("soup", "before"))
+    differ = [key for key in expected if not torch.equal(saved[key], expected[key])]
+    assert len(differ) == 1 and saved.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("method", ["exact", "factors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_are_those_of_float64_rounded_once_in_blocks_of_any_size(tmp_path, monkeypatch, method, dtype):
+    lora = {"modules_to_save": ["lm_head"], "target_modules": ["embed_tokens", "q_proj"]}
+    folders = [tiny_adapter(tmp_path / str(i), seed=i, **lora) for i in range(3)]
+    one_start(folders)
+    row = [0.2, 0.5, 0.3]
+    each = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    for block, piece in ((2**15 - 1, 2**20), (70, 100), (7, 1), (33, 400)):
+        monkeypatch.setattr("rsoups.tensor_files._BLOCK", block)
+        monkeypatch.setattr("rsoups.adapters._PIECE", piece)
+        soup = rsoups.interpolate(folders, row, method=method, dtype=dtype)
+        soup.save_pretrained(tmp_path / "soup")
+        saved = load_file(tmp_path / "soup" / "adapter_model.safetensors")
+        assert saved.keys() == soup.state_dict.keys() == each[0].keys()
+        for key, tensor in saved.items():
+            scale = 2.0 if method == "exact" and "lora_" in key else 1.0
+            parts = [w * scale * t[key].double() for w, t in zip(row, each, strict=True)]
+            if method == "exact" and "_A" in key:
+                expected = torch.cat([t[key] for t in each]).to(dtype)
+            elif method == "exact" and "_B" in key:
+                expected = torch.cat([part.to(dtype) for part in parts], dim=1)
+            else:
+                expected = sum(parts[1:], parts[0])
+                half = torch.finfo(dtype).eps / 2 * (1 + 1e-6)  # of an ulp: either way at a tie
+                assert ((tensor.double() - expected).abs() <= half * expected.abs()).all(), key
+                expected = tensor
+            assert torch.equal(tensor, expected) and torch.equal(tensor, soup.state_dict[key]), key
+
+
+def test_what_fits_is_not_refused_for_its_parts(tmp_path):
+    """2·B - 1·B is B, and no sum on the way is rounded to the narrow dtype."""
+    folders = [tiny_adapter(tmp_path / str(i)) for i in range(2)]
+    for i, folder in enumerate(folders):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = {key: torch.full_like(t, 60_000.0 + i * 16 * ("lora_A" in key)) for key, t in tensors.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    soup = rsoups.interpolate(folders, [2, -1], method="factors", dtype=torch.float16, extrapolate=True)
+    assert all(torch.isfinite(tensor).all() for tensor in soup.state_dict.values())
+    with pytest.raises(rsoups.AdapterError, match="does not fit into torch.float16"):
+        rsoups.interpolate(folders, [2, -1], dtype=torch.float16, extrapolate=True)
+
+
+def test_saving_holds_neither_the_soup_nor_an_ingredient(tmp_path):
+    """Three ingredients of 24 MB make a soup of 24 MB (factors) and 72 MB of factors (exact)."""
+    lora = {"target_modules": ["q_proj"], "r": 512, "lora_alpha": 512}
+    for i in range(3):
+        tiny_adapter(
+            tmp_path / str(i), tiny_llama(hidden_size=1024, intermediate_size=8, num_hidden_layers=3), seed=i, **lora
+        )
+    code = f"""
+import resource, warnings
+import rsoups, rsoups.soup
+warnings.simplefilter("ignore")
+folders = [f"{tmp_path}/{{i}}" for i in range(3)]
+soups = [rsoups.interpolate(folders[:1]), *rsoups.interpolate(folders, [[.2, .3, .5]] * 3)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for i, soup in enumerate(soups):
+    soup.save_pretrained(f"{tmp_path}/soup{{i}}")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (tmp_path / "soup3" / "adapter_model.safetensors").stat().st_size > 36 * 2**20
+    assert float(run.stdout.splitlines()[-1]) < 12

@@ -8,9 +8,10 @@ import pytest
 from datasets import Dataset
 
 from rsoups import DatasetError
-from rsoups._resources import load_rows, resolve
+from rsoups._resources import load_rows, resolve, train_and_held_out
 from rsoups.tasks import (
     TASKS,
+    columns_of,
     custom_task,
     first_sentence,
     fit_prompts,
@@ -49,6 +50,19 @@ def test_responses_are_cut_at_the_first_sentence():
     assert first_sentence("A dog runs. A cat sleeps.") == "A dog runs."
     assert first_sentence("It costs 3.50 today! Really.") == "It costs 3.50 today!"
     assert first_sentence(" no end\nhere ") == "no end here"
+
+
+def test_rows_keep_the_columns_that_rewards_read():
+    task = custom_task("x")
+    rows = task.rows([{"prompt": "a", "answer": 1, "other": 2}, {"prompt": "b", "response": "r"}], kept=["answer"])
+    assert rows == [{"prompt": "a", "answer": 1, "references": []}, {"prompt": "b", "references": ["r"]}]
+    rows = task.rows([{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 0}], kept=["answer", "nothing"])
+    assert columns_of(rows) == {"prompt": ["a", "b"], "answer": [1, 0]}  # no row has references
+    rows = [{"prompt": "a", "references": ["r"]}, {"prompt": "b", "references": []}]
+    assert columns_of(rows) == {"prompt": ["a", "b"], "references": [["r"], []]}
+    assert columns_of([]) == {}
+    ragged = [{"prompt": "a", "references": ["r"]}, {"prompt": "b", "references": [], "n": 0}]
+    assert columns_of(ragged)["n"] == [None, 0]
 
 
 def test_prompts_that_leave_no_room_are_refused_or_dropped():
@@ -220,6 +234,19 @@ def test_rows_from_files_and_folders(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"concepts": [}\n')
     with pytest.raises(DatasetError, match="bad.jsonl, line 1"):
         read_jsonl(tmp_path / "bad.jsonl")
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path):
+    rows = [{"prompt": f"Why {i}?"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    one = custom_task(str(tmp_path / "rows.jsonl"))
+    for asked, held_out in ((64, 4), (3, 3), (0, 0)):
+        train, rest = ([row["prompt"] for row in part] for part in train_and_held_out(one, None, asked))
+        assert len(rest) == held_out and train + rest == [row["prompt"] for row in rows]
+    (tmp_path / "train.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "Other?"}))
+    train, rest = train_and_held_out(custom_task(str(tmp_path)), None, 64)
+    assert len(train) == 40 and [row["prompt"] for row in rest] == ["Other?"]
 
 
 def test_embedded_names_are_known_or_refused():

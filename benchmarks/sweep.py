@@ -1,0 +1,255 @@
+"""A sweep by rsoups beside the paper's way and PEFT's: same base, adapters, prompts, rewards, greedy decoding, in one run.
+
+    python benchmarks/sweep.py                                      # the embedded policy, CPU cores, some minutes
+    python benchmarks/sweep.py --shape llama7b                      # a CUDA GPU: LLaMA-7b's shape, random weights, bf16
+    python benchmarks/sweep.py --prompts 16 --rounds 1 --paper_prompts 1                             # a dry run
+
+11 λ × 200 prompts × up to 32 tokens, two rewards:
+
+- paper: for each λ the base is loaded and the adapters are averaged into it; prompts one at a time, each scored by itself. Of
+  200 prompts `--paper_prompts` are measured, and their time is multiplied up (the loading is not).
+- peft: one base, both adapters on it, `add_weighted_adapter("cat")` for each λ, batches of 64.
+- rsoups: `rsoups.sweep`, which also evaluates the base, and KL and perplexity of every response; and once more without these
+  two, which the others do not have.
+
+Then the interactive case, 8 prompts at each λ; and a decode step with N adapters at one λ for each row, over a step with a
+single PEFT adapter. Rounds in turn, the best of each; written to benchmarks/results/.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import rsoups
+from rsoups._resources import load_rows, resolve
+from rsoups.decoding import Decoder
+from rsoups.tasks import TASKS, read_jsonl
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS = 32
+GRID = rsoups.simplex(2, 11)
+BATCH = 64
+TOKENIZER = AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama"), padding_side="left")
+
+
+def base_model(shape: str) -> LlamaForCausalLM:
+    if shape == "embedded":
+        model = AutoModelForCausalLM.from_pretrained(resolve("rsoups/tiny-llama"), dtype=torch.float32)
+        return model.to(DEVICE).eval()
+    torch.manual_seed(0)
+    config = LlamaConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def write_adapters(model: LlamaForCausalLM, folder: Path, count: int) -> dict[str, Path]:
+    """LoRAs of rank 16 on all linear layers, random: they are to say different things, whatever these are."""
+    out = {}
+    for seed in range(count):
+        lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft = get_peft_model(model, lora)
+        torch.manual_seed(seed)
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        peft.save_pretrained(folder / f"adapter-{seed}")
+        peft.unload()
+        vars(model).pop("peft_config", None)
+        out[f"adapter-{seed}"] = folder / f"adapter-{seed}"
+    return out
+
+
+def responses(model: torch.nn.Module, prompts: list[str]) -> list[str]:
+    inputs = TOKENIZER(prompts, return_tensors="pt", padding=True).to(DEVICE)
+    with torch.inference_mode():
+        ids = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=TOKENS,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+    texts = TOKENIZER.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def by_paper(shape: str, adapters: dict[str, Path], rewards: dict, prompts: list[str], measured: int) -> float:
+    """Seconds that all prompts would take, from those of the first `measured` ones."""
+    loading = answering = 0.0
+    for row in GRID:
+        start = time.perf_counter()
+        model = PeftModel.from_pretrained(base_model(shape), next(iter(adapters.values())), adapter_name="soup")
+        others = [rsoups.interpolate([path]).state_dict for path in adapters.values()]
+        averaged = {
+            key: sum(weight * state[key] for weight, state in zip(row, others, strict=True)) for key in others[0]
+        }
+        names = {name.replace(".soup.", "."): parameter for name, parameter in model.named_parameters()}
+        with torch.no_grad():
+            for key, tensor in averaged.items():
+                names[key].copy_(tensor)
+        loading += time.perf_counter() - start
+        start = time.perf_counter()
+        for prompt in prompts[:measured]:
+            said = responses(model.eval(), [prompt])
+            for reward in rewards.values():
+                reward([prompt], said)
+        answering += time.perf_counter() - start
+    return loading + answering * len(prompts) / measured
+
+
+def by_peft(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str]) -> tuple[float, dict]:
+    start = time.perf_counter()
+    (first, path), *others = adapters.items()
+    model = PeftModel.from_pretrained(base, path, adapter_name=first)
+    for name, path in others:
+        model.load_adapter(path, adapter_name=name)
+    found = {}
+    ordered = sorted(prompts, key=len, reverse=True)
+    for row in GRID:
+        used = [(name, weight) for name, weight in zip(adapters, row, strict=True) if weight]
+        model.add_weighted_adapter([n for n, _ in used], [w for _, w in used], "soup", combination_type="cat")
+        model.set_adapter("soup")
+        for place in range(0, len(ordered), BATCH):
+            asked = ordered[place : place + BATCH]
+            said = responses(model.eval(), asked)
+            for reward in rewards.values():
+                reward(asked, said)
+            found |= {(tuple(row), prompt): text for prompt, text in zip(asked, said, strict=True)}
+        model.delete_adapter("soup")
+    seconds = time.perf_counter() - start
+    model.unload()
+    vars(base).pop("peft_config", None)
+    return seconds, found
+
+
+def by_rsoups(
+    base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str], kl: bool = True
+) -> tuple[float, dict]:
+    unread = (
+        nullcontext() if kl else patch.object(Decoder, "logps", lambda self, prompts, said: [(0.0, 0.0)] * len(said))
+    )
+    with tempfile.TemporaryDirectory() as folder, unread:
+        out = Path(folder) / "records.jsonl"
+        settings = {"tokenizer": TOKENIZER, "temperature": 0, "max_new_tokens": TOKENS, "progress": False, "out": out}
+        start = time.perf_counter()
+        rsoups.sweep(base, adapters, rewards, prompts, GRID, **settings)
+        seconds = time.perf_counter() - start
+        records = read_jsonl(out)
+    return seconds, {(tuple(r["lambdas"].values()), r["prompt"]): r["response"] for r in records if r["lambdas"]}
+
+
+def steps(base: LlamaForCausalLM, adapters: dict[str, Path], rows: int, rounds: int) -> dict[str, float]:
+    """Milliseconds of a decode step after 32 tokens, the best of several: base, one PEFT adapter, live soups of 2 and 4."""
+    ids = torch.randint(5, 1000, (rows, 32), device=DEVICE)
+
+    def step(model: torch.nn.Module) -> float:
+        cache = DynamicCache(config=base.config)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        best = float("inf")
+        for _ in range(20):
+            start = time.perf_counter()
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+            cache.crop(-1)
+        return 1e3 * best
+
+    def peft() -> float:
+        model = PeftModel.from_pretrained(base, next(iter(adapters.values()))).eval()
+        found = step(model)
+        model.unload()
+        vars(base).pop("peft_config", None)
+        return found
+
+    def live(count: int) -> Callable[[], float]:
+        def measured() -> float:
+            soup = rsoups.LiveSoup(base, dict(list(adapters.items())[:count]))
+            with soup.at(torch.softmax(torch.randn(rows, count, dtype=torch.float64), dim=1).tolist()) as model:
+                found = step(model)
+            soup.remove()
+            return found
+
+        return measured
+
+    cases = {"base": lambda: step(base), "peft": peft, "live 2": live(2), "live 4": live(4)}
+    best = dict.fromkeys(cases, float("inf"))
+    with torch.inference_mode():
+        for _ in range(rounds):
+            best = {name: min(best[name], measure()) for name, measure in cases.items()}
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="embedded", choices=("embedded", "llama7b"))
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--paper_prompts", type=int, default=4, help="of those, how many the paper's way answers")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    rows = load_rows(TASKS["concepts"], None, "test")
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: args.prompts]
+    rewards = {name: rsoups.load_reward(name, DEVICE) for name in ("naturalness", "coverage")}
+    results: dict = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    results |= {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", "prompts": len(prompts)}
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        base = base_model(args.shape)
+        four = write_adapters(base, Path(folder), 4)
+        two = dict(list(four.items())[:2])
+        for name, asked in (("sweep", prompts), ("interactive", prompts[:8])):
+            best = dict.fromkeys(("peft", "rsoups", "rsoups without KL"), float("inf"))
+            for _ in range(args.rounds):
+                seconds, by = by_peft(base, two, rewards, asked)
+                best["peft"] = min(best["peft"], seconds)
+                seconds, ours = by_rsoups(base, two, rewards, asked)
+                best["rsoups"] = min(best["rsoups"], seconds)
+                seconds, _ = by_rsoups(base, two, rewards, asked, kl=False)
+                best["rsoups without KL"] = min(best["rsoups without KL"], seconds)
+            same = sum(ours[key] == text for key, text in by.items())
+            results[name] = {
+                **best,
+                **{f"peft / {ours}": best["peft"] / best[ours] for ours in ("rsoups", "rsoups without KL")},
+                "same texts": f"{same} of {len(by)}",
+            }
+            if same < 0.97 * len(by):
+                raise SystemExit(f"{name}: only {same} of {len(by)} texts are the same")
+        one = min(by_rsoups_of_one(base, two, rewards, prompts) for _ in range(args.rounds))
+        results["sweep"]["rsoups, one λ"] = one
+        results["sweep"]["11 λ / one λ"] = results["sweep"]["rsoups"] / one
+        results["decode step, ms"] = {}
+        for count in (1, 8, 64):
+            found = steps(base, four, count, args.rounds)
+            ratios = {f"{name} / peft": found[name] / found["peft"] for name in ("live 2", "live 4")}
+            results["decode step, ms"][f"{count} rows"] = found | ratios
+        del base
+        paper = by_paper(args.shape, two, rewards, prompts, args.paper_prompts)
+        results["sweep"] |= {"paper": paper, "paper / rsoups": paper / results["sweep"]["rsoups"]}
+    args.out.mkdir(exist_ok=True)
+    (args.out / f"sweep-{args.shape}.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
+
+
+def by_rsoups_of_one(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str]) -> float:
+    """Seconds of a sweep of one λ."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"tokenizer": TOKENIZER, "temperature": 0, "max_new_tokens": TOKENS, "progress": False}
+        start = time.perf_counter()
+        rsoups.sweep(base, adapters, rewards, prompts, [[0.5, 0.5]], out=Path(folder) / "records.jsonl", **settings)
+        return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    main()

@@ -1,0 +1,270 @@
+"""Responses of batches whose rows may be of different models, each row with its own random numbers.
+
+transformers' `generate` draws for a batch as a whole, and computes rows that have ended until the last one does. Here a
+response depends on its own row alone, and rows that have ended leave the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from rsoups.sampling import draw
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Prompt = str | list[dict[str, Any]]  # a text, or messages for the tokenizer's chat template
+_DROPPED = 1 / 8  # rows leave a batch when so large a part of it has ended: the cache is copied then
+_READ_TOKENS = 1_024  # of a batch, where finished responses are read again: few, for little padding and few logits
+_REMEMBERED = 2**30  # bytes of keys and values of prompts
+
+
+@dataclass(frozen=True)
+class Said:
+    """A response.
+
+    Attributes:
+        ids: Its tokens, the one that ended it included.
+        logp: Σ log p of them, in nats, under the model and at the temperature that they were chosen by (1 for greedy).
+    """
+
+    ids: list[int]
+    logp: float
+
+
+class Decoder:
+    """Decodes with a model as it stands: whatever puts λ on it does so around the call.
+
+    Samples purely (temperature, no top-k or top-p), or greedily.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float, max_new_tokens: int
+    ):
+        self.model, self.temperature, self.max_new_tokens = model, temperature, max_new_tokens
+        self._tokenizer = tokenizer
+        ends = model.generation_config.eos_token_id if model.generation_config else None
+        ends = self._tokenizer.eos_token_id if ends is None else ends
+        self._ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=model.device).view(-1)
+        self._pad: int = next((i for i in (tokenizer.pad_token_id, *self._ends.tolist()) if i is not None), 0)
+        known = inspect.signature(model.forward).parameters
+        self._read: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        self._read_bytes = 0
+        self._takes = {name for name in ("position_ids", "logits_to_keep") if name in known}
+
+    def text(self, said: Said) -> str:
+        """A response's text, without special tokens."""
+        return str(self._tokenizer.decode(said.ids, skip_special_tokens=True))
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Tensor | None = None,
+        members: int = 1,
+        keep: Callable[[Tensor], None] | None = None,
+    ) -> list[Said]:
+        """Respond.
+
+        Args:
+            prompts: Tokens of each of B prompts.
+            uniforms: (B, max_new_tokens), each row's random numbers within [0, 1); None decodes greedily.
+            members: M > 1 answers as a prediction ensemble: each prompt is M rows of the model's batch, one after the
+                other, whose next-token distributions are averaged.
+            keep: Where rows are of different models: told which ones remain, as they end.
+        """
+        cache, shared = (self._beginning(prompts), _shared(prompts)) if keep is None else (None, 0)
+        shared = shared if cache is not None else 0
+        ids, mask = self._padded([prompt[shared:] for prompt in prompts])
+        mask = torch.cat([torch.ones_like(ids[:, :1]).expand(-1, shared), mask], dim=1)
+        ids, mask = (t.repeat_interleave(members, dim=0) for t in (ids, mask))
+        chosen = torch.full((len(prompts), self.max_new_tokens), -1, device=ids.device)
+        logps = torch.zeros(len(prompts), dtype=torch.float64, device=ids.device)
+        uniforms = None if uniforms is None else uniforms.to(ids.device)
+        at = torch.arange(len(prompts), device=ids.device)  # whose rows the batch still holds,
+        going = torch.ones_like(at, dtype=torch.bool)  # and which of them have not ended
+        for step in range(self.max_new_tokens):
+            out = self._forward(ids, mask, 1, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            own = None if uniforms is None else uniforms[at, step, None]
+            tokens, logp = self._choose(out.logits[:, -1].float(), own, members)
+            chosen[at[going], step] = tokens[going]
+            logps[at[going]] += logp[going]
+            going &= ~torch.isin(tokens, self._ends)
+            left = int(going.sum())
+            if not left:
+                break
+            ids = tokens.repeat_interleave(members)[:, None]
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            if left <= (1 - _DROPPED) * len(at) and hasattr(cache, "batch_select_indices"):
+                rows = going.repeat_interleave(members).nonzero()[:, 0]
+                cache.batch_select_indices(rows)
+                if keep is not None:
+                    keep(rows)
+                at, ids, mask, going = at[going], ids[rows], mask[rows], going[going]
+        return [
+            Said([token for token in row if token >= 0], logp)
+            for row, logp in zip(chosen.tolist(), logps.tolist(), strict=True)
+        ]
+
+    def _beginning(self, prompts: Sequence[Sequence[int]]) -> DynamicCache | None:
+        """Keys and values of what all prompts begin with (an instruction, say), read once for all rows; None where they
+        begin with nothing worth it, or the cache is of a kind in which rows are not padded in their middle."""
+        if len(prompts) == 1 or not (shared := _shared(prompts)):
+            return None
+        ids = torch.tensor([prompts[0][:shared]], device=self.model.device)
+        cache = self._forward(ids, torch.ones_like(ids), 1, use_cache=True).past_key_values
+        if not _is_plain(cache):
+            return None
+        cache.batch_repeat_interleave(len(prompts))
+        return cache
+
+    @torch.inference_mode()
+    def logps(self, prompts: Sequence[Sequence[int]], said: Sequence[Said]) -> list[tuple[float, float]]:
+        """Σ log p of finished responses under the model as it stands, always the same one, in nats: at temperature 1, and as
+        they were chosen."""
+        order = sorted(range(len(said)), key=lambda i: len(said[i].ids), reverse=True)
+        found: dict[int, tuple[float, float]] = {}
+        while order:
+            size = max(1, _READ_TOKENS // len(said[order[0]].ids))
+            part, order = order[:size], order[size:]
+            tokens = [said[i].ids for i in part]
+            logits = self._logits_of([prompts[i] for i in part], tokens)
+            flat, lengths = torch.tensor(sum(tokens, []), device=logits.device), [len(ids) for ids in tokens]
+            plain = _logp(logits, flat, 1.0)
+            chosen = plain if self.temperature in (0, 1) else _logp(logits, flat, self.temperature)
+            sums = ([float(one.sum()) for one in logp.split(lengths)] for logp in (plain, chosen))
+            found |= dict(zip(part, zip(*sums, strict=True), strict=True))
+        return [found[i] for i in range(len(said))]
+
+    def _logits_of(self, prompts: Sequence[Sequence[int]], said: Sequence[Sequence[int]]) -> Tensor:
+        """Logits (n, V), float32, before each of the n tokens of responses."""
+        read, mask = self._prefixes(prompts)
+        rows = [
+            [*prompt[-1:], *ids[:-1]] if read else [*prompt, *ids[:-1]]
+            for prompt, ids in zip(prompts, said, strict=True)
+        ]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [self._pad] * (longest - len(row)) for row in rows], device=mask.device)
+        places = torch.arange(longest, device=ids.device)
+        ends = torch.tensor([len(row) for row in rows], device=ids.device)[:, None]
+        starts = ends - torch.tensor([len(one) for one in said], device=ids.device)[:, None]
+        at, mask = (places >= starts) & (places < ends), torch.cat([mask, (places < ends).long()], dim=1)
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return self._forward(ids, mask, 0, past_key_values=read).logits[at].float()
+        # The logits before other tokens are not computed: of a small model they are most of the work.
+        hook = head.register_forward_pre_hook(lambda module, args: (args[0][at], *args[1:]))
+        try:
+            logits: Tensor = self._forward(ids, mask, 0, past_key_values=read).logits
+        finally:
+            hook.remove()
+        return logits.float()
+
+    def _prefixes(self, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache | None, Tensor]:
+        """Keys and values of all but the prompts' last tokens, which are read once for all responses to them; with their
+        mask. None of a model whose cache is of another kind, or where a prompt is of one token."""
+        short = [tuple(prompt[:-1]) for prompt in prompts]
+        nothing = torch.zeros((len(prompts), 0), dtype=torch.long, device=self.model.device)
+        if not all(short):
+            return None, nothing
+        read = {one: self._read[one] for one in short if one in self._read}
+        if missing := list(dict.fromkeys(one for one in short if one not in read)):
+            ids, mask = self._padded(missing)
+            cache = self._forward(ids, mask, 1, use_cache=True).past_key_values
+            if not _is_plain(cache):
+                return None, nothing
+            layers = cache.layers
+            for row, one in enumerate(missing):
+                read[one] = [
+                    (layer.keys[row, :, -len(one) :].clone(), layer.values[row, :, -len(one) :].clone())
+                    for layer in layers
+                ]
+                size = sum(k.nbytes + v.nbytes for k, v in read[one])
+                if self._read_bytes + size <= _REMEMBERED:
+                    self._read[one] = read[one]
+                    self._read_bytes += size
+        longest = max(map(len, short))
+        cache = DynamicCache()
+        for layer in range(len(read[short[0]])):
+            pairs = zip(*(read[one][layer] for one in short), strict=True)
+            keys, values = (torch.stack([pad(t, (0, 0, longest - t.shape[1], 0)) for t in each]) for each in pairs)
+            cache.update(keys, values, layer)
+        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in short], device=nothing.device)
+        return cache, mask
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and mask, (B, longest), padded on the left."""
+        longest = max(map(len, prompts))
+        ids = [[self._pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
+
+    def _forward(self, ids: Tensor, mask: Tensor, logits: int, **settings: Any) -> Any:
+        if "position_ids" in self._takes:
+            settings["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self._takes:
+            settings["logits_to_keep"] = logits
+        return self.model(input_ids=ids, attention_mask=mask, **settings)
+
+    def _choose(self, logits: Tensor, uniform: Tensor | None, members: int) -> tuple[Tensor, Tensor]:
+        """Tokens and their log p, (B,) each, of logits (B·M, V)."""
+        temperature = self.temperature or 1.0
+        if members == 1 and uniform is None:
+            tokens = logits.argmax(-1)
+            return tokens, _logp(logits, tokens, temperature)
+        weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp_()
+        if members > 1:
+            weights = (weights / weights.sum(-1, keepdim=True)).unflatten(0, (-1, members)).mean(dim=1)
+        tokens = weights.argmax(-1, keepdim=True) if uniform is None else draw(weights, uniform)
+        logp = weights.gather(-1, tokens).double().log() - weights.sum(-1, keepdim=True).double().log()
+        return tokens[:, 0], logp[:, 0]
+
+
+def _is_plain(cache: Any) -> bool:
+    """Whether it is keys and values of every token: no sliding window, no recurrent state."""
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, the last token of each left out."""
+    lowest, highest = min(map(list, prompts)), max(map(list, prompts))
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if lowest[i] != highest[i]), most)
+
+
+def _logp(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log p of tokens (n,) by logits (n, V), float64. (Several times faster on a CPU than log_softmax.)"""
+    largest = logits.amax(-1, keepdim=True)
+    total = ((logits - largest) / temperature).exp_().sum(-1).double().log()
+    return ((logits.gather(-1, tokens[:, None]) - largest)[:, 0] / temperature).double() - total
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """A prompt's tokens; of messages, by the tokenizer's chat template."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    found: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    return list(found["input_ids"])
+
+
+def seed_of(seed: int, prompt: Prompt, sample: int) -> int:
+    """The seed of one response, the same at every λ, so that models are compared under the same random numbers."""
+    text = json.dumps([seed, prompt, sample], sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def uniforms(seed: int, count: int) -> list[float]:
+    """A response's random numbers within [0, 1), one for each token."""
+    return np.random.default_rng(seed).random(count).tolist()

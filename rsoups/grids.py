@@ -1,0 +1,60 @@
+"""λ to sweep: grids and random points of the simplex, and where a front wants one more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations, product
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NEAREST = 1e-3  # λ nearer to each other than this are not told apart
+
+
+def simplex(ingredients: int, points: int = 11, *, random: int = 0, seed: int = 0) -> list[list[float]]:
+    """λ on a regular grid of the simplex, `points` to each edge; for two ingredients, from the first alone, (1, 0), to the
+    second alone, (0, 1).
+
+    Args:
+        ingredients: N.
+        points: To each edge; 2 gives the N ends alone.
+        random: So many more, uniform on the simplex (Dirichlet(1, ..., 1)): of many ingredients a grid has too many.
+        seed: Of the random ones.
+
+    Raises:
+        ValueError: Fewer than one ingredient or two points.
+    """
+    if ingredients < 1 or points < 2 or random < 0:
+        raise ValueError(f"simplex needs at least 1 ingredient and 2 points, got {ingredients} and {points}, {random}")
+    steps = points - 1
+    grid = [c for c in product(range(steps + 1), repeat=ingredients) if sum(c) == steps]
+    found = [[count / steps for count in counts] for counts in sorted(grid, reverse=True)]
+    return found + np.random.default_rng(seed).dirichlet([1.0] * ingredients, random).tolist()
+
+
+def largest_gap(lambdas: Sequence[Sequence[float]], rewards: NDArray[np.float64]) -> list[float] | None:
+    """The λ that a front wants next: the middle of the two neighbours whose rewards are farthest apart.
+
+    Neighbours are points with no other one inside the ball between them (Gabriel's graph: of two ingredients, the next
+    ones in order). Each reward counts in units of its deviation over the points.
+
+    Args:
+        lambdas: K × N.
+        rewards: (K, rewards), the mean of each reward at each λ.
+
+    Returns:
+        N weights; None where neighbours are too near to each other, or there is one point only.
+    """
+    at = np.asarray(lambdas, dtype=np.float64)
+    deviation = rewards.std(axis=0)
+    scaled = rewards / np.where(deviation > 0, deviation, 1)
+    squared = ((at[:, None] - at[None]) ** 2).sum(-1)
+    best, middle = 0.0, None
+    for i, j in combinations(range(len(at)), 2):
+        inside = np.delete(squared[i] + squared[j], [i, j]) < squared[i, j] * (1 - 1e-9)
+        if squared[i, j] < _NEAREST**2 or inside.any():
+            continue
+        gap = float(np.linalg.norm(scaled[i] - scaled[j]))
+        if gap > best:
+            best, middle = gap, (at[i] + at[j]) / 2
+    return None if middle is None else [float(x) for x in middle / middle.sum()]

@@ -1,0 +1,129 @@
+"""A sweep of several processes, killed and gone on with by other numbers of them, ends with the records of one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_sweeps import run, same
+from tiny import tiny_adapter
+
+from rsoups import OutputError
+from rsoups.tasks import read_jsonl
+
+TESTS = Path(__file__).parent
+CPU = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import rsoups
+from test_sweeps import PROMPTS, first, length, run
+
+folder, out, pause = Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
+
+
+def slow(prompts, responses):
+    (out.parent / "asked").open("a").write("".join(f"{p}\\n" for p in prompts))
+    time.sleep(pause)
+    return length(prompts, responses)
+
+
+two = {name: folder / name for name in "ab"}
+try:
+    front = run(two, out, {"length": slow, "first": first}, refine=1, samples=2)
+except rsoups.RsoupsError as error:
+    sys.exit(f"refused: {error}")
+assert len(front.soups) == 4
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(root, processes, out, pause=0.0):
+    (root / "script.py").write_text(SCRIPT)
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", str(free_port())]
+    command += [str(root / "script.py"), str(TESTS), str(root), str(out), str(pause)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=CPU)
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors[-3000:]
+
+
+def kill(process):
+    """The launcher and what it launched, by SIGKILL."""
+    whole = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in whole:
+        one.kill()
+    psutil.wait_procs(whole[1:], timeout=60)
+    process.communicate(timeout=60)
+
+
+def asked(out):
+    path = out.parent / "asked"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("processes")
+    for seed, name in enumerate("ab"):
+        tiny_adapter(root / name, seed=seed)
+    (root / "one").mkdir()
+    finish(start(root, 1, root / "one" / "records.jsonl"))
+    return root
+
+
+@pytest.fixture
+def whole(root):
+    records = read_jsonl(root / "one" / "records.jsonl")
+    assert len(records) == (1 + 4) * 4 * 2 == asked(root / "one" / "records.jsonl")
+    return records
+
+
+def test_two_processes_share_the_work(root, whole):
+    out = root / "two" / "records.jsonl"
+    out.parent.mkdir()
+    finish(start(root, 2, out))
+    assert same(read_jsonl(out), whole) and asked(out) == len(whole)
+    assert {path.name for path in out.parent.iterdir()} == {"records.jsonl", "records.settings.json", "asked"}
+
+
+@pytest.mark.parametrize("processes", [1, 2], ids=["one process", "two processes"])
+def test_a_sweep_killed_by_sigkill_goes_on_with_another_number_of_processes(root, whole, processes):
+    out = root / f"killed-{processes}" / "records.jsonl"
+    out.parent.mkdir()
+    killed = start(root, processes, out, pause=0.3)
+    deadline = time.monotonic() + 120
+    while asked(out) < 12 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with pytest.raises(OutputError, match="another run is writing into"):
+        run({name: root / name for name in "ab"}, out)
+    kill(killed)
+    before = asked(out)
+    found = [record for path in out.parent.glob("records*.jsonl") for record in complete_lines(path)]
+    assert 12 <= before < len(whole) and found
+    finish(start(root, 3 - processes, out))
+    assert same(read_jsonl(out), whole)
+    assert asked(out) - before == len(whole) - len(found), "finished records are not computed again"
+
+
+def complete_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
