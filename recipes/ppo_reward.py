@@ -18,7 +18,7 @@ import os
 import sys
 import warnings
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ def write_lineage(
     """lineage.json beside the adapter: what it was made from, how, by which rewards, on which prompts, to what effect."""
     start = read_adapter(resolve(script.adapter_name_or_path)) if script.adapter_name_or_path else None
     weights = training.reward_weights or [1.0] * len(rewards)
-    cards = [asdict(reward.card) if hasattr(reward, "card") else {"name": reward.name} for reward in rewards]
+    cards = [asdict(card) if is_dataclass(card := getattr(r, "card", None)) else {"name": r.name} for r in rewards]
     data = {"dataset": script.dataset or task_of(script).dataset, "split": "train", "task": script.task}
     prompt = trainer.train_dataset["prompt"]
     write_manifest(
