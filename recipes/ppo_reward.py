@@ -18,7 +18,7 @@ import os
 import sys
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ from rsoups import PPOConfig, PPOTrainer, load_reward
 from rsoups._resources import base_config, load_base, resolve, train_and_held_out
 from rsoups.adapters import read_adapter
 from rsoups.function_rewards import check_columns, columns_read
+from rsoups.hub import push_adapter, reserve
+from rsoups.lineage import fingerprint, settings_of, write_manifest
 from rsoups.ppo import reset_adapter
 from rsoups.scoring import reward_function
 from rsoups.tasks import TASKS, Task, columns_of, custom_task, fit_prompts, with_prefixes
@@ -175,8 +177,36 @@ def policy(script: ScriptArguments, model: ModelConfig, trusted: bool) -> tuple:
     )
 
 
-def summary(trainer: GRPOTrainer) -> None:
-    """Reward, KL and length on held-out prompts, before and after, from one seed; a few responses of each."""
+def write_lineage(
+    script: ScriptArguments,
+    training: GRPOConfig | RLOOConfig,
+    model: ModelConfig,
+    trainer: GRPOTrainer,
+    rewards: list,
+    results: dict[str, Any],
+) -> None:
+    """lineage.json beside the adapter: what it was made from, how, by which rewards, on which prompts, to what effect."""
+    start = read_adapter(resolve(script.adapter_name_or_path)) if script.adapter_name_or_path else None
+    weights = training.reward_weights or [1.0] * len(rewards)
+    cards = [asdict(card) if is_dataclass(card := getattr(r, "card", None)) else {"name": r.name} for r in rewards]
+    data = {"dataset": script.dataset or task_of(script).dataset, "split": "train", "task": script.task}
+    prompt = trainer.train_dataset["prompt"]
+    write_manifest(
+        training.output_dir,
+        script.algorithm,
+        base={"model": model.model_name_or_path, "revision": getattr(trainer.model.config, "_commit_hash", None)},
+        recipe="recipes/ppo_reward.py",
+        config=settings_of(script, training, model) | {"steps": trainer.state.global_step},
+        data=data | {"template": script.template or prompt[0]} | fingerprint(prompt),
+        parent=(script.adapter_name_or_path, start.revision, start.sha256) if start else None,
+        rewards=[card | {"weight": weight} for card, weight in zip(cards, weights, strict=True)],
+        seed=training.seed,
+        results=results,
+    )
+
+
+def summary(trainer: GRPOTrainer) -> dict[str, Any]:
+    """Reward, KL and length on held-out prompts, before and after, from one seed; a few responses of each are shown."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
     start = "ref" if "ref" in policy.peft_config else None  # a continued adapter's, or the base's
     rows, texts = {}, {}
@@ -198,9 +228,14 @@ def summary(trainer: GRPOTrainer) -> None:
         trainer.accelerator.print(f"  {key:24}{rows['before'][key]:8.3f} -> {rows['after'][key]:.3f}")
     for prompt, before, after in zip(trainer._logs["prompt"], texts["before"], texts["after"], strict=False):
         trainer.accelerator.print(f"  {prompt}\n    before: {before}\n    after:  {after}")
+    return rows | {"prompts": len(trainer.eval_dataset)}
 
 
 def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig) -> None:
+    # The adapter is pushed whole and alone, in the end; its repository is asked for now, since a token may be no good.
+    hub, training.push_to_hub = training.push_to_hub and training.process_index == 0, False
+    options = {"private": training.hub_private_repo, "token": training.hub_token}
+    repository = reserve(training.hub_model_id or Path(training.output_dir).name, **options) if hub else None
     # PEFT looks for the base's config under its published name, to see whether the vocabulary grew. It did not.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
     device, trusted = script.reward_device or str(training.device), training.trust_remote_code
@@ -234,9 +269,12 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
         sys.exit(130)  # Ctrl-C: there is a checkpoint, and no adapter yet
     trainer.save_model()
     trainer.save_state()  # the log of the run beside the adapter
-    if held_out:
-        summary(trainer)
+    results = summary(trainer) if held_out else {}
+    if trainer.accelerator.is_main_process:
+        write_lineage(script, training, model, trainer, rewards, results)
     trainer.accelerator.print(f"adapter: {training.output_dir}")
+    if repository:
+        print(push_adapter(training.output_dir, repository, **options))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from rsoups._resources import load_rows, resolve
+from rsoups.lineage import fingerprint, settings_of, write_manifest
 from rsoups.tasks import TASKS
 
 
@@ -75,10 +76,12 @@ def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> No
     held_out = None
     if script.eval_dataset:
         held_out = tokenized(load_rows(task, script.eval_dataset, "test"), tokenizer)
+    rows = load_rows(task, script.dataset, "train")
+    seen = fingerprint([row["prompt"], row["references"]] for row in rows)
     trainer = ResponseSFTTrainer(
         model=name,
         args=training,
-        train_dataset=tokenized(load_rows(task, script.dataset, "train"), tokenizer),
+        train_dataset=tokenized(rows, tokenizer),
         eval_dataset=held_out,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model),
@@ -86,6 +89,16 @@ def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> No
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
+    if trainer.accelerator.is_main_process:
+        write_manifest(
+            training.output_dir,
+            "sft",
+            base={"model": model.model_name_or_path, "revision": getattr(trainer.model.config, "_commit_hash", None)},
+            recipe="recipes/sft.py",
+            config=settings_of(script, training, model) | {"steps": trainer.state.global_step},
+            data={"dataset": script.dataset or task.dataset, "split": "train", "task": script.task} | seen,
+            seed=training.seed,
+        )
     if held_out is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
         FrontError,
         HubError,
         LambdasError,
+        LineageError,
         OutputError,
         RewardError,
         RsoupsError,
         ServerError,
+        SuiteError,
         TrainingError,
         VotesError,
     )
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from rsoups.front import Front
     from rsoups.full_weights import interpolate_checkpoints
     from rsoups.grids import simplex
+    from rsoups.hub import push_front
     from rsoups.judge import Judge, JudgeCard
     from rsoups.live import LiveSoup
     from rsoups.ppo import PPOConfig, PPOTrainer
@@ -47,10 +50,12 @@ _HOMES = {
         "FrontError",
         "HubError",
         "LambdasError",
+        "LineageError",
         "OutputError",
         "RewardError",
         "RsoupsError",
         "ServerError",
+        "SuiteError",
         "TrainingError",
         "VotesError",
     ),
@@ -58,6 +63,7 @@ _HOMES = {
     "explorer": ("explore",),
     "front": ("Front",),
     "full_weights": ("interpolate_checkpoints",),
+    "hub": ("push_front",),
     "grids": ("simplex",),
     "judge": ("Judge", "JudgeCard"),
     "live": ("LiveSoup",),
@@ -83,6 +89,7 @@ __all__ = [
     "Judge",
     "JudgeCard",
     "LambdasError",
+    "LineageError",
     "LiveSoup",
     "OutputError",
     "PPOConfig",
@@ -95,6 +102,7 @@ __all__ = [
     "Sample",
     "ServerError",
     "Soup",
+    "SuiteError",
     "TrainingError",
     "VotesError",
     "explore",
@@ -105,6 +113,7 @@ __all__ = [
     "load_reward",
     "moving_average",
     "probe",
+    "push_front",
     "simplex",
     "sweep",
     "write_report",

@@ -10,6 +10,8 @@ RsoupsError
 ├── VotesError            choices between generations (also a ValueError)
 ├── TrainingError         a run that would go on in vain: not finite, or run away from its reference
 ├── OutputError           an output folder that is in use or cannot be written
+├── LineageError          a manifest that is none, a soup that is not what its manifest says (also a ValueError)
+├── SuiteError            a test suite that is none, or that a soup does not pass (also a ValueError)
 ├── ServerError           a server that generates responses
 └── HubError              publishing to or reading from the Hub
 """
@@ -53,6 +55,14 @@ class TrainingError(RsoupsError):
 
 class OutputError(RsoupsError):
     """An output folder that is in use by another process or cannot be written."""
+
+
+class LineageError(RsoupsError, ValueError):
+    """A manifest that cannot be read, ingredients that are not found, or a soup that is not what its manifest says."""
+
+
+class SuiteError(RsoupsError, ValueError):
+    """A test suite that cannot be read, or that a model does not pass."""
 
 
 class ServerError(RsoupsError):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rsoups import __version__
 from rsoups._errors import AdapterError, DatasetError, FrontError, OutputError, RewardError, RsoupsError
 from rsoups._resources import shipped
+from rsoups.cli_hub import add_commands
 
 if TYPE_CHECKING:
     from rsoups.front import Front
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="what adapters are, how far apart, whether they can be souped")
     inspect.add_argument("adapters", nargs="+", help="folders or Hub ids (id@revision)")
+    inspect.add_argument("--records", type=Path, help="records.jsonl of a sweep over them: looks for barriers too")
     inspect.set_defaults(run=_inspect)
 
     merge = commands.add_parser("merge", help="write an adapter or a soup into its base: a whole model")
@@ -106,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_fronts(commands)
     _add_explore(commands)
+    add_commands(commands)
     for name, text in _RECIPES.items():  # listed here for --help; `main` runs them
         commands.add_parser(name, help=text, add_help=False)
     return parser
@@ -199,9 +202,14 @@ def _rank(text: str) -> int | float:
 
 def _inspect(args: argparse.Namespace) -> None:
     from rsoups.adapters import read_adapter
+    from rsoups.conflicts import merge_conflicts
+    from rsoups.front import Front
     from rsoups.inspection import inspect_adapters
 
-    print(inspect_adapters({source: read_adapter(source) for source in args.adapters}).to_text())
+    adapters = {source: read_adapter(source) for source in args.adapters}
+    print(inspect_adapters(adapters).to_text())
+    for conflict in merge_conflicts(adapters, Front.from_jsonl(args.records) if args.records else None):
+        print(f"conflict: {conflict}")
 
 
 def _merge(args: argparse.Namespace) -> None:

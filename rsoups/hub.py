@@ -1,18 +1,32 @@
-"""Publish soups on the Hugging Face Hub: one commit, with a model card that says only what is known."""
+"""Publish on the Hugging Face Hub and read from it: one commit, with a card that says only what is known.
+
+soup.push_to_hub("user/soup", front=front)
+rsoups.Soup.from_pretrained("user/soup@main")
+rsoups.push_front("user/front", soups, front)      # several λ, one repository
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from rsoups._errors import HubError
+from rsoups._errors import HubError, LineageError, OutputError
+from rsoups._files import from_hub, whole_folder
+from rsoups.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from rsoups.front import Front
+from rsoups.lineage import MANIFEST_FILE, SOUP_FILE, manifest_of
+from rsoups.model_card import CARD_FILE, PICTURE_FILE, Evaluation, adapter_card, front_card, soup_card
+from rsoups.points import Point
+from rsoups.soup import METHODS, Soup
 
-if TYPE_CHECKING:
-    from rsoups.soup import Soup
-
+FRONT_FILE = "front.json"
+_OURS = (WEIGHTS_FILE, CONFIG_FILE, SOUP_FILE, MANIFEST_FILE, CARD_FILE, FRONT_FILE, PICTURE_FILE)
 _ATTEMPTS = 5
 _LONGEST_WAIT = 60.0  # seconds
 _T = TypeVar("_T")
@@ -22,92 +36,278 @@ def push(
     soup: Soup,
     repo_id: str,
     *,
+    front: Front | str | Path | None = None,
     private: bool | None = None,
+    licence: str | None = None,
     commit_message: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool | str | Path = False,
     token: str | None = None,
 ) -> str:
-    """Publish a soup: adapter, soup.json and card, in one commit.
+    """Publish a soup in one commit: adapter, soup.json, card, and of a front its figures, its picture and evaluation results.
 
     Args:
         soup: The soup.
         repo_id: ``user/name``; made if it is not there.
+        front: With the soup among its points, or the records.jsonl it is made of (beside which the sweep's settings are).
         private: Of a new repository.
+        licence: Of the soup, by the Hub's name. By default the strictest of the base's and the ingredients', where all of them
+            are known and one of them is the strictest; else the card has none and says why.
         commit_message: The λ by default.
+        create_pr: Open a pull request instead of committing to the main branch.
+        dry_run: Only write the folder that would be pushed: there, or ``<name>-dry-run`` if True.
         token: huggingface_hub's own by default; never logged.
 
     Returns:
-        The URL of the commit.
+        The URL of the commit or the pull request; of a dry run the folder.
 
     Raises:
         HubError: Refused (which token, which scope), or not reached after bounded retries. Nothing is half-published.
+        FrontError: `front` has no point with this soup's λ.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    evaluation = Evaluation.of(front, soup)
+
+    def write(folder: Path) -> None:
+        soup.save_pretrained(folder)
+        _write_front(folder, evaluation)
+        (folder / CARD_FILE).write_text(soup_card(soup, repo_id, evaluation, licence), encoding="utf-8")
+
+    message = commit_message or f"Soup: {soup.mix}"
+    return _publish(repo_id, write, SOUP_FILE, private, message, create_pr, dry_run, token)
+
+
+def push_front(
+    repo_id: str,
+    soups: Sequence[Soup],
+    front: Front | str | Path | None = None,
+    *,
+    private: bool | None = None,
+    licence: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool | str | Path = False,
+    token: str | None = None,
+) -> str:
+    """Publish several soups of the same ingredients as subfolders ``lambda-0.3-0.7`` of one repository, with one card.
+
+    Subfolders of earlier fronts stay. ``Soup.from_pretrained("user/front/lambda-0.3-0.7")`` reads one, and PEFT with
+    ``subfolder="lambda-0.3-0.7"``.
+
+    Args:
+        soups: At least one; all of the same ingredients, by name and hash, each at its own λ.
+        repo_id, front, private, licence, commit_message, create_pr, dry_run, token: As `push`.
+
+    Raises:
+        HubError: As `push`; or soups that do not make one front.
+    """
+    if len({tuple((i.name, i.sha256) for i in soup.ingredients) for soup in soups}) != 1:
+        raise HubError("a front is of soups that have the same ingredients in the same order; push others on their own")
+    folders = {subfolder(soup): soup for soup in soups}
+    if len(folders) < len(soups):
+        raise HubError(f"a front holds one soup at each λ; got {[subfolder(soup) for soup in soups]}")
+    evaluation = Evaluation.of(front, *soups)
+
+    def write(folder: Path) -> None:
+        for name, soup in folders.items():
+            soup.save_pretrained(folder / name)
+        _write_front(folder, evaluation)
+        (folder / CARD_FILE).write_text(front_card(folders, repo_id, evaluation, licence), encoding="utf-8")
+
+    message = commit_message or f"Front of {len(soups)} soups"
+    return _publish(repo_id, write, f"{next(iter(folders))}/{SOUP_FILE}", private, message, create_pr, dry_run, token)
+
+
+def push_adapter(
+    source: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    licence: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool | str | Path = False,
+    token: str | None = None,
+) -> str:
+    """Publish a trained adapter with its lineage.json, and a card that names reward, template, KL and data.
+
+    Args:
+        source: The run's folder.
+        repo_id, private, licence, commit_message, create_pr, dry_run, token: As `push`.
+
+    Raises:
+        AdapterError: As `read_adapter`.
+        LineageError: No lineage.json: which reward trained it is not known.
+        HubError: As `push`.
+    """
+    adapter, manifest = read_adapter(source), manifest_of(source)
+    adapter.check_values()
+    if manifest is None:
+        raise LineageError(f"{source} holds no {MANIFEST_FILE}: no card can tell what it is; rsoups' recipes write one")
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        for name in (WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE):
+            shutil.copyfile(Path(source) / name, folder / name)
+        (folder / CARD_FILE).write_text(adapter_card(adapter.config, manifest, repo_id, licence), encoding="utf-8")
+
+    message = commit_message or f"{str(manifest.get('kind', 'adapter')).upper()} adapter"
+    return _publish(repo_id, write, None, private, message, create_pr, dry_run, token)
+
+
+def reserve(name: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Make a repository, empty as yet, if it is not there: for runs that will push when they end.
+
+    Returns:
+        Its id, ``user/name``; the token's user where `name` has none.
+
+    Raises:
+        HubError: As `push`.
+    """
+    from huggingface_hub import HfApi
 
     api = HfApi(token=token)
+    return str(_retried(name, token, lambda: api.create_repo(name, private=private, exist_ok=True)).repo_id)
+
+
+def read_soup(source: str | Path) -> Soup:
+    """See `Soup.from_pretrained`."""
+    adapter, manifest = read_adapter(source), manifest_of(source)
+    if manifest is None or "ingredients" not in manifest:
+        raise LineageError(
+            f"{source} holds no {SOUP_FILE}: rsoups.interpolate([{str(source)!r}], [1.0]) takes any adapter"
+        )
+    weighed = manifest["ingredients"] and all("lambda" in ingredient for ingredient in manifest["ingredients"])
+    if manifest.get("method") not in METHODS or not weighed:
+        told = f"method {manifest.get('method')!r}, {len(manifest['ingredients'])} ingredients"
+        raise LineageError(f"{source}: {SOUP_FILE} is none of a soup of adapters ({told})")
+    state = {name: adapter.tensor(name) for name in adapter.layout}
+    return Soup(
+        tensors=state,
+        config=adapter.config,
+        lambdas=tuple(float(ingredient["lambda"]) for ingredient in manifest["ingredients"]),
+        method=manifest["method"],
+        base_mismatch=bool(manifest.get("base_mismatch_allowed")),
+        svd_error=manifest.get("svd_error"),
+        factors_distance=manifest.get("factors_distance"),
+        _manifest=manifest,
+        _file=adapter,
+    )
+
+
+def pull(source: str, out: str | Path) -> Path:
+    """Copy an adapter or a soup from the Hub to a folder, all or nothing: it, its card, lineage and front.
+
+    Only files of these names are fetched: nothing that a repository holds beside them, and no path that it names.
+
+    Args:
+        source: ``user/name``, ``user/name@revision``, ``user/name/subfolder@revision``.
+        out: The folder.
+
+    Raises:
+        HubError: No such repository, or the Hub cannot be reached.
+        AdapterError: What is there is no adapter that a soup could hold.
+        OutputError: The folder holds something else, or cannot be written.
+    """
+    found = from_hub(source, _OURS)
+    if found is None:
+        raise HubError(f"{source!r} is no Hub id (user/name, user/name@revision, user/name/subfolder)")
+    read_adapter(source).check_values()
+    with whole_folder(out, SOUP_FILE) as partial:
+        for name in _OURS:
+            if (found[0] / name).is_file():
+                shutil.copyfile(found[0] / name, partial / name)
+    return Path(out)
+
+
+def subfolder(soup: Soup) -> str:
+    """Of a soup in a front's repository."""
+    return "lambda-" + "-".join(f"{weight:.4g}" for weight in soup.lambdas)
+
+
+# --- what is pushed --------------------------------------------------------------------------------------------------
+
+
+def _write_front(folder: Path, evaluation: Evaluation | None) -> None:
+    """front.json and front.png."""
+    if evaluation is None:
+        return
+    from rsoups.plots import draw_front
+
+    front = evaluation.front
+    data = {
+        "rewards": front.rewards,
+        "prompts": len(front.prompts),
+        "interval": "95% bootstrap over prompts",
+        "points": [_point(point) for point in front.points],
+        "settings": evaluation.settings,
+    }
+    (folder / FRONT_FILE).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draw_front(front).savefig(folder / PICTURE_FILE, dpi=160)
+
+
+def _point(point: Point) -> dict[str, Any]:
+    head = {"name": point.name, "lambdas": point.lambdas, "method": point.method, "n": point.n}
+    return head | {"mean": point.mean, "low": point.low, "high": point.high}
+
+
+# --- how -------------------------------------------------------------------------------------------------------------
+
+
+def _publish(
+    repo_id: str,
+    write: Callable[[Path], None],
+    marker: str | None,
+    private: bool | None,
+    message: str,
+    create_pr: bool,
+    dry_run: bool | str | Path,
+    token: str | None,
+) -> str:
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise HubError(f"a repository is user/name; got {repo_id!r}")
     with TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "soup"
-        soup.save_pretrained(folder)
-        (folder / "README.md").write_text(card(soup, repo_id), encoding="utf-8")
-        _retried(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-
-        def commit() -> Any:
-            # Operations remember what was uploaded, and a conflict is solved on a new head: each attempt starts afresh.
-            files = sorted(path for path in folder.iterdir() if path.is_file())
-            operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in files]
-            return api.create_commit(repo_id, operations, commit_message=commit_message or f"Soup: {_mix(soup)}")
-
-        return str(_retried(repo_id, commit).commit_url)
+        folder = Path(temporary) / "pushed"
+        write(folder)
+        if dry_run:
+            out = Path(f"{repo_id.split('/')[1]}-dry-run" if dry_run is True else dry_run)
+            if marker is None and out.exists():
+                raise OutputError(f"{out} exists: it is not replaced; remove it or choose another folder")
+            with whole_folder(out, marker or SOUP_FILE) as partial:
+                shutil.copytree(folder, partial, dirs_exist_ok=True)
+            return str(out)
+        return _commit(folder, repo_id, private, message, create_pr, token)
 
 
-def card(soup: Soup, repo_id: str) -> str:
-    """The model card: base, ingredients with revisions and hashes, λ, and how to load it."""
-    from huggingface_hub import ModelCard, ModelCardData
+def _commit(folder: Path, repo_id: str, private: bool | None, message: str, create_pr: bool, token: str | None) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    base = soup.config.base_model_name_or_path or ""
-    published = base.count("/") == 1 and not base.startswith((".", "/", "~"))  # a folder's path tells no one anything
-    data = ModelCardData(
-        base_model=base if published else None,
-        library_name="peft",
-        tags=["rewarded-soups", "lora", "merge"],
-        pipeline_tag="text-generation" if soup.config.task_type == "CAUSAL_LM" else None,
-    )
-    metadata = data.to_dict() | ({"base_model_relation": "adapter"} if published else {})
-    rows = "\n".join(
-        f"| {ingredient.name} | {weight:g} | `{ingredient.source}` | {ingredient.revision or ''} | `{ingredient.sha256[:16]}` |"
-        for ingredient, weight in zip(soup.ingredients, soup.lambdas, strict=True)
-    )
-    error = "" if soup.svd_error is None else f" Relative error of the truncation: {soup.svd_error:.2e}."
-    body = f"""
-# {repo_id.rsplit("/", 1)[-1]}
+    api = HfApi(token=token)
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    # Of an earlier push, and no longer true.
+    stale = set(_OURS) - files.keys()
+    _retried(repo_id, token, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
 
-A [rewarded soup](https://arxiv.org/abs/2306.04488): LoRA adapters, one per reward, interpolated in weight space
-({_mix(soup)}; method `{soup.method}`).{error} Base: `{base or "not recorded"}`.
+    def commit() -> Any:
+        # Each attempt looks at the head anew, and commits on it or not at all; operations remember what was uploaded.
+        head = api.model_info(repo_id)
+        there = {sibling.rfilename for sibling in head.siblings or ()}
+        operations: list[Any] = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()
+        ]
+        operations += [CommitOperationDelete(path_in_repo=name) for name in sorted(stale & there)]
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=message,
+            create_pr=create_pr,
+            parent_commit=None if create_pr else head.sha,
+        )
 
-| ingredient | λ | source | revision | sha256 |
-| --- | --- | --- | --- | --- |
-{rows}
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "{repo_id}")
-```
-
-`soup.json` holds the whole lineage. Made with rsoups {soup.lineage["versions"]["rsoups"]}.
-"""
-    import yaml
-
-    text = f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n{body}"
-    return str(ModelCard(text))
+    made = _retried(repo_id, token, commit)
+    return str(made.pr_url if create_pr else made.commit_url)
 
 
-def _mix(soup: Soup) -> str:
-    return ", ".join(f"{weight:g} {i.name}" for i, weight in zip(soup.ingredients, soup.lambdas, strict=True))
-
-
-def _retried(repo_id: str, call: Callable[[], _T]) -> _T:
+def _retried(repo_id: str, token: str | None, call: Callable[[], _T]) -> _T:
     """Call, and call again where waiting or a new head can help; explain where it cannot."""
     import httpx2  # what huggingface_hub 2 speaks HTTP with
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -119,10 +319,10 @@ def _retried(repo_id: str, call: Callable[[], _T]) -> _T:
             status = error.response.status_code
             if status in (401, 403):
                 raise HubError(
-                    f"the Hub refused {repo_id} ({status}): log in with `hf auth login` using a token of write scope for "
-                    f"{repo_id.split('/')[0]}"
+                    f"the Hub refused {repo_id} ({status}), with {_which(token)}: it needs write scope for "
+                    f"{repo_id.split('/')[0]}; `hf auth login` takes another one"
                 ) from None
-            if status not in (409, 429) and status < 500:
+            if status not in (409, 412, 429) and status < 500:  # 409, 412: the head is another one by now
                 raise HubError(f"the Hub refused {repo_id} ({status}): {error.server_message or error}") from None
             reason, wait = f"status {status}", error.response.headers.get("Retry-After", "")
         except OfflineModeIsEnabled:
@@ -132,3 +332,14 @@ def _retried(repo_id: str, call: Callable[[], _T]) -> _T:
         if attempt < _ATTEMPTS:
             time.sleep(min(float(wait) if wait.isdigit() else 2.0 ** (attempt - 1), _LONGEST_WAIT))
     raise HubError(f"the Hub did not take {repo_id} in {_ATTEMPTS} attempts ({reason}); nothing is half-published")
+
+
+def _which(token: str | None) -> str:
+    """Where the token came from; never the token."""
+    from huggingface_hub import get_token
+
+    if token is not None:
+        return "the token that was given"
+    if os.environ.get("HF_TOKEN"):
+        return "the token in HF_TOKEN"
+    return "the token of `hf auth login`" if get_token() else "no token"

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rsoups import stacking, tensor_files
 from rsoups._errors import AdapterError, LambdasError
-from rsoups._files import whole_folder
+from rsoups._files import sha256_of, whole_folder
 from rsoups.adapters import (
     BASE_EMBEDDING,
     EMBEDDINGS,
@@ -37,32 +37,18 @@ from rsoups.adapters import (
     check_compatible,
     read_adapter,
 )
+from rsoups.lineage import SOUP_FILE, Ingredient, command, history_of, parents_of, published
 from rsoups.stacking import Blend, Kept, blocks_of, check_factors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SOUP_FILE = "soup.json"
+    from rsoups.front import Front
+
+_INGREDIENT = ("name", "source", "revision", "sha256")
 _A = re.compile(r"\.lora_(embedding_)?A")
-_METHODS = ("exact", "factors", "svd")
+METHODS = ("exact", "factors", "svd")
 _SUM_TOLERANCE = 1e-6  # λ in single precision still count as summing to 1
-
-
-@dataclass(frozen=True)
-class Ingredient:
-    """Where one adapter of a soup came from.
-
-    Attributes:
-        name: The key or the folder's name it was given under.
-        source: Hub id or folder; of an absolute path only the last part, so that publishing tells no one's disk.
-        revision: Hub commit, or None.
-        sha256: Of its weights.
-    """
-
-    name: str
-    source: str
-    revision: str | None
-    sha256: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +79,20 @@ class Soup:
     factors_distance: float | None = None
     tensors: Mapping[str, Blend | Tensor] = field(default_factory=dict, repr=False)
     _adapters: dict[str, Adapter] = field(default_factory=dict, repr=False)
+    _manifest: dict[str, Any] | None = field(default=None, repr=False)  # of a soup that was read, not made
+    _file: Adapter | None = field(default=None, repr=False)  # and its own adapter
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Soup:
+        """A soup that was saved or published, with its lineage; from a folder or a Hub id, as `read_adapter` takes it.
+
+        Raises:
+            AdapterError, HubError: As `read_adapter`.
+            LineageError: No soup.json, or one that is none.
+        """
+        from rsoups.hub import read_soup
+
+        return read_soup(source)
 
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:
@@ -108,12 +108,23 @@ class Soup:
     @cached_property
     def ingredients(self) -> tuple[Ingredient, ...]:
         """What was interpolated, one for each λ. (Their weights are hashed beside the other work: here it is waited for.)"""
+        if self._manifest is not None:
+            return tuple(Ingredient(**{f: p[f] for f in _INGREDIENT}) for p in parents_of(self._manifest))
         return tuple(_ingredient(name, adapter) for name, adapter in self._adapters.items())
 
     @property
+    def mix(self) -> str:
+        """In words: ``0.3 helpful, 0.7 harmless``."""
+        return ", ".join(f"{weight:g} {i.name}" for i, weight in zip(self.ingredients, self.lambdas, strict=True))
+
+    @property
     def lineage(self) -> dict[str, Any]:
-        """What soup.json holds: base, ingredients with their hashes and λ, method, largest rank, error, versions."""
+        """What soup.json holds: base, ingredients with their hashes, λ and own manifests, method, rank, error, versions."""
+        if self._manifest is not None:
+            return self._manifest
+        parents = [(adapter.source, adapter.revision, adapter.sha256) for adapter in self._adapters.values()]
         return {
+            "kind": "soup",
             "base": {"model": self.config.base_model_name_or_path, "revision": self.config.revision},
             "base_mismatch_allowed": self.base_mismatch,
             "ingredients": [
@@ -127,6 +138,8 @@ class Soup:
             "svd_error": self.svd_error,
             "factors_distance": self.factors_distance,
             "versions": {name: version(name) for name in ("rsoups", "peft", "torch")},
+            "command": command(),
+            "history": history_of(parents),
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -141,7 +154,8 @@ class Soup:
         with whole_folder(folder, SOUP_FILE) as partial:
             tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: blocks_of(self.tensors[name]))
             deepcopy(self.config).save_pretrained(str(partial))
-            (partial / SOUP_FILE).write_text(json.dumps(self.lineage, indent=2) + "\n", encoding="utf-8")
+            manifest = self.lineage | {"sha256": sha256_of(partial / WEIGHTS_FILE)}
+            (partial / SOUP_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             self._check_unchanged()
 
     def _check_unchanged(self) -> None:
@@ -159,8 +173,8 @@ class Soup:
         if self.method == "factors":
             raise AdapterError("a soup of method 'factors' has its ingredients' rank: truncate an 'exact' one")
         soup = interpolate(
-            self._adapters,
-            self.lambdas,
+            self._adapters or [self._file],
+            self.lambdas if self._adapters else [1.0],
             method="svd",
             rank=rank,
             normalize=True,
@@ -168,7 +182,7 @@ class Soup:
             allow_base_mismatch=self.base_mismatch,
         )
         assert isinstance(soup, Soup)
-        return replace(soup, lambdas=self.lambdas)
+        return replace(soup, lambdas=self.lambdas) if self._adapters else soup
 
     def merge(self, base: str | Path | PreTrainedModel, out: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the whole model, θ0 + Σ λi·Δi, as transformers saves it, with the base's tokenizer where there is one.
@@ -268,19 +282,35 @@ class Soup:
                 )
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, commit_message: str | None = None, token: str | None = None
+        self,
+        repo_id: str,
+        *,
+        front: Front | str | Path | None = None,
+        private: bool | None = None,
+        licence: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        dry_run: bool | str | Path = False,
+        token: str | None = None,
     ) -> str:
-        """Publish the soup with a model card, in one commit.
+        """Publish the soup with its card, and its front where there is one, in one commit: see `rsoups.hub.push`.
 
         Returns:
-            The URL of the commit.
-
-        Raises:
-            HubError: The Hub refuses or cannot be reached; nothing is half-published.
+            The URL of the commit or the pull request; of a dry run the folder that would be pushed.
         """
         from rsoups.hub import push
 
-        return push(self, repo_id, private=private, commit_message=commit_message, token=token)
+        return push(
+            self,
+            repo_id,
+            front=front,
+            private=private,
+            licence=licence,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            dry_run=dry_run,
+            token=token,
+        )
 
 
 def interpolate(
@@ -322,8 +352,8 @@ def interpolate(
         LambdasError: Not one finite weight per adapter, not summing to 1, or outside [0, 1]; an unknown method, or a rank
             that the method does not use.
     """
-    if method not in _METHODS:
-        raise LambdasError(f"method is {method!r}, must be one of {list(_METHODS)}")
+    if method not in METHODS:
+        raise LambdasError(f"method is {method!r}, must be one of {list(METHODS)}")
     if rank is not None and (method != "svd" or not (0 < rank < 1 or (rank >= 1 and rank == int(rank)))):
         raise LambdasError(
             f"rank={rank} with method={method!r}: rank is that of an svd soup, at least 1, or an error below 1"
@@ -393,6 +423,8 @@ def _flattened(named: dict[str, Any], rows: list[list[float]], method: str) -> t
     for (name, source), column in zip(named.items(), np.array(rows).T, strict=True):
         if not isinstance(source, Soup):
             inner: list[tuple[str, Any, float]] = [(name, source, 1.0)]
+        elif source._file is not None:  # it was read: its ingredients are not at hand
+            inner = [(name, source._file, 1.0)]
         elif source.method == "factors" and method != "factors":
             inner = [(name, adapter_of(f"soup {name!r}", source.config, source.state_dict), 1.0)]
         else:
@@ -462,5 +494,4 @@ def _made(rows: list[Kept], method: str, rank: int | float | None, dtype: torch.
 
 
 def _ingredient(name: str, adapter: Adapter) -> Ingredient:
-    source = Path(adapter.source)
-    return Ingredient(name, source.name if source.is_absolute() else adapter.source, adapter.revision, adapter.sha256)
+    return Ingredient(name, published(adapter.source), adapter.revision, adapter.sha256)

@@ -1,0 +1,417 @@
+"""Model cards that say only what is known: of a soup, of a front of soups, of a trained adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rsoups._errors import FrontError
+from rsoups._resources import resolve
+from rsoups.front import Front
+from rsoups.lineage import Manifest, log
+from rsoups.points import Point
+from rsoups.tasks import TASKS
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from rsoups.soup import Soup
+
+CARD_FILE, PICTURE_FILE = "README.md", "front.png"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PAPER = "https://arxiv.org/abs/2306.04488"
+_EMBEDDED = "rsoups/"  # their names look like the Hub's, and are not there
+# How much each asks for; what is not among them has terms of its own.
+_PERMISSIVE = {"cc0-1.0": 0, "unlicense": 0, "mit": 1, "bsd-2-clause": 1, "bsd-3-clause": 1, "apache-2.0": 2}
+_SETTINGS = (
+    "task",
+    "dataset",
+    "temperature",
+    "max_new_tokens",
+    "samples",
+    "seed",
+)  # of a sweep; the rest may name a disk
+_PACKAGES = ("rsoups", "peft", "torch", "transformers", "trl")
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A front, which of its points are being published, and how it was sampled, as far as the sweep wrote it down."""
+
+    front: Front
+    points: list[Point]
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, front: Front | str | Path | None, *soups: Soup) -> Evaluation | None:
+        """Of a front or a records file; None where there is none.
+
+        Raises:
+            FrontError: A soup's λ was not evaluated.
+        """
+        if front is None:
+            return None
+        settings: dict[str, Any] = {}
+        if not isinstance(front, Front):
+            beside = Path(front).with_suffix(".settings.json")
+            found = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+            settings = {key: found[key] for key in _SETTINGS if found.get(key) is not None}
+            front = Front.from_jsonl(front)
+        return cls(front, [_point_of(front, soup) for soup in soups], settings)
+
+    @property
+    def dataset(self) -> str | None:
+        """What the prompts are from."""
+        task = TASKS.get(str(self.settings.get("task")))
+        return self.settings.get("dataset") or (task.dataset if task else None)
+
+    def results(self) -> list[Any]:
+        """huggingface_hub's `EvalResult`: mean of each reward of the first point, n and interval among its arguments."""
+        from huggingface_hub import EvalResult
+
+        (point, *_), name = self.points, self.dataset or "prompts"
+        return [
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text generation",
+                dataset_type=name,
+                dataset_name=f"{name}, {point.n} prompts",
+                metric_type=reward,
+                metric_name=f"{reward}, mean reward [95% interval {point.low[reward]:.4g}, {point.high[reward]:.4g}]",
+                metric_value=round(point.mean[reward], 6),
+                metric_args={
+                    "n": point.n,
+                    "low": round(point.low[reward], 6),
+                    "high": round(point.high[reward], 6),
+                    **self.settings,
+                },
+            )
+            for reward in self.front.rewards
+        ]
+
+    def section(self) -> str:
+        """The picture, the table, and what its figures are."""
+        told = "".join(f", {key} {value}" for key, value in self.settings.items())
+        names = " and ".join(f"`{point.label}`" for point in self.points)
+        figures = f"Mean rewards with 95% bootstrap intervals over {len(self.front.prompts)} prompts{told}"
+        return f"""## Evaluation
+
+![The front: rewards at every λ]({PICTURE_FILE})
+
+{figures}. Published here: {names}. `front.json` holds the figures.
+
+{self.front.to_markdown()}
+"""
+
+
+def _point_of(front: Front, soup: Soup) -> Point:
+    wanted = {i.name: weight for i, weight in zip(soup.ingredients, soup.lambdas, strict=True)}
+    for point in front.soups:
+        found = point.lambdas or {}
+        alike = list(found.values()) if found.keys() != wanted.keys() else [found[name] for name in wanted]
+        if len(alike) == len(wanted) and all(abs(a - b) < 1e-6 for a, b in zip(alike, wanted.values(), strict=True)):
+            return point
+    raise FrontError(f"the front has no soup at λ {wanted}; it has {[point.lambdas for point in front.soups]}")
+
+
+def soup_card(soup: Soup, repo_id: str, evaluation: Evaluation | None = None, licence: str | None = None) -> str:
+    """The card of one soup."""
+    base = soup.config.base_model_name_or_path or ""
+    known, about = _licence_of(base, _parents(soup), licence)
+    name = repo_id.rsplit("/", 1)[-1]
+    body = f"""# {name}
+
+A [rewarded soup]({_PAPER}): LoRA adapters, one for each reward, interpolated in weight space,
+θ = θ₀ + Σ λᵢ·Δᵢ. This one is {soup.mix}, by method `{soup.method}`.
+
+Base: {_linked(base, soup.config.revision)}.
+
+{_ingredients(soup)}
+{evaluation.section() if evaluation else ""}
+{_usage(base, repo_id)}
+{_reproduction(soup)}
+{_limits(soup, evaluation, about)}
+## Lineage
+
+```
+{log(soup.lineage, name)}
+```
+
+`soup.json` holds all of it: `rsoups log {repo_id}`, `rsoups verify {repo_id}`.
+"""
+    return _card(name, base, soup.config, soup.lineage, evaluation, known, body)
+
+
+def front_card(
+    folders: Mapping[str, Soup], repo_id: str, evaluation: Evaluation | None = None, licence: str | None = None
+) -> str:
+    """The card of a repository that holds one soup in each of its folders."""
+    (folder, first), *_ = folders.items()
+    base = first.config.base_model_name_or_path or ""
+    known, about = _licence_of(base, _parents(first), licence)
+    name = repo_id.rsplit("/", 1)[-1]
+    rows = "\n".join(f"| [{key}](./{key}) | {' | '.join(f'{x:g}' for x in s.lambdas)} |" for key, s in folders.items())
+    names = [ingredient.name for ingredient in first.ingredients]
+    body = f"""# {name}
+
+{len(folders)} [rewarded soups]({_PAPER}) of the same LoRA adapters, one for each trade-off between their rewards:
+θ = θ₀ + Σ λᵢ·Δᵢ, by method `{first.method}`. Each folder is an adapter of its own.
+
+Base: {_linked(base, first.config.revision)}.
+
+| folder | {" | ".join(f"λ {n}" for n in names)} |
+| --- |{" ---: |" * len(names)}
+{rows}
+
+{_ingredients(first, weights=False)}
+{evaluation.section() if evaluation else ""}
+{_usage(base, repo_id, folder)}
+{_reproduction(first)}
+{_limits(first, evaluation, about)}"""
+    return _card(name, base, first.config, first.lineage, evaluation, known, body)
+
+
+def adapter_card(config: LoraConfig, manifest: Manifest, repo_id: str, licence: str | None = None) -> str:
+    """The card of a trained adapter: reward and what it reads, KL, data, how to train it again."""
+    base = config.base_model_name_or_path or ""
+    parents = [(parent["source"].partition("@")[0], parent["revision"]) for parent in manifest.get("parents", [])]
+    known, about = _licence_of(base, parents, licence)
+    name, kind = repo_id.rsplit("/", 1)[-1], str(manifest.get("kind", "adapter")).upper()
+    rewards = [str(reward.get("name")) for reward in manifest.get("rewards") or ()]
+    settings = sorted((manifest.get("config") or {}).items())
+    listed = "\n".join(["| setting | value |", "| --- | --- |", *(f"| {key} | `{value}` |" for key, value in settings)])
+    body = f"""# {name}
+
+A LoRA adapter, trained by {kind}{f" against {' and '.join(rewards)}" if rewards else ""}: an ingredient of a [soup]({_PAPER}).
+
+Base: {_linked(base, config.revision)}.
+
+{_training(manifest)}
+{_usage(base, repo_id)}
+## Reproduce
+
+```
+{_install(manifest)}
+{manifest.get("command") or "not recorded"}
+```
+
+{listed}
+
+## Limits
+
+Rewards are models: what they like is not always good, and a policy learns their faults. No safety evaluation was made.
+{about}
+
+## Lineage
+
+```
+{log(manifest, name)}
+```
+"""
+    return _card(name, base, config, manifest, None, known, body, merged=False)
+
+
+def _training(manifest: Manifest) -> str:
+    """Reward, template, KL and data of a run."""
+    settings, data = manifest.get("config") or {}, manifest.get("data") or {}
+    lines = ["## Training", ""]
+    if rewards := manifest.get("rewards"):
+        lines += ["| reward | model | what it reads | weight |", "| --- | --- | --- | ---: |"]
+        for reward in rewards:
+            model = _linked(str(reward.get("model") or ""), reward.get("revision"))
+            reads = f"`{reward.get('input', 'not recorded')}`, question `{reward.get('question', '{question}')}`"
+            lines.append(f"| {reward.get('name')} | {model} | {reads} | {reward.get('weight', 1)} |")
+        lines.append("")
+    if "kl_coef" in settings or "beta" in settings:
+        lines.append(f"- **KL:** to the start of the run, coefficient {settings.get('kl_coef', settings.get('beta'))}.")
+    where = _linked(str(data.get("dataset") or ""))
+    count = f"{data['rows']:,} rows" if isinstance(data.get("rows"), int) else "rows"
+    lines.append(
+        f"- **Data:** {count} of {where}, split {data.get('split', 'train')}; task {data.get('task', 'not recorded')}."
+    )
+    lines.append(f"- **Template:** `{data.get('template') or 'not recorded'}`")
+    lines.append(f"- **Seed:** {manifest.get('seed')}. SHA-256 of what it was trained on: `{data.get('sha256')}`.")
+    results = manifest.get("results") or {}
+    if isinstance(before := results.get("before"), dict) and isinstance(after := results.get("after"), dict):
+        lines += ["", f"On {results.get('prompts')} held-out prompts, one sample each:", ""]
+        lines += ["| | before | after |", "| --- | ---: | ---: |"]
+        lines += [f"| {key} | {before.get(key, 0):.3f} | {after[key]:.3f} |" for key in after]
+    return "\n".join(lines) + "\n"
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _card(
+    name: str,
+    base: str,
+    config: LoraConfig,
+    manifest: Manifest,
+    evaluation: Evaluation | None,
+    licence: str | None,
+    body: str,
+    merged: bool = True,
+) -> str:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(
+        base_model=base if _on_hub(base) else None,
+        base_model_relation="adapter" if _on_hub(base) else None,
+        library_name="peft",
+        license=licence,
+        tags=["rewarded-soups", "lora", "rlhf", *(["merge"] if merged else [])],
+        datasets=_datasets(manifest) or None,
+        pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
+        model_name=name if evaluation else None,
+        eval_results=evaluation.results() if evaluation else None,
+    )
+    tidy = re.sub(r"\n{3,}", "\n\n", body)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{tidy}"))
+
+
+def _datasets(manifest: Manifest) -> list[str]:
+    """What any of the ancestors was trained on, where it is on the Hub."""
+    manifests = [manifest, *manifest.get("history", {}).values()]
+    names = [str((m.get("data") or {}).get("dataset") or "") for m in manifests]
+    return sorted({name for name in names if _on_hub(name)})
+
+
+def _on_hub(name: str) -> bool:
+    return bool(_HUB_ID.fullmatch(name)) and not name.startswith(_EMBEDDED) and not Path(name).exists()
+
+
+def _linked(name: str, revision: str | None = None) -> str:
+    """A name with a link to it, where it is on the Hub."""
+    if _on_hub(name):
+        return f"[{name}](https://huggingface.co/{name}{f'/tree/{revision}' if revision else ''})"
+    if name.startswith(_EMBEDDED):
+        return f"`{name}` (ships with rsoups)"
+    return f"`{name}`" if name else "not recorded"
+
+
+def _ingredients(soup: Soup, weights: bool = True) -> str:
+    lines = [f"| ingredient |{' λ |' if weights else ''} source | revision | sha256 |"]
+    lines.append(f"| --- |{' ---: |' if weights else ''} --- | --- | --- |")
+    for ingredient, weight in zip(soup.ingredients, soup.lambdas, strict=True):
+        source = _linked(ingredient.source.partition("@")[0], ingredient.revision)
+        revision = f"`{ingredient.revision[:12]}`" if ingredient.revision else "a folder"
+        cell = f" {weight:g} |" if weights else ""
+        lines.append(f"| {ingredient.name} |{cell} {source} | {revision} | `{ingredient.sha256[:16]}` |")
+    return "## Ingredients\n\n" + "\n".join(lines) + "\n"
+
+
+def _usage(base: str, repo_id: str, folder: str | None = None) -> str:
+    where = f', subfolder="{folder}"' if folder else ""
+    name, more = f'"{base}"', ""
+    if base.startswith(_EMBEDDED):
+        name, more = f'resolve("{base}")', "from rsoups._resources import resolve  # the base ships with rsoups\n"
+    return f"""## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+{more}
+base = AutoModelForCausalLM.from_pretrained({name})
+model = PeftModel.from_pretrained(base, "{repo_id}"{where})
+```
+
+Or as an ingredient: `rsoups.interpolate(["{repo_id}{f"/{folder}" if folder else ""}", ...], [...])`.
+"""
+
+
+def _install(manifest: Manifest) -> str:
+    versions = manifest.get("versions") or {}
+    told = [f"{package}=={str(versions[package]).partition('+')[0]}" for package in _PACKAGES if package in versions]
+    return f"pip install {' '.join(told)}"
+
+
+def _reproduction(soup: Soup) -> str:
+    sources = [i.source.partition("@")[0] + (f"@{i.revision}" if i.revision else "") for i in soup.ingredients]
+    weights = " ".join(repr(weight) for weight in soup.lambdas)
+    options = f" --method {soup.method}" if soup.method != "exact" else ""
+    options += f" --rank {soup.lineage.get('rank')}" if soup.method == "svd" else ""
+    options += " --extrapolate" if any(not 0 <= weight <= 1 for weight in soup.lambdas) else ""
+    history = soup.lineage.get("history", {})
+    trained = [str(history[i.sha256].get("command")) for i in soup.ingredients if i.sha256 in history]
+    lines = [_install(soup.lineage), *dict.fromkeys(trained)]
+    lines.append(f"rsoups interpolate {' '.join(sources)} --lambdas {weights}{options} --out soup")
+    return "## Reproduce\n\n```\n" + "\n".join(lines) + "\n```\n"
+
+
+def _limits(soup: Soup, evaluation: Evaluation | None, about_licence: str) -> str:
+    told = ["Rewards are models: what they like is not always good, and a policy learns their faults."]
+    told.append("No safety evaluation was made." if evaluation else "It was not evaluated here.")
+    if soup.svd_error is not None:
+        told.append(f"Relative error of the truncation: {soup.svd_error:.2e}.")
+    if soup.factors_distance is not None:
+        told.append(
+            f"Its ingredients do not share their start: its Δ is {soup.factors_distance:.0%} away from Σ λᵢ·Δᵢ."
+        )
+    if soup.base_mismatch:
+        told.append("Its ingredients name different bases, which was allowed on purpose.")
+    if any(i.revision is None for i in soup.ingredients):
+        told.append("Ingredients without a revision were folders: whoever wants to make it again needs them.")
+    return f"## Limits\n\n{' '.join([*told, about_licence]).strip()}\n"
+
+
+# --- licences --------------------------------------------------------------------------------------------------------
+
+
+def _parents(soup: Soup) -> list[tuple[str, str | None]]:
+    if soup._adapters:
+        return [(adapter.source.partition("@")[0], adapter.revision) for adapter in soup._adapters.values()]
+    return [(ingredient.source.partition("@")[0], ingredient.revision) for ingredient in soup.ingredients]
+
+
+def _licence_of(base: str, parents: Sequence[tuple[str, str | None]], given: str | None) -> tuple[str | None, str]:
+    """The licence for the metadata, None where it would be a guess, and a sentence about it."""
+    if given is not None:
+        return given, ""
+    sources = [(base, None), *parents]
+    return strictest({Path(source).name or "the base": _stated(source, revision) for source, revision in sources})
+
+
+def strictest(licences: Mapping[str, str | None]) -> tuple[str | None, str]:
+    """The licence that asks for the most, where that is clear: all are known, and at most one of them is not permissive.
+
+    Args:
+        licences: By what they are of; None where unknown.
+
+    Returns:
+        The licence or None, and a sentence that says why there is none.
+    """
+    unknown = sorted(name for name, licence in licences.items() if licence is None)
+    if unknown:
+        return None, f"No licence is stated here, since none is known of {', '.join(unknown)}."
+    found = {str(licence).lower() for licence in licences.values()}
+    others = found - _PERMISSIVE.keys()
+    if len(others) > 1:
+        told = ", ".join(f"{name}: {licence}" for name, licence in licences.items())
+        return None, f"No licence is stated here, since several sets of terms apply ({told})."
+    return (others.pop() if others else max(sorted(found), key=lambda name: _PERMISSIVE[name])), ""
+
+
+def _stated(source: str, revision: str | None) -> str | None:
+    """What the card of a model says: a folder's, or the Hub's, if it answers."""
+    import httpx2
+    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    folder = Path(resolve(source)) if source else None
+    if folder is None:
+        return None
+    try:
+        if folder.is_dir():
+            card = folder / CARD_FILE
+            data = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else None
+        elif _on_hub(source):
+            data = HfApi().model_info(source, revision=revision).card_data
+        else:
+            return None
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError, OSError, ValueError):
+        return None
+    return getattr(data, "license", None) if data is not None else None
