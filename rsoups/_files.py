@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,9 @@ def json_lines(path: str | Path, refusal: type[RsoupsError]) -> Iterator[tuple[i
                 yield number, json.loads(line)
             except ValueError as error:
                 raise refusal(f"{path}, line {number}: not JSON ({error})") from None
+
+
+HASHING = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="rsoups-sha256")  # beside the other work
 
 
 def sha256_of(path: Path) -> str:

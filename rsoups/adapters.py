@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rsoups._errors import AdapterError
-from rsoups._files import from_hub, sha256_of
+from rsoups._files import HASHING, from_hub, sha256_of
 from rsoups.tensor_files import DTYPES, largest, rows_of_blocks
 
 CONFIG_FILE = "adapter_config.json"
@@ -39,7 +39,6 @@ BASE_EMBEDDING = ".base_layer.weight"  # PEFT saves an adapted embedding's own w
 EMBEDDINGS = tuple(f".{name}.weight" for name in EMBEDDING_LAYER_NAMES)  # saved whole where the vocabulary was resized
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<kind>weight|bias))?")
 _LONGEST_CONFIG = 2**24  # bytes; real ones have a few thousand
-_HASHING = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="rsoups-sha256")  # beside the other work
 _PIECE = 2**20  # numbers that are read of a tensor at a time
 _Read = Callable[[str, slice], Tensor]  # some rows of a tensor, or with slice(None) all of it
 
@@ -235,7 +234,7 @@ def adapter_of(source: str, config: LoraConfig, tensors: dict[str, Tensor]) -> A
     def read(name: str, rows: slice) -> Tensor:
         return tensors[name] if rows == slice(None) else tensors[name][rows]
 
-    return Adapter(source, config, layout, read, _HASHING.submit(digest))
+    return Adapter(source, config, layout, read, HASHING.submit(digest))
 
 
 def _from_files(source: str) -> Adapter:
@@ -276,7 +275,7 @@ def _from_files(source: str) -> Adapter:
         except (SafetensorError, OSError) as error:
             raise corrupt(error) from None
 
-    digest = _HASHING.submit(sha256_of, weights)
+    digest = HASHING.submit(sha256_of, weights)
     return Adapter(source, config, layout, read, digest, revision, (weights, found_as))
 
 
