@@ -17,7 +17,7 @@ from rsoups.front import Front
 from rsoups.points import BASE, Point
 
 Limits = tuple[float, float]
-_SHAPES = {
+SHAPES = {
     "circle": "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0Z",
     "square": "M-4.6,-4.6H4.6V4.6H-4.6Z",
     "diamond": "M0,-6.4L6.4,0L0,6.4L-6.4,0Z",
@@ -62,12 +62,12 @@ def swatch(look: Look, hollow: bool = False) -> str:
     """A mark for a legend."""
     return (
         f'<svg class="swatch" viewBox="-8 -8 16 16" aria-hidden="true"><path class="dot {look.colour}'
-        f'{" hollow" if hollow else ""}" d="{_SHAPES[look.shape]}"/></svg>'
+        f'{" hollow" if hollow else ""}" d="{SHAPES[look.shape]}"/></svg>'
     )
 
 
 @dataclass(frozen=True)
-class _Axes:
+class Axes:
     """A rectangle of the picture with linear scales."""
 
     left: float
@@ -141,7 +141,7 @@ def _ticks(limits: Limits, count: int) -> list[float]:
     return [round(i * step, 10) + 0.0 for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _limits(estimates: Iterable[Estimate], *more: float) -> Limits:
+def limits_of(estimates: Iterable[Estimate], *more: float) -> Limits:
     """What holds all intervals, with some room."""
     values = [v for e in estimates for v in (e.value, e.low, e.high) if v is not None] + list(more)
     low, high = min(values), max(values)
@@ -161,7 +161,7 @@ def _mark(
     return (
         f'<g class="mark {look.colour}" role="img" aria-label="{escaped(tip)}"{number}><title>{escaped(tip)}</title>{before}'
         f'<g transform="translate({x},{y})"><circle class="halo" r="11"/>'
-        f'<path class="dot{" hollow" if hollow else ""}" d="{_SHAPES[look.shape]}"/></g></g>'
+        f'<path class="dot{" hollow" if hollow else ""}" d="{SHAPES[look.shape]}"/></g></g>'
     )
 
 
@@ -175,8 +175,13 @@ def front_chart(
     """Two rewards against each other: soups (joined, of two ingredients, with their chord), the base, others, other fronts."""
     width, height = (680, 470) if wide else (440, 380)
     every = [*front.points, *(p for other in beside.values() for p in other.points)]
-    axes = _Axes(
-        62, 42, width - 22, height - 62, _limits(p.estimate(x) for p in every), _limits(p.estimate(y) for p in every)
+    axes = Axes(
+        62,
+        42,
+        width - 22,
+        height - 62,
+        limits_of(p.estimate(x) for p in every),
+        limits_of(p.estimate(y) for p in every),
     )
     body = [axes.frame(x, y)]
     looks, pareto = looks_of(front), set(front.pareto())
@@ -208,7 +213,7 @@ def _ends(front: Front) -> list[Point]:
     return base + [point for point in front.soups if max((point.lambdas or {}).values()) == 1]
 
 
-def _lambda_label(axes: _Axes, front: Front, place: int, x: str, y: str) -> str:
+def _lambda_label(axes: Axes, front: Front, place: int, x: str, y: str) -> str:
     """λ of the second ingredient at every soup; of three ingredients and more, the name at the ends."""
     point = front.soups[place]
     weights = list((point.lambdas or {}).values())
@@ -231,8 +236,8 @@ def chord_chart(front: Front, reward: str, models: Mapping[Point, int]) -> str:
     found = [point.estimate(reward) for point in soups]
     gaps = [gap[reward] for _, gap in front.linear_mode_connectivity()]
     limits = min(at) - 0.03, max(at) + 0.03
-    upper = _Axes(62, 42, 418, 220, limits, _limits(found))
-    lower = _Axes(62, 262, 418, 352, limits, _limits(gaps, 0.0))
+    upper = Axes(62, 42, 418, 220, limits, limits_of(found))
+    lower = Axes(62, 262, 418, 352, limits, limits_of(gaps, 0.0))
     body = [upper.frame("", reward), upper.band(at, found, "soup")]
     ends = [(at[0], found[0].value), (at[-1], found[-1].value)]
     body += [upper.line(ends, "chord"), upper.line(zip(at, (e.value for e in found), strict=True), "line soup")]
@@ -264,8 +269,8 @@ def chord_scatter(front: Front, reward: str, models: Mapping[Point, int]) -> str
     """Of three ingredients or more: each soup's reward against its chord's; above the line the soup has more."""
     rows = front.linear_mode_connectivity()
     chords = [Estimate(point.mean[reward] - gap[reward].value) for point, gap in rows]
-    limits = _limits([*chords, *(point.estimate(reward) for point, _ in rows)])
-    axes = _Axes(62, 42, 418, 330, limits, limits)
+    limits = limits_of([*chords, *(point.estimate(reward) for point, _ in rows)])
+    axes = Axes(62, 42, 418, 330, limits, limits)
     body = [axes.frame(f"chord: Σ λ·{reward} of the ends", reward), axes.line([(v, v) for v in limits], "chord")]
     for (point, gap), chord in zip(rows, chords, strict=True):
         value, estimate = chord.value, gap[reward]
@@ -287,7 +292,7 @@ def lambda_chart(front: Front, name: str, models: Mapping[Point, int]) -> str:
     soups, second = front.soups, front.ingredients[1]
     at, found = [(p.lambdas or {})[second] for p in soups], [p.extras[name] for p in soups]
     others = [(p, p.extras[name]) for p in front.others if name in p.extras]
-    axes = _Axes(62, 42, 418, 238, (min(at) - 0.03, max(at) + 0.03), _limits([*found, *(e for _, e in others)]))
+    axes = Axes(62, 42, 418, 238, (min(at) - 0.03, max(at) + 0.03), limits_of([*found, *(e for _, e in others)]))
     looks = looks_of(front)
     body = [axes.frame(f"λ of {second}", name, y_ticks=4), axes.band(at, found, "soup")]
     for point, estimate in others:

@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from rsoups.charts import _SHAPES, Look, _Axes, _limits, looks_of
+from rsoups.charts import SHAPES, Axes, Look, limits_of, looks_of
 from rsoups.estimates import Estimate
 from rsoups.front import Front
 from rsoups.points import Choice, Point
@@ -143,8 +143,8 @@ def plot(front: Front, x: str, y: str, lambdas: Mapping[str, float], advised: Ma
     """
     places = {point: _place(point.lambdas, {r: point.estimate(r) for r in point.mean}) for point in front.points}
     at = {point: (place[x], place[y]) for point, place in places.items() if x in place and y in place}
-    ranges = [_limits(place[a] for place in places.values() if a in place) for a in (x, y)]
-    axes = _Axes(_LEFT, _TOP, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM, *ranges)
+    ranges = [limits_of(place[a] for place in places.values() if a in place) for a in (x, y)]
+    axes = Axes(_LEFT, _TOP, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM, *ranges)
     line = [(at[point][0].value, at[point][1].value) for point in front.soups]
     parts, labels = [f'<g aria-hidden="true">{axes.frame(x, y)}</g>'], []
     if len(front.ingredients) == 2 and len(line) > 1:
@@ -173,7 +173,7 @@ def _place(lambdas: Mapping[str, float] | None, rewards: Mapping[str, Estimate])
     return {**rewards, **{_lambda_axis(name): Estimate(share) for name, share in (lambdas or {}).items()}}
 
 
-def _mark(axes: _Axes, x: Estimate, y: Estimate, look: Look, told: str, number: int | None, chosen: bool) -> str:
+def _mark(axes: Axes, x: Estimate, y: Estimate, look: Look, told: str, number: int | None, chosen: bool) -> str:
     """A point with its intervals; a soup is a button."""
     kind = 'role="img"'
     if number is not None:
@@ -181,11 +181,11 @@ def _mark(axes: _Axes, x: Estimate, y: Estimate, look: Look, told: str, number: 
     return (
         f'<g class="mark {look.colour}" {kind} aria-label="{escape(told)}"><title>{escape(told)}</title>{axes.bars(x, y)}'
         f'<g transform="translate({axes.x(x.value)},{axes.y(y.value)})"><circle class="reach" r="13"/>'
-        f'<path class="dot" d="{_SHAPES[look.shape]}"/></g></g>'
+        f'<path class="dot" d="{SHAPES[look.shape]}"/></g></g>'
     )
 
 
-def _label(axes: _Axes, x: Estimate, y: Estimate, text: str) -> str:
+def _label(axes: Axes, x: Estimate, y: Estimate, text: str) -> str:
     """Beside a mark, towards the middle of the plot."""
     px, py = axes.x(x.value), axes.y(y.value)
     anchor, dx = ("start", 11) if px < _WIDTH / 2 else ("end", -11)
