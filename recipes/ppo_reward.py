@@ -153,7 +153,7 @@ def tokens(tokenizer: Any, prompt: str | list) -> list[int]:
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-def policy(script: ScriptArguments, model: ModelConfig, trusted: bool) -> tuple:
+def policy(script: ScriptArguments, model: ModelConfig, trusted: bool = False) -> tuple:
     """The base with either a fresh LoRA's config, or an existing adapter to train on."""
     base = load_base(
         model.model_name_or_path,
@@ -239,9 +239,9 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     # PEFT looks for the base's config under its published name, to see whether the vocabulary grew. It did not.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
     device, trusted = script.reward_device or str(training.device), training.trust_remote_code
-    options = {"revision": model.model_revision, "trust_remote_code": trusted}
-    context = base_config(model.model_name_or_path, **options)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(model.model_name_or_path), padding_side="left", **options)
+    of_base = {"revision": model.model_revision, "trust_remote_code": trusted}
+    context = base_config(model.model_name_or_path, **of_base)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(model.model_name_or_path), padding_side="left", **of_base)
     rewards = [load_reward(name, device, trust_remote_code=trusted) for name in script.reward]
     room = context.get_text_config().max_position_embeddings - training.max_completion_length
     room = min(room, script.max_prompt_length or room)

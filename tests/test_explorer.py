@@ -210,7 +210,7 @@ def test_save_and_push(page, folder, hub):
     hub.faults.append(("/api/repos/create", 403, {}))
     page.locator("#repo input, #repo textarea").fill("me/soup")
     page.click("#push")
-    until(lambda: "token of write scope for me" in page.locator("body").inner_text(), "which token is missing")
+    until(lambda: "it needs write scope for me" in page.locator("body").inner_text(), "which token is missing")
     page.click("#push")
     until(lambda: "me/soup" in page.locator("#pushed").inner_text(), "where it was published")
     assert {"adapter_model.safetensors", "README.md", "soup.json"} <= set(hub.repositories["me/soup"])

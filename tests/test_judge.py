@@ -356,7 +356,8 @@ def test_what_a_local_judge_cannot_do_is_refused(tmp_path, local):
 def test_rsoups_score_asks_a_judge_and_says_so(tmp_path, server, capsys):
     card = str(card_of(tmp_path, server, attempts=1))
     assert main(["score", "--reward", card, "--prompt", "Why?", "--response", "a b c"]) == 0
-    assert capsys.readouterr().out.splitlines()[:2] == [
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "raw     3",
         "score   1",
         "asked   calls 1, cached 0, retries 0, failures 0, input tokens 100, output tokens 7, cost 0",
     ]
