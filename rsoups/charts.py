@@ -365,8 +365,10 @@ def series_of(front: Front) -> list[Series]:
     ends = [p for p in front.soups if max((p.lambdas or {}).values()) == 1]
     found = []
     if between := [p for p in front.soups if p not in ends]:
-        uniform = min(between, key=lambda p: max(abs(w - even) for w in (p.lambdas or {}).values()))
-        found.append(Series(uniform, f"uniform soup ({uniform.label})", Look("soup", "circle")))
+        off = {p: max(abs(w - even) for w in (p.lambdas or {}).values()) for p in between}
+        uniform = min(between, key=lambda p: off[p])
+        name = "uniform soup" if off[uniform] < 0.01 else "soup nearest to uniform"
+        found.append(Series(uniform, f"{name} ({uniform.label})", Look("soup", "circle")))
     looks = looks_of(front)
     others = [p for p in front.others if p.name != BASE][:3]
     used = {looks[p].colour for p in others}

@@ -257,7 +257,7 @@ def _write_weights(
                     yield _average(block, key, _DTYPES.get(kinds[key][0]))
                 bar.update()
 
-            total += tensor_files.write(folder / name, kinds, blocks)
+            total += tensor_files.write(folder / name, kinds, blocks)[0]
     if (first.folder / _INDEX).is_file():
         index = _json(first.folder / _INDEX)
         index["metadata"] = (index.get("metadata") or {}) | {"total_size": total}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rsoups import stacking, tensor_files
 from rsoups._errors import AdapterError, LambdasError
-from rsoups._files import HASHING, sha256_of, sync, whole_folder
+from rsoups._files import whole_folder
 from rsoups.adapters import (
     BASE_EMBEDDING,
     EMBEDDINGS,
@@ -152,11 +152,9 @@ class Soup:
         order = sorted(self.tensors, key=lambda name: (-self.tensors[name].dtype.itemsize, name))  # safetensors' own
         layout = {name: (tensor_files.NAMES[self.tensors[name].dtype], self.tensors[name].shape) for name in order}
         with whole_folder(folder, SOUP_FILE) as partial:
-            tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: blocks_of(self.tensors[name]))
-            digest = HASHING.submit(sha256_of, partial / WEIGHTS_FILE)
-            sync(partial / WEIGHTS_FILE)  # the disk's work beside the hash's
+            _, own = tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: blocks_of(self.tensors[name]))
             deepcopy(self.config).save_pretrained(str(partial))
-            manifest = self.lineage | {"sha256": digest.result()}
+            manifest = self.lineage | {"sha256": own}
             (partial / SOUP_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             self._check_unchanged()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,13 +28,14 @@ _SIZES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 # Numbers in a block. Torch shares larger ones out to threads, and on a busy machine their waiting for one another, operation
 # after operation, costs many times the work.
 _BLOCK = 2**15 - 1
+_UNHASHED = 64  # blocks at most that are held because their hash is behind
 
 
 def write(
     path: Path,
     layout: Mapping[str, tuple[str, Sequence[int]]],
     blocks: Callable[[str], Iterable[Tensor]],
-) -> int:
+) -> tuple[int, str]:
     """Write a file of tensors, as `safetensors.torch.save_file` does where `layout` is in its order.
 
     Args:
@@ -40,7 +44,7 @@ def write(
         blocks: From a name to the tensor's values, some rows at a time.
 
     Returns:
-        Bytes of all tensors.
+        Bytes of all tensors, and the SHA-256 of the file, which is taken beside the writing.
 
     Raises:
         OSError: The disk is full: told before any tensor is asked for, where the system can set space aside.
@@ -53,14 +57,21 @@ def write(
         at = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    total = hashlib.sha256()
+    with path.open("wb") as file, ThreadPoolExecutor(1, thread_name_prefix="rsoups-sha256") as beside:
         if hasattr(os, "posix_fallocate"):  # not on macOS; written faster, too, where space is laid out at once
             os.posix_fallocate(file.fileno(), 0, 8 + len(text) + at)
-        file.write(len(text).to_bytes(8, "little") + text)
+        start = len(text).to_bytes(8, "little") + text
+        file.write(start)
+        hashed = deque([beside.submit(total.update, start)])
         for name in layout:
             for block in blocks(name):
-                file.write(block.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return at
+                data = block.contiguous().view(-1).view(torch.uint8).numpy().data
+                hashed.append(beside.submit(total.update, data))
+                file.write(data)
+                if len(hashed) > _UNHASHED:
+                    hashed.popleft().result()
+    return at, total.hexdigest()
 
 
 def rows_of_blocks(shape: Sequence[int]) -> int:

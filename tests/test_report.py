@@ -162,7 +162,7 @@ def test_three_ingredients_and_three_rewards(tmp_path):
     assert sum("against" in label and "higher is better" in label for label in charts) == 3
     assert any(label.startswith("Every model as a line") for label in charts)
     assert any("as polygons" in label for label in charts)
-    assert any(label.startswith("uniform soup (λ 0.5 / 0.25 / 0.25)\n") for label in labels)
+    assert any(label.startswith("soup nearest to uniform (λ 0.5 / 0.25 / 0.25)\n") for label in labels)
     assert any(label.startswith("A alone\nλ 1 / 0 / 0\n") for label in labels)
     with pytest.raises(rsoups.FrontError, match="two ingredients"):
         draw_chord(front)
