@@ -111,6 +111,7 @@ def main() -> None:
     flags = ["--adapters", *(f"{reward}={out / f'ppo-{reward}'}" for reward in REWARDS), "--reward", *REWARDS]
     flags += ["--others", f"MORL 0.5/0.5={out / 'morl'}", "--output_dir", str(out), *seed]
     flags += ["--temperature", "0.7", "--max_new_tokens", "24"]  # as trained: recipes/configs/embedded.yaml
+    flags += ["--samples", "4"]
     run("4/5  Soups at 11 λ: generate, score, front, report", ["-m", "rsoups.cli", "sweep", *flags])
     soup = choose(out)
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Look at:")
