@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,12 @@ HASHING = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="rsoups-sha256")
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
+    return sha256_of_open(path.open("rb"))
+
+
+def sha256_of_open(file: BufferedReader) -> str:
+    """Of a file that was opened, whatever its name leads to by now; closes it."""
+    with file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

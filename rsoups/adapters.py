@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rsoups._errors import AdapterError
-from rsoups._files import HASHING, from_hub, sha256_of
+from rsoups._files import HASHING, from_hub, sha256_of_open
 from rsoups.tensor_files import DTYPES, largest, rows_of_blocks
 
 CONFIG_FILE = "adapter_config.json"
@@ -275,7 +275,7 @@ def _from_files(source: str) -> Adapter:
         except (SafetensorError, OSError) as error:
             raise corrupt(error) from None
 
-    digest = HASHING.submit(sha256_of, weights)
+    digest = HASHING.submit(sha256_of_open, weights.open("rb"))
     return Adapter(source, config, layout, read, digest, revision, (weights, found_as))
 
 

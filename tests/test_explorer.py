@@ -207,13 +207,13 @@ def test_save_and_push(page, folder, hub):
     page.locator("#repo input, #repo textarea").fill("nowhere")
     page.click("#push")
     until(lambda: "is user/name" in page.locator("body").inner_text(), "that this is no repository")
-    hub.faults.append(("/api/repos/create", 403, {}))
+    hub.faults.append(("POST", "/api/repos/create", 403, {}))
     page.locator("#repo input, #repo textarea").fill("me/soup")
     page.click("#push")
     until(lambda: "it needs write scope for me" in page.locator("body").inner_text(), "which token is missing")
     page.click("#push")
     until(lambda: "me/soup" in page.locator("#pushed").inner_text(), "where it was published")
-    assert {"adapter_model.safetensors", "README.md", "soup.json"} <= set(hub.repositories["me/soup"])
+    assert {"adapter_model.safetensors", "README.md", "soup.json"} <= set(hub.files("me/soup"))
     assert TOKEN not in page.content() and str(folder) not in page.content()
 
 
