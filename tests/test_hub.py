@@ -18,11 +18,11 @@ from rsoups.model_card import soup_card, strictest
 
 TOKEN = "hf_neverToBePrintedAnywhere"
 PUSH = """
-import sys, rsoups, rsoups.hub
+import ast, sys, rsoups, rsoups.hub
 rsoups.hub.time.sleep = lambda seconds: print(f"waited {seconds:g}")
 soup = rsoups.interpolate({"helpful": sys.argv[1], "harmless": sys.argv[2]}, [0.3, 0.7])
 try:
-    print(soup.push_to_hub("someone/soup", **eval(sys.argv[3])))
+    print(soup.push_to_hub("someone/soup", **ast.literal_eval(sys.argv[3])))
 except rsoups.RsoupsError as error:
     print(f"{type(error).__name__}: {error}")
 """
