@@ -74,6 +74,7 @@ class Decoder:
         uniforms: Tensor | None = None,
         members: int = 1,
         keep: Callable[[Tensor], None] | None = None,
+        models: Sequence[int] | None = None,
     ) -> list[Said]:
         """Respond.
 
@@ -82,10 +83,10 @@ class Decoder:
             uniforms: (B, max_new_tokens), each row's random numbers within [0, 1); None decodes greedily.
             members: M > 1 answers as a prediction ensemble: each prompt is M rows of the model's batch, one after the
                 other, whose next-token distributions are averaged.
-            keep: Where rows are of different models: told which ones remain, as they end.
+            keep: Where rows are of different models: told which of the rows that it had the batch goes on with.
+            models: A number for the model of each prompt, where they differ.
         """
-        cache, shared = (self._beginning(prompts), _shared(prompts)) if keep is None else (None, 0)
-        shared = shared if cache is not None else 0
+        cache, shared = self._beginning(prompts, members, keep, models)
         ids, mask = self._padded([prompt[shared:] for prompt in prompts])
         mask = torch.cat([torch.ones_like(ids[:, :1]).expand(-1, shared), mask], dim=1)
         ids, mask = (t.repeat_interleave(members, dim=0) for t in (ids, mask))
@@ -118,17 +119,32 @@ class Decoder:
             for row, logp in zip(chosen.tolist(), logps.tolist(), strict=True)
         ]
 
-    def _beginning(self, prompts: Sequence[Sequence[int]]) -> DynamicCache | None:
-        """Keys and values of what all prompts begin with (an instruction, say), read once for all rows; None where they
-        begin with nothing worth it, or the cache is of a kind in which rows are not padded in their middle."""
-        if len(prompts) == 1 or not (shared := _shared(prompts)):
-            return None
-        ids = torch.tensor([prompts[0][:shared]], device=self.model.device)
+    def _beginning(
+        self,
+        prompts: Sequence[Sequence[int]],
+        members: int,
+        keep: Callable[[Tensor], None] | None,
+        models: Sequence[int] | None,
+    ) -> tuple[DynamicCache | None, int]:
+        """Keys and values of the tokens that all prompts begin with (an instruction, say), which each model reads once, and
+        how many these are. None where there are none, or the cache is of a kind in which rows are not padded in their middle.
+        """
+        of_rows = [model * members + i for model in models or [0] * len(prompts) for i in range(members)]
+        first = {model: row for row, model in reversed([*enumerate(of_rows)])}
+        if len(first) == len(of_rows) or not (shared := _shared(prompts)):
+            return None, 0
+        places = {model: place for place, model in enumerate(first)}
+        to_rows = torch.tensor([places[model] for model in of_rows], device=self.model.device)
+        ids = torch.tensor([prompts[0][:shared]], device=self.model.device).expand(len(first), -1)
+        if keep is not None:
+            keep(torch.tensor(list(first.values()), device=ids.device))
         cache = self._forward(ids, torch.ones_like(ids), 1, use_cache=True).past_key_values
+        if keep is not None:
+            keep(to_rows)
         if not _is_plain(cache):
-            return None
-        cache.batch_repeat_interleave(len(prompts))
-        return cache
+            return None, 0
+        cache.batch_select_indices(to_rows)
+        return cache, shared
 
     @torch.inference_mode()
     def logps(self, prompts: Sequence[Sequence[int]], said: Sequence[Said]) -> list[tuple[float, float]]:
@@ -142,8 +158,9 @@ class Decoder:
             tokens = [said[i].ids for i in part]
             logits = self._logits_of([prompts[i] for i in part], tokens)
             flat, lengths = torch.tensor(sum(tokens, []), device=logits.device), [len(ids) for ids in tokens]
+            chosen = None if self.temperature in (0, 1) else _logp(logits.clone(), flat, self.temperature)
             plain = _logp(logits, flat, 1.0)
-            chosen = plain if self.temperature in (0, 1) else _logp(logits, flat, self.temperature)
+            chosen = plain if chosen is None else chosen
             sums = ([float(one.sum()) for one in logp.split(lengths)] for logp in (plain, chosen))
             found |= dict(zip(part, zip(*sums, strict=True), strict=True))
         return [found[i] for i in range(len(said))]
@@ -224,7 +241,7 @@ class Decoder:
         if members == 1 and uniform is None:
             tokens = logits.argmax(-1)
             return tokens, _logp(logits, tokens, temperature)
-        weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp_()
+        weights = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
         if members > 1:
             weights = (weights / weights.sum(-1, keepdim=True)).unflatten(0, (-1, members)).mean(dim=1)
         tokens = weights.argmax(-1, keepdim=True) if uniform is None else draw(weights, uniform)
@@ -245,10 +262,12 @@ def _shared(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def _logp(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """log p of tokens (n,) by logits (n, V), float64. (Several times faster on a CPU than log_softmax.)"""
-    largest = logits.amax(-1, keepdim=True)
-    total = ((logits - largest) / temperature).exp_().sum(-1).double().log()
-    return ((logits.gather(-1, tokens[:, None]) - largest)[:, 0] / temperature).double() - total
+    """log p of tokens (n,) by logits (n, V), which are spoiled; float64. (Several times faster on a CPU than log_softmax.)"""
+    logits -= logits.amax(-1, keepdim=True)
+    if temperature != 1:
+        logits /= temperature
+    of_tokens = logits.gather(-1, tokens[:, None])[:, 0].double()
+    return of_tokens - logits.exp_().sum(-1).double().log()
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

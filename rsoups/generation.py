@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -20,7 +20,7 @@ from torch import Tensor
 from rsoups._errors import AdapterError
 from rsoups._resources import load_base, resolve
 from rsoups.adapters import Adapter
-from rsoups.decoding import Decoder, Prompt, seed_of, uniforms
+from rsoups.decoding import Decoder, Prompt, Said, seed_of, uniforms
 from rsoups.live import LiveSoup
 from rsoups.soup import Soup, interpolate
 
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _CPU_TOKENS = 16_384  # of a batch: more is no faster (benchmarks/sweep.py)
-_MERGED_TOKENS = 1_024  # of one λ in a batch, from which merging it pays
-_ALONE = 1 / 4  # of a batch, that the rows of one λ have to fill to get batches of their own
+# Of one λ in a batch, from which merging it pays. (The embedded policy's few weights are merged in the time of two steps, and
+# it pays from one row on; more weights need more tokens.)
+_MERGED_TOKENS = 1_024
+_ALONE = 1 / 3  # of a batch, that the rows of one λ have to fill to be faster in batches of their own, merged
 _FREE = 0.6  # of a GPU's memory, for a batch
 Keep = Callable[[Tensor], None] | None
 
@@ -82,16 +84,26 @@ class Item:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole response: its text, tokens, and nats as records tell them (None where they are not known)."""
+    """A whole response: its text, how many tokens it has and, unless a server gave it, these and their log p."""
 
     text: str
     tokens: int
+    said: Said | None = None
+
+
+class Nats(NamedTuple):
+    """What the base makes of a response, as records tell it; None where it is not known."""
+
     kl: float | None = None
     base_nll: float | None = None
 
 
 class Generator:
-    """Answers items in batches, on one base."""
+    """Answers items in batches, on one base.
+
+    Attributes:
+        on_cpu: Whether it keeps the processor's cores busy.
+    """
 
     def __init__(
         self,
@@ -105,7 +117,11 @@ class Generator:
         batch_tokens: int | str = "auto",
     ):
         self._decode = Decoder(model.eval(), tokenizer, temperature, max_new_tokens)
+        self.on_cpu = model.device.type == "cpu"
         self._places, self._seed = placed, seed
+        self._read: dict[
+            tuple[int, tuple[int, ...]], tuple[float, float]
+        ] = {}  # log p by the base, of prompt and response
         self._tokens = _fitting(model) if batch_tokens == "auto" else int(batch_tokens)
 
     def batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
@@ -157,16 +173,21 @@ class Generator:
             own = torch.tensor([uniforms(seed, decode.max_new_tokens) for seed in seeds], dtype=torch.float64)
         members = len(self._places.ingredients) if batch[0].model.ensemble else 1
         models = [item.model for item in batch]
+        numbers = {model.key: i for i, model in enumerate(models)}
         with self._places.at(models, sum(map(self._size, batch))) as keep:
-            said = decode(prompts, own, members, keep)
+            said = decode(prompts, own, members, keep, [numbers[model.key] for model in models])
+        return [Answer(decode.text(one), len(one.ids), one) for one in said]
+
+    def nats(self, batch: Sequence[Item], answers: Sequence[Answer]) -> list[Nats]:
+        """KL of answers to the base, and what they cost under it. What several models say is read once."""
+        said = [answer.said for answer in answers if answer.said]
+        keys = [(item.place, tuple(one.ids)) for item, one in zip(batch, said, strict=True)]
+        new = {key: (item.ids, one) for key, item, one in zip(keys, batch, said, strict=True) if key not in self._read}
+        read = self._decode.logps([ids for ids, _ in new.values()], [one for _, one in new.values()])
+        self._read |= zip(new, read, strict=True)
         return [
-            Answer(
-                decode.text(one),
-                len(one.ids),
-                0.0 if _is_base(item.model) else round(one.logp - chosen, 4),
-                round(-plain, 4),
-            )
-            for item, one, (plain, chosen) in zip(batch, said, decode.logps(prompts, said), strict=True)
+            Nats(0.0 if _is_base(item.model) else round(one.logp - chosen, 4), round(-plain, 4))
+            for item, one, (plain, chosen) in zip(batch, said, map(self._read.__getitem__, keys), strict=True)
         ]
 
     def close(self) -> None:

@@ -273,7 +273,8 @@ class LiveSoup:
                 self._mix.reset(token)
 
     def keep(self, rows: Tensor) -> None:
-        """Within `at` one λ for each row: the batch goes on with some of its rows, such as those that have not ended."""
+        """Within `at` one λ for each row: the batch goes on with these of its rows (those that have not ended, say), each as
+        often as it is named."""
         if (mix := self._mix.get()) is not None:
             mix.keep(rows)
 

@@ -23,11 +23,12 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from rsoups.adapters import Adapter, read_adapter
 from rsoups.checkpoints import only_run_in
 from rsoups.decoding import Prompt, encode
 from rsoups.front import Front
-from rsoups.generation import Answer, Generator, Item, Model, base_here, places_of
+from rsoups.generation import Answer, Generator, Item, Model, Nats, base_here, places_of
 from rsoups.grids import largest_gap, simplex
 from rsoups.live import LiveSoup
 from rsoups.points import BASE, SOUP
@@ -93,7 +94,8 @@ def sweep(
     Args:
         base: Model, folder, Hub id or ``rsoups/...``; or a LiveSoup, whose adapters are the ingredients.
         adapters: Ingredients by name (folders, Hub ids, read Adapters); None with a LiveSoup.
-        rewards: Rewards by name, each ``(prompts, responses, **columns) -> floats``, or without columns.
+        rewards: Rewards by name, each ``(prompts, responses, **columns) -> floats``, or without columns. What several models
+            answer to a prompt alike is scored once.
         prompts: Policy prompts, all different: texts, or messages for the tokenizer's chat template.
         lambdas: K × N interpolation weights in the order of `adapters`; ``simplex(N)`` by default.
         method: As in `interpolate`.
@@ -197,6 +199,7 @@ class _Run:
             for name, reward in rewards.items()
         }
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="rsoups-scoring")
+        self._known: dict[tuple[int, str], dict[str, float]] = {}  # by prompt and response
         self._made: Generator | Server | None = None
 
     def __enter__(self) -> None:
@@ -233,30 +236,54 @@ class _Run:
         from tqdm.auto import tqdm
 
         self._made = generate = self._made or self.start()
-        scored: deque[Future[list[dict[str, Any]]]] = deque()
+        turn = Lock() if generate.on_cpu else nullcontext()
+        waiting: deque[tuple[list[Item], list[Answer], list[Nats], Future[list[dict[str, float]]]]] = deque()
         shown = self._progress and self._processes.is_main
         with tqdm(total=len(items), unit="response", disable=not shown, desc="sweep") as bar:
-            for batch in generate.batches(items):
-                scored.append(self._scoring.submit(self._records, batch, generate(batch)))
-                while scored and (len(scored) > _WAITING or scored[0].done()):
-                    records.append(found := scored.popleft().result())
-                    bar.update(len(found))
-            while scored:
-                records.append(found := scored.popleft().result())
-                bar.update(len(found))
 
-    def _records(self, batch: list[Item], answers: list[Answer]) -> list[dict[str, Any]]:
-        responses = [self._cut(answer.text) for answer in answers]
-        prompts = [item.prompt for item in batch]
-        columns = {name: [column[item.place] for item in batch] for name, column in self._asked.columns.items()}
-        scores = {name: _scored(reward, prompts, responses, columns) for name, reward in self._rewards.items()}
-        out = []
-        for i, (item, answer, response) in enumerate(zip(batch, answers, responses, strict=True)):
-            record = item.model.head | {"prompt": item.prompt, "response": response}
-            record |= {"rewards": {name: values[i] for name, values in scores.items()}, "seed": self._seed}
-            record |= {"sample": item.sample, "tokens": answer.tokens, "kl": answer.kl, "base_nll": answer.base_nll}
-            out.append({key: value for key, value in record.items() if value is not None or key in item.model.head})
-        return out
+            def record(most: int) -> None:
+                while waiting and (len(waiting) > most or waiting[0][-1].done()):
+                    batch, answers, nats, scores = waiting.popleft()
+                    records.append(list(map(self._record, batch, answers, nats, scores.result())))
+                    bar.update(len(batch))
+
+            for batch in generate.batches(items):
+                with turn:
+                    answers = generate(batch)
+                scores = self._scoring.submit(self._scores, batch, answers, turn)
+                with turn:
+                    nats = generate.nats(batch, answers)
+                waiting.append((batch, answers, nats, scores))
+                record(_WAITING)
+            record(0)
+
+    def _scores(
+        self, batch: list[Item], answers: list[Answer], turn: AbstractContextManager[Any]
+    ) -> list[dict[str, float]]:
+        """Each response's scores, by reward. What several models say to a prompt is scored once.
+
+        Models that share the processor's cores take turns: two at once both wait for threads, and a sweep takes a quarter
+        longer. Functions, which may be waiting for a judge, are called beside the generation.
+        """
+        keys = [(item.place, self._cut(answer.text)) for item, answer in zip(batch, answers, strict=True)]
+        if new := [key for key in dict.fromkeys(keys) if key not in self._known]:
+            places, responses = zip(*new, strict=True)
+            prompts = [self._asked.prompts[place] for place in places]
+            columns = {name: [column[place] for place in places] for name, column in self._asked.columns.items()}
+            found = []
+            for reward in self._rewards.values():
+                with turn if isinstance(reward, Reward) else nullcontext():
+                    found.append(_scored(reward, prompts, list(responses), columns))
+            self._known |= {
+                key: dict(zip(self._rewards, each, strict=True)) for key, *each in zip(new, *found, strict=True)
+            }
+        return [self._known[key] for key in keys]
+
+    def _record(self, item: Item, answer: Answer, nats: Nats, scores: dict[str, float]) -> dict[str, Any]:
+        head = item.model.head
+        record = head | {"prompt": item.prompt, "response": self._cut(answer.text), "rewards": scores}
+        record |= {"seed": self._seed, "sample": item.sample, "tokens": answer.tokens, **nats._asdict()}
+        return {key: value for key, value in record.items() if value is not None or key in head}
 
     def wanted(self) -> list[float] | None:
         """λ of one more soup, of the records of those there are."""

@@ -22,7 +22,7 @@ import httpx
 from rsoups._errors import AdapterError, ServerError
 from rsoups.adapters import Adapter
 from rsoups.decoding import seed_of
-from rsoups.generation import Answer, Item, Model
+from rsoups.generation import Answer, Item, Model, Nats
 from rsoups.soup import Soup, interpolate
 
 _AT_ONCE = 32  # requests; vLLM batches what it has
@@ -38,6 +38,8 @@ _PURE = {
 
 class Server:
     """Answers items as `Generator` does; `kl` and `base_nll` are not known."""
+
+    on_cpu = False
 
     def __init__(
         self,
@@ -83,6 +85,10 @@ class Server:
             return Answer(found["choices"][0]["text"], found["usage"]["completion_tokens"])
 
         return list(self._pool.map(answer, batch))
+
+    def nats(self, batch: list[Item], answers: list[Answer]) -> list[Nats]:
+        """Not known: the server would have to be asked for every token's log p of the base."""
+        return [Nats() for _ in answers]
 
     def _name(self, model: Model) -> str:
         """The model's name on the server, which has loaded it; the one before is unloaded."""
