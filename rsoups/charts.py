@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from rsoups.comparison import outlines
 from rsoups.estimates import Estimate
 from rsoups.front import Front
 from rsoups.points import BASE, Point
@@ -31,6 +32,11 @@ _OTHERS = ("diamond", "up", "down", "plus", "star", "cross")
 _COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
 # Seven steps of viridis, which grows lighter evenly and is told apart with any colour vision; text on them in the last column.
 _RAMP = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
+
+BAND = (
+    '<svg class="swatch" viewBox="-8 -8 16 16" aria-hidden="true"><path class="band soup" d="M-8,-6H8V6H-8Z"/>'
+    '<path class="median soup" d="M-8,0H8"/></svg>'
+)
 
 
 @dataclass(frozen=True)
@@ -175,15 +181,14 @@ def front_chart(
     """Two rewards against each other: soups (joined, of two ingredients, with their chord), the base, others, other fronts."""
     width, height = (680, 470) if wide else (440, 380)
     every = [*front.points, *(p for other in beside.values() for p in other.points)]
-    axes = Axes(
-        62,
-        42,
-        width - 22,
-        height - 62,
-        limits_of(p.estimate(x) for p in every),
-        limits_of(p.estimate(y) for p in every),
+    reach = outlines(front.attainment()) if front.has_band else []
+    x_limits, y_limits = (
+        limits_of((p.estimate(reward) for p in every), *(at for line in reach for at in line[:, column]))
+        for column, reward in enumerate((x, y))
     )
+    axes = Axes(62, 42, width - 22, height - 62, x_limits, y_limits)
     body = [axes.frame(x, y)]
+    body += [axes.line(line, classes) for line, classes in zip(reach, ("band soup", "median soup"), strict=False)]
     looks, pareto = looks_of(front), set(front.pareto())
     joined = len(front.ingredients) == 2 and len(front.soups) > 1
     if joined:
@@ -201,10 +206,19 @@ def front_chart(
         tip = tip_of(point, front.rewards) + ("" if point in pareto else "\nbeaten by another point")
         body.append(_mark(looks[point], *place, tip, model=models[point], hollow=point not in pareto, before=bars))
     body += [_lambda_label(axes, front, place, x, y) for place in range(len(front.soups))]
-    told = f"{y} against {x}, higher is better in both. " + "; ".join(
-        tip_of(p, (x, y)).replace("\n", ", ") for p in _ends(front)
-    )
+    ends = "; ".join(tip_of(p, (x, y)).replace("\n", ", ") for p in _ends(front))
+    told = f"{y} against {x}, higher is better in both.{told_of_reach(front)} {ends}"
     return _svg(width, height, told, "".join(body), ("wide " if wide else "") + ("quiet" if len(every) > 30 else ""))
+
+
+def told_of_reach(front: Front) -> str:
+    """What the band behind the points is, in words; nothing where there is none."""
+    if not front.has_band:
+        return ""
+    return (
+        f" Shaded: how far the {'soups' if front.soups else 'points'} reach when prompts are drawn again: to the lower "
+        "edge in 97.5% of the bootstrap draws, to the thin line in half of them, to the upper edge in 2.5%."
+    )
 
 
 def _ends(front: Front) -> list[Point]:

@@ -6,7 +6,7 @@ the same draws in both stacks, so that differences are paired. All rewards are m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -172,6 +172,24 @@ def attainment_surfaces(
 def attainment_draws(stack: Stack) -> list[NDArray[np.float64]]:
     """As many bootstrap draws of a stack as attainment surfaces are quickly made of."""
     return list(stack[1 : 1 + _ATTAINMENT_DRAWS.get(stack.shape[-1], 1)])
+
+
+def outlines(surfaces: Mapping[float, NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+    """What to draw of three attainment surfaces of two rewards: around the band between the outer two, and along the median.
+
+    Args:
+        surfaces: By level, from the least; corners of shape (K, 2), as `attainment_surfaces` gives them.
+
+    Returns:
+        Two lines, points to be joined, each of shape (points, 2). A surface goes on without end to the left and downwards; here
+        it ends at the outermost corners of the three.
+    """
+    corners = list(surfaces.values())
+    left, bottom = np.concatenate(corners).min(axis=0)
+    outer, median, inner = (
+        np.stack([[left, *np.repeat(x, 2)], [*np.repeat(y, 2), bottom]], axis=1) for x, y in (c.T for c in corners)
+    )
+    return [np.concatenate([outer, inner[::-1]]), median]
 
 
 def _over_draws(figure: Callable[[NDArray, NDArray], float], first: Stack, second: Stack) -> list[float]:

@@ -179,6 +179,11 @@ class Front:
         except FrontError:
             return False
 
+    @property
+    def has_band(self) -> bool:
+        """Whether its attainment over bootstrap draws can be drawn: two rewards, and prompts to resample."""
+        return len(self.rewards) == 2 and self._shares is not None
+
     def at(self, lambdas: Sequence[float] | Mapping[str, float]) -> Point:
         """The soup at λ, in the order of the ingredients or by their names.
 

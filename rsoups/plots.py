@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from rsoups._errors import FrontError
+from rsoups.comparison import outlines
 from rsoups.front import Front
 from rsoups.points import BASE, Point
 
@@ -58,6 +59,10 @@ def _draw_one(front: Front) -> Figure:
 def _draw_pair(axes: Axes, front: Front, x: str, y: str) -> None:
     _style(axes)
     soups = front.soups
+    if front.has_band:
+        band, median = outlines(front.attainment())
+        axes.fill(*band.T, color=_BLUE, alpha=0.12, lw=0, zorder=1, label="reach in 95% of draws")
+        axes.plot(*median.T, color=_BLUE, alpha=0.45, lw=0.8, zorder=1)
     if soups:
         joined = len(soups[0].lambdas or {}) == 2
         if joined and len(soups) > 1:

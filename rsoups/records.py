@@ -18,6 +18,7 @@ from rsoups._files import write_whole
 # Settings that records of one file have in common; the others tell where things came from, and may change.
 _SAME = ("ingredients", "rewards", "temperature", "max_new_tokens", "seed", "prompts", "columns", "cut", "server")
 _GROWING = ("others", "other_hashes", "adapters")  # a later call may add to these
+_PINNED = ("base", "base_weights")  # `pin` tells them, who has seen the weights
 _BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # some readers take them for the end of a line
 Key = tuple[str, str, int]
 
@@ -90,11 +91,41 @@ def prepare(path: Path, settings: dict[str, Any]) -> None:
             raise OutputError(
                 f"{path} holds records of another sweep (differing: {differing}); move it or choose another"
             )
+        gather(path)
     for name in _GROWING:
         settings[name] = {**found.get(name, {}), **settings[name]}
-    write_whole(beside, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    known = [name for name in _PINNED if name in found and path.stat().st_size]  # there are records
+    _write(beside, settings | {name: found[name] for name in known})
     path.touch()
-    gather(path)
+
+
+def pin(path: Path, base: str | None, weights: str, write: bool) -> None:
+    """Check that records which are there are of this base; where their settings do not tell its weights, they do from now on.
+
+    Args:
+        path: Of the records, which are prepared.
+        base: Its name, where it has one.
+        weights: Their hash.
+        write: Whether it is for this process to write.
+
+    Raises:
+        OutputError: They are of a base with other weights.
+    """
+    beside = path.with_suffix(".settings.json")
+    found = json.loads(beside.read_text("utf-8"))
+    if found.get("base_weights", weights) != weights:
+        other = found.get("base") or "a model in memory"
+        raise OutputError(
+            f"{path} holds records of another sweep (differing: the base's weights; theirs are of {other}, not those of "
+            f"{base or 'this model'}); sweep that base, or move the records or choose another file"
+        )
+    settings = found | {"base": base or found.get("base"), "base_weights": weights}
+    if write and settings != found:
+        _write(beside, settings)
+
+
+def _write(path: Path, settings: Mapping[str, Any]) -> None:
+    write_whole(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def gather(path: Path, order: Iterable[Key] = ()) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from rsoups._errors import FrontError
 from rsoups._resources import template
 from rsoups.charts import (
+    BAND,
     beside_look,
     chord_chart,
     chord_scatter,
@@ -26,6 +27,7 @@ from rsoups.charts import (
     spider_chart,
     swatch,
     ternary_chart,
+    told_of_reach,
 )
 from rsoups.front import MORL, Front
 from rsoups.plots import draw_front
@@ -259,11 +261,14 @@ class _Page:
                     "chord",
                 )
             )
+        if front.has_band:
+            keys.append((BAND, f"reach of the {'soups' if front.soups else 'points'} in 95% of draws"))
         for number, name in enumerate(self._others):
             keys.append((swatch(beside_look(number), hollow=True), name))
         left = len(pairs) - len(charts)
         note = f'<p class="note">{left} more pairs of rewards are not drawn.</p>' if left > 0 else ""
-        return _figure(charts, "Bars: 95% intervals. Up and right is better.", keys) + note
+        caption = f"Bars: 95% intervals. Up and right is better.{told_of_reach(front)}"
+        return _figure(charts, caption, keys) + note
 
     def _chords(self) -> str:
         front = self._front

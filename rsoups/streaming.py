@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from rsoups._errors import DatasetError, LambdasError
 from rsoups.sampling import draw
+from rsoups.soup import weights_of
 
 if TYPE_CHECKING:
     from rsoups.live import LiveSoup
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def stream(
     live: LiveSoup,
     prompt: str | list[dict[str, Any]],
-    lambdas: Sequence[Sequence[float]] | None,
+    lambdas: Sequence[Sequence[float] | None],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -37,7 +37,7 @@ def stream(
     Args:
         live: The model, with its tokenizer.
         prompt: As the policy reads it, or messages for the tokenizer's chat template.
-        lambdas: (B, N), one row for each text; None for the base, one text.
+        lambdas: (B, N), one row for each text; None as a row is the base.
         max_new_tokens: Longest response.
         temperature: Of sampling; 0 is greedy.
         seed: Of the one random number with which all rows draw their next token: texts differ by λ alone.
@@ -51,12 +51,13 @@ def stream(
     """
     if (tokenizer := live.tokenizer) is None:
         raise LambdasError("this LiveSoup was made without a tokenizer: there is nothing to write texts with")
-    rows = 1 if lambdas is None else len(lambdas)
+    count = len(live.names)
+    rows = [[0.0] * count if row is None else weights_of(row, count, False, False)[0] for row in lambdas]
     if isinstance(prompt, list):
         prompt = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-        inputs = tokenizer([prompt] * rows, return_tensors="pt", add_special_tokens=False)
+        inputs = tokenizer([prompt] * len(rows), return_tensors="pt", add_special_tokens=False)
     else:
-        inputs = tokenizer([prompt] * rows, return_tensors="pt")
+        inputs = tokenizer([prompt] * len(rows), return_tensors="pt")
     inputs = inputs.to(live.model.device)
     inputs.pop("token_type_ids", None)
     _check_room(live, inputs["input_ids"].shape[1], max_new_tokens)
@@ -74,7 +75,7 @@ def stream(
 
     def generate() -> None:
         try:  # λ and inference mode are of the thread that generates
-            with live.at(lambdas) if lambdas is not None else nullcontext(), torch.inference_mode():
+            with live._at(torch.tensor(rows)), torch.inference_mode():
                 live.model.generate(**inputs, **settings)
         except Exception as error:
             steps.queue.put(error)
@@ -82,7 +83,7 @@ def stream(
     worker = threading.Thread(target=generate, daemon=True)
     worker.start()
     try:
-        ids: list[list[int]] = [[] for _ in range(rows)]
+        ids: list[list[int]] = [[] for _ in rows]
         while (step := steps.queue.get()) is not None:
             if isinstance(step, Exception):
                 raise step

@@ -43,7 +43,7 @@ from rsoups.generation import Answer, Generator, Item, Model, Nats, base_here, p
 from rsoups.grids import largest_gap, simplex
 from rsoups.live import LiveSoup
 from rsoups.points import BASE, SOUP
-from rsoups.records import Key, Records, gather, model_key, prepare
+from rsoups.records import Key, Records, gather, model_key, pin, prepare
 from rsoups.scoring import FunctionReward, Reward, check_scores
 from rsoups.soup import weights_of
 from rsoups.tasks import fit_prompts, read_jsonl
@@ -89,7 +89,7 @@ def sweep(
     One copy of the base is loaded; soups, base and other adapters share its batches, each row with its own λ. A response's
     random numbers depend on `seed`, its prompt and its sample alone: every model answers under the same ones, whatever the
     batches are. Under `accelerate launch`, processes share the work. A sweep that finds records of its own in `out` goes on
-    after them.
+    after them, on the same base: its weights are compared.
 
     Args:
         base: Model, folder, Hub id or ``rsoups/...``; or a LiveSoup, whose adapters are the ingredients.
@@ -126,7 +126,7 @@ def sweep(
         AdapterError, LambdasError: As `interpolate`; no λ at all; a name among `others` that is taken.
         RewardError: No rewards, one that raised, or a score that is not finite.
         ServerError: The server refuses or cannot be reached.
-        OutputError: `out` holds records of another sweep, another process is at it, or it cannot be written.
+        OutputError: `out` holds records of another sweep or base, another process is at it, or it cannot be written.
     """
     live = base if isinstance(base, LiveSoup) else None
     ingredients = _ingredients(live, adapters)
@@ -159,6 +159,9 @@ def sweep(
     def start() -> Generator | Server:
         if server is not None:
             return Server(server, ingredients, beside, Path(out).parent, **decoding)
+        name, weights = about["base"], opened.fingerprint()
+        with processes.main_first():
+            pin(Path(out), name, weights, processes.is_main)
         return opened.generator(ingredients, beside, method, ensemble, batch_tokens=batch_tokens, **decoding)
 
     run.start = start
@@ -339,7 +342,7 @@ class _Base:
     def __init__(self, base: str | PreTrainedModel | LiveSoup, tokenizer: PreTrainedTokenizerBase | None):
         from transformers import AutoTokenizer
 
-        self._base = base
+        self._base: Any = base
         if isinstance(base, LiveSoup):
             config, tokenizer = base.model.config, tokenizer or base.tokenizer
             source = config.name_or_path
@@ -350,6 +353,26 @@ class _Base:
         self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
         self.context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
 
+    def fingerprint(self) -> str:
+        """Load the weights. SHA-256 of the base's own: of each parameter its name, its shape and 16 values from all over it,
+        the same in float32 and in bfloat16. (A parameter that is kept elsewhere while unused, on disk say, is left out.)
+        """
+        import torch
+
+        if isinstance(self._base, str):
+            self._base = base_here(self._base)
+        live = self._base if isinstance(self._base, LiveSoup) else None
+        found = hashlib.sha256()
+        with (
+            live._at(torch.zeros(1, len(live.names))) if live else nullcontext(self._base) as model
+        ):  # not within `merged`
+            for name, parameter in model.named_parameters():
+                if not parameter.is_meta:
+                    values = parameter.detach().flatten()
+                    some = values[:: max(1, len(values) // 16)][:16].to(torch.bfloat16)
+                    found.update(f"{name} {tuple(parameter.shape)} {some.tolist()}\n".encode())
+        return found.hexdigest()
+
     def generator(
         self,
         adapters: Mapping[str, Adapter],
@@ -358,7 +381,8 @@ class _Base:
         ensemble: bool,
         **settings: Any,
     ) -> Generator:
-        base: Any = base_here(self._base) if isinstance(self._base, str) else self._base
+        """What answers, on the weights that were loaded."""
+        base = self._base
         places = places_of(base, adapters, others, method, ensemble)
         model = base.model if isinstance(base, LiveSoup) else base
         return Generator(model, self.tokenizer, places, **settings)
@@ -382,6 +406,10 @@ class _Processes:
     def wait(self) -> None:
         if self._state:
             self._state.wait_for_everyone()
+
+    def main_first(self) -> AbstractContextManager[None]:
+        """A context that the others enter when the main process has left it."""
+        return self._state.main_process_first() if self._state else nullcontext()
 
 
 def _ingredients(live: LiveSoup | None, adapters: Mapping[str, Any] | None) -> dict[str, Adapter]:

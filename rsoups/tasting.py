@@ -122,13 +122,10 @@ class Tasting:
         ends = [[float(i == j) for j in range(len(self.names))] for i in range(len(self.names))]
         old = known is not None and known.asked == asked and not known.busy
         texts = ["", *(known.texts[1:] if old and known else [""] * (len(ends) + 1))]
-        rows = [list(lambdas.values()), *([] if old else ends)]
+        rows = [list(lambdas.values()), *([] if old else [*ends, None])]
         for step in self._stream(asked, rows):
             texts[: len(rows)] = step
-            yield Reading(asked, tuple(texts), range(len(rows) if old else len(texts)))
-        for step in [] if old else self._stream(asked, None):
-            texts[-1:] = step
-            yield Reading(asked, tuple(texts), range(len(texts) - 1, len(texts)))
+            yield Reading(asked, tuple(texts), range(len(rows)))
         yield Reading(asked, tuple(texts))
 
     def ask(self, typed: str | None, settings: Settings) -> Iterator[Question]:
@@ -190,7 +187,7 @@ class Tasting:
                 text = text.replace(folder, "the sweep's folder")
         return _ABSOLUTE.sub("", text)
 
-    def _stream(self, asked: tuple[Prompt, Settings], rows: list[list[float]] | None) -> Iterator[list[str]]:
+    def _stream(self, asked: tuple[Prompt, Settings], rows: Sequence[Sequence[float] | None]) -> Iterator[list[str]]:
         prompt, settings = asked
         return stream(
             self.live,

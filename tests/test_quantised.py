@@ -1,10 +1,13 @@
-"""PPO over bitsandbytes' 8-bit and 4-bit bases (QLoRA), on the CPU."""
+"""PPO over bitsandbytes' 8-bit and 4-bit bases (QLoRA), and sweeps over them, on the CPU."""
 
 import pytest
 import torch
 from test_ppo import WORDS, history, pays_for_one_word, trainer
-from tiny import tiny_llama, tiny_tokenizer
+from test_sweeps import changed_llama, run
+from tiny import tiny_adapter, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import rsoups
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
@@ -32,3 +35,22 @@ def test_an_adapter_is_trained_over_a_quantised_base(tmp_path, settings, layer):
     for key, value in frozen.items():
         name = key if key in after else key.replace("_proj.", "_proj.base_layer.")
         assert torch.equal(after[name], value), f"{key} of the frozen base changed"
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("settings", [FOUR, {"load_in_8bit": True}], ids=["4bit", "8bit"])
+def test_a_sweep_over_a_quantised_base_goes_on_over_the_same_one(tmp_path, settings):
+    path, size = tmp_path / "records.jsonl", {"hidden_size": 64, "intermediate_size": 128}
+    two = {name: tiny_adapter(tmp_path / name, seed=seed, base=tiny_llama(**size)) for seed, name in enumerate("ab")}
+    tiny_llama(**size).save_pretrained(tmp_path / "base")
+    changed_llama(**size).save_pretrained(tmp_path / "other")
+
+    def load(name):
+        quantised = BitsAndBytesConfig(**settings)
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name, quantization_config=quantised, dtype=torch.float32)
+
+    for grid in ([[1, 0]], [[0, 1]]):
+        run(two, path, base=load("base"), lambdas=grid)
+    for another in (load("other"), tiny_llama(**size)):
+        with pytest.raises(rsoups.OutputError, match="the base's weights"):
+            run(two, path, base=another, samples=2)

@@ -3,13 +3,17 @@
 import json
 import re
 from html.parser import HTMLParser
+from itertools import islice
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
-from test_front import PUBLISHED, noisy, record, records
+from matplotlib.path import Path
+from test_front import PUBLISHED, noisy, record, records, resampled
 
 import rsoups
 from rsoups import Front, write_report
+from rsoups.comparison import outlines
 from rsoups.plots import draw_chord, draw_front
 
 VOID = {"meta", "input", "br", "img", "path", "circle"}
@@ -118,6 +122,36 @@ def test_the_table_is_the_same_in_markdown(two_rewards):
     shown = {re.sub(r"</?small>", "", cell) for cell in cells}
     rows = [line for line in text.splitlines() if line.startswith("| λ")]
     assert len(rows) == 5 and all(cell in shown for row in rows for cell in row.strip("| ").split(" | ")[1:])
+
+
+def test_the_band_holds_what_some_draws_attain_and_others_do_not(tmp_path):
+    found = noisy(n=40)
+    front = Front.from_records(found)
+    write_report(front, [row | {"response": "some"} for row in found], tmp_path)
+    band, median = outlines(front.attainment())
+    draws = list(islice(resampled(front, front.soups), 200))
+    left, bottom = band.min(axis=0)
+    for goal in np.random.default_rng(0).uniform((left, bottom), (1.6, 1.6), size=(300, 2)):
+        reached = np.mean([(points >= goal).all(axis=1).any() for points in draws])
+        assert Path(band).contains_point(goal) == (0.025 <= reached < 0.975)
+        below = np.searchsorted(median[1::2, 0], goal[0])  # the first corner of the median that is not to the left
+        assert (below < len(median) // 2 and median[1::2, 1][below] >= goal[1]) == (reached >= 0.5)
+    page = page_of(tmp_path)
+    assert page.all("class").count("median soup") == 2  # in the chart and in its legend
+    told = "to the lower edge in 97.5% of the bootstrap draws"
+    assert told in "".join(page.text) and any(told in label for label in page.all("aria-label"))
+    axes = draw_front(front).axes[0]
+    assert np.array_equal(axes.patches[0].get_xy()[:-1], band)
+    assert "reach in 95% of draws" in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("rows", [noisy(n=1), three_rewards()], ids=["one prompt", "three rewards"])
+def test_there_is_no_band_without_draws_of_two_rewards(tmp_path, rows):
+    front = Front.from_records(rows)
+    write_report(front, [row | {"response": "some"} for row in rows], tmp_path)
+    page = page_of(tmp_path)
+    assert not front.has_band and "median soup" not in page.all("class") and "Shaded" not in "".join(page.text)
+    assert not draw_front(front).axes[0].patches
 
 
 def test_hypervolume_and_other_fronts_are_told_with_their_reference(tmp_path):

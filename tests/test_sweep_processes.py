@@ -25,8 +25,9 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 import rsoups
-from test_sweeps import PROMPTS, first, length, run
+from test_sweeps import PROMPTS, changed_llama, first, length, run
 
+base = changed_llama() if os.environ.get("RANK") == os.environ.get("CHANGED", "none") else None
 folder, out, pause = Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
 
 
@@ -38,7 +39,7 @@ def slow(prompts, responses):
 
 two = {name: folder / name for name in "ab"}
 try:
-    front = run(two, out, {"length": slow, "first": first}, refine=1, samples=2)
+    front = run(two, out, {"length": slow, "first": first}, refine=1, samples=2, base=base)
 except rsoups.RsoupsError as error:
     sys.exit(f"refused: {error}")
 assert len(front.soups) == 4
@@ -51,7 +52,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(root, processes, out, pause=0.0):
+def start(root, processes, out, pause=0.0, **env):
     (root / "script.py").write_text(SCRIPT)
     command = [sys.executable]
     if processes > 1:
@@ -59,7 +60,7 @@ def start(root, processes, out, pause=0.0):
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         command += ["--main_process_port", str(free_port())]
     command += [str(root / "script.py"), str(TESTS), str(root), str(out), str(pause)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=CPU)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=CPU | env)
 
 
 def finish(process):
@@ -104,6 +105,16 @@ def test_two_processes_share_the_work(root, whole):
     finish(start(root, 2, out))
     assert same(read_jsonl(out), whole) and asked(out) == len(whole)
     assert {path.name for path in out.parent.iterdir()} == {"records.jsonl", "records.settings.json", "asked"}
+
+
+def test_each_process_checks_its_base(root, whole):
+    out = root / "changed" / "records.jsonl"
+    out.parent.mkdir()
+    process = start(root, 2, out, CHANGED="1")
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode != 0 and "refused" in errors and "differing: the base's weights" in errors
+    one, two = (json.loads((root / name / "records.settings.json").read_text()) for name in ("one", "changed"))
+    assert one["base_weights"] == two["base_weights"], "the main process tells"
 
 
 @pytest.mark.parametrize("processes", [1, 2], ids=["one process", "two processes"])

@@ -324,6 +324,45 @@ def test_records_of_another_sweep_are_not_mixed_in(two, tmp_path):
         run(two, tmp_path / "records.jsonl")
 
 
+def changed_llama(**size):
+    other = tiny_llama(**size)
+    with torch.no_grad():
+        weight = other.model.layers[1].mlp.up_proj.weight
+        weight.mul_(torch.linspace(0.9, 1.1, weight.shape[1]))
+    return other
+
+
+def test_records_go_on_with_the_weights_of_their_base_only(two, tmp_path):
+    path, beside = tmp_path / "records.jsonl", tmp_path / "records.settings.json"
+    for name, model in (("base", tiny_llama()), ("moved", tiny_llama()), ("other", changed_llama())):
+        model.save_pretrained(tmp_path / name)
+    base, moved, other = (str(tmp_path / name) for name in ("base", "moved", "other"))
+    run(two, path, base=base)
+    run(two, path, base=other)  # all is answered: nothing is loaded, and nothing tells of this base
+    pinned = json.loads(beside.read_text())
+    assert pinned["base"] == base and len(pinned["base_weights"]) == 64
+    more = iter([0.1, 0.2, 0.3, 0.4])
+    for same_base in (moved, tiny_llama(), rsoups.LiveSoup(tiny_llama(), two), tiny_llama().bfloat16()):
+        adapters = None if isinstance(same_base, rsoups.LiveSoup) else two
+        run(adapters, path, base=same_base, lambdas=[[x := next(more), 1 - x]])
+        told = json.loads(beside.read_text())
+        assert (told["base"], told["base_weights"]) == (moved, pinned["base_weights"])
+    before = path.read_bytes()
+    for another in (other, changed_llama(), rsoups.LiveSoup(changed_llama(), two)):
+        adapters = None if isinstance(another, rsoups.LiveSoup) else two
+        with pytest.raises(
+            rsoups.OutputError, match=rf"the base's weights; theirs are of {moved}.*choose another file"
+        ):
+            run(adapters, path, base=another, samples=2)
+        assert path.read_bytes() == before and json.loads(beside.read_text())["base"] == moved
+    beside.write_text(json.dumps({k: v for k, v in told.items() if k != "base_weights"}))  # as older ones
+    run(two, path, samples=2)
+    assert json.loads(beside.read_text())["base_weights"] == pinned["base_weights"]
+    path.write_text("")  # no records: nothing to protect
+    run(two, path, base=other)
+    assert json.loads(beside.read_text())["base"] == other
+
+
 def test_the_settings_tell_how_the_records_were_made(two, tmp_path):
     notes = {"task": "concepts"}
     run(two, tmp_path / "out" / "r.jsonl", held_out=["first"], others={"M": two["a"]}, notes=notes, seed=2)

@@ -90,15 +90,15 @@ def test_a_typed_question_is_framed_as_the_sweeps_prompts_are():
 
 
 def test_streams_grow_to_what_generate_says(tasting):
-    steps = list(stream(tasting.live, "w1 w2", ROWS, max_new_tokens=8))
-    assert steps[-1] == tasting.live.generate(["w1 w2"] * 3, ROWS, max_new_tokens=8, do_sample=False)
-    assert len(set(steps[-1])) == 3
+    steps = list(stream(tasting.live, "w1 w2", [*ROWS, None], max_new_tokens=8))
+    *texts, last = steps[-1]
+    assert texts == tasting.live.generate(["w1 w2"] * 3, ROWS, max_new_tokens=8, do_sample=False)
+    assert len(set(steps[-1])) == 4
     for earlier, later in zip(steps, steps[1:], strict=False):
         assert all(text.startswith(before) for before, text in zip(earlier, later, strict=True))
     base = tiny_llama()
     ids = tasting.live.tokenizer("w1 w2", return_tensors="pt")["input_ids"]
     said = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, 2:]
-    (last,) = list(stream(tasting.live, "w1 w2", None, max_new_tokens=8))[-1]
     assert last == tasting.live.tokenizer.decode(said, skip_special_tokens=True)
 
 
@@ -158,7 +158,7 @@ def test_reading_writes_ends_and_base_once(tasting):
     live = tasting.live
     expected = live.generate(["w1 w2"] * 3, [[0.3, 0.7], [1, 0], [0, 1]], max_new_tokens=8, do_sample=False)
     assert list(first.texts[:3]) == expected and not first.busy
-    assert first.texts[3] == list(stream(live, "w1 w2", None, max_new_tokens=8))[-1][0]
+    assert first.texts[3] == list(stream(live, "w1 w2", [None], max_new_tokens=8))[-1][0]
     steps = list(tasting.read("w1 w2", {"a": 1.0, "b": 0.0}, GREEDY, first))
     assert all(step.texts[1:] == first.texts[1:] and list(step.busy) in ([0], []) for step in steps)
     assert steps[-1].texts[0] == first.texts[1]

@@ -97,6 +97,7 @@ def test_responses_are_those_of_a_sweep_without_it(two, tmp_path, server):
         "records.jsonl",
         "records.settings.json",
     }
+    assert "base_weights" not in json.loads((tmp_path / "out" / "records.settings.json").read_text())
     assert len(server.asked) == 5 * 4 + 2, "the two that failed were asked again"
     for data in server.asked:
         assert (data["temperature"], data["max_tokens"], data["top_p"], data["top_k"]) == (0, 6, 1.0, -1)
