@@ -361,17 +361,22 @@ class _Base:
 
         if isinstance(self._base, str):
             self._base = base_here(self._base)
-        live = self._base if isinstance(self._base, LiveSoup) else None
         found = hashlib.sha256()
-        with (
-            live._at(torch.zeros(1, len(live.names))) if live else nullcontext(self._base) as model
-        ):  # not within `merged`
+        with self._itself() as model:
             for name, parameter in model.named_parameters():
                 if not parameter.is_meta:
                     values = parameter.detach().flatten()
                     some = values[:: max(1, len(values) // 16)][:16].to(torch.bfloat16)
                     found.update(f"{name} {tuple(parameter.shape)} {some.tolist()}\n".encode())
         return found.hexdigest()
+
+    def _itself(self) -> AbstractContextManager[PreTrainedModel]:
+        """A context in which the loaded base is itself: of a live soup, not merged by another thread."""
+        import torch
+
+        if isinstance(live := self._base, LiveSoup):
+            return live._at(torch.zeros(1, len(live.names)))
+        return nullcontext(self._base)
 
     def generator(
         self,
