@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +104,11 @@ def json_lines(path: str | Path, refusal: type[RsoupsError]) -> Iterator[tuple[i
                 raise refusal(f"{path}, line {number}: not JSON ({error})") from None
 
 
-HASHING = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="rsoups-sha256")  # beside the other work
+READING = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="rsoups-reading")  # beside the other work
 
 
 def sha256_of(path: Path) -> str:
-    return sha256_of_open(path.open("rb"))
-
-
-def sha256_of_open(file: BufferedReader) -> str:
-    """Of a file that was opened, whatever its name leads to by now; closes it."""
-    with file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -25,12 +25,12 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rsoups._errors import AdapterError
-from rsoups._files import HASHING, from_hub, sha256_of_open
-from rsoups.tensor_files import DTYPES, largest, rows_of_blocks
+from rsoups._files import READING, from_hub
+from rsoups.tensor_files import Scan, TensorFile, largest, rows_of_pieces
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -39,7 +39,6 @@ BASE_EMBEDDING = ".base_layer.weight"  # PEFT saves an adapted embedding's own w
 EMBEDDINGS = tuple(f".{name}.weight" for name in EMBEDDING_LAYER_NAMES)  # saved whole where the vocabulary was resized
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<kind>weight|bias))?")
 _LONGEST_CONFIG = 2**24  # bytes; real ones have a few thousand
-_PIECE = 2**20  # numbers that are read of a tensor at a time
 _Read = Callable[[str, slice], Tensor]  # some rows of a tensor, or with slice(None) all of it
 
 # Fields that make an adapter more than θ0 + s·B·A, and why no soup can be made of it.
@@ -100,17 +99,14 @@ class Adapter:
     config: LoraConfig
     layout: dict[str, Tensor]
     _read: _Read
-    _digest: Future[str]
+    _scan: Future[Scan]  # of all values, beside the other work
     revision: str | None = None
     _file: tuple[Path, os.stat_result] | None = None  # of the weights, as it was found
 
     @property
     def sha256(self) -> str:
         """Of the file's bytes, or of names, shapes and values for a live model."""
-        try:
-            return self._digest.result()
-        except OSError as error:
-            raise AdapterError(f"{self.source}: cannot read its weights: {error}") from None
+        return self._scan.result().sha256
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the file's dtype, as it is: `check_values` looks whether it is finite.
@@ -120,38 +116,30 @@ class Adapter:
         """
         return self._read(name, slice(None))
 
-    def blocks(self, name: str, rows: int | None = None) -> Iterator[Tensor]:
-        """One tensor as `tensor` gives it, some rows at a time, as many as `rows_of_blocks` says by default."""
+    def pieces(self, name: str, rows: int | None = None) -> Iterator[Tensor]:
+        """One tensor as `tensor` gives it, some rows at a time, as many as `rows_of_pieces` says by default."""
         shape = self.layout[name].shape
-        rows = rows or rows_of_blocks(shape)
-        piece = rows * max(1, _PIECE // max(1, rows * shape[1:].numel()))
-        if piece >= shape[:1].numel():
-            yield from self.tensor(name).view(shape or (1,)).split(rows)
+        rows = rows or rows_of_pieces(shape)
+        if not shape or rows >= shape[0]:
+            yield self.tensor(name).view(shape or (1,))
             return
-        for start in range(0, shape[0], piece):
-            yield from self._read(name, slice(start, min(start + piece, shape[0]))).split(rows)
+        for start in range(0, shape[0], rows):
+            yield self._read(name, slice(start, min(start + rows, shape[0])))
 
     def check_values(self) -> None:
-        """Read every tensor, once.
+        """Wait until every tensor was read.
 
         Raises:
             AdapterError: One is not finite, or the file has changed.
         """
-        _ = self.largest
+        if (name := self._scan.result().not_finite) is not None:
+            raise AdapterError(f"{self.source}: tensor {name} holds NaN or infinity: the run that made it diverged")
         self.check_unchanged()
 
-    @cached_property
+    @property
     def largest(self) -> float:
-        """The largest magnitude of all values; refuses, as `check_values` does, what is not finite."""
-        top = 0.0
-        for name in self.layout:
-            for block in self.blocks(name):
-                if not math.isfinite(found := largest(block)):
-                    raise AdapterError(
-                        f"{self.source}: tensor {name} holds NaN or infinity: the run that made it diverged"
-                    )
-                top = max(top, found)
-        return top
+        """The largest magnitude of all values."""
+        return self._scan.result().largest
 
     def check_unchanged(self) -> None:
         """Whether all that was read so far is of the file that was opened.
@@ -183,12 +171,13 @@ class Adapter:
         return [name for name in self.layout if not _FACTOR.fullmatch(name)]
 
 
-def read_adapter(source: Any) -> Adapter:
-    """Open an adapter and check all but its values, which `Adapter.check_values` reads.
+def read_adapter(source: Any, hold: bool = False) -> Adapter:
+    """Open an adapter and check all but its values, which are being read meanwhile: `Adapter.check_values` waits for that.
 
     Args:
         source: A folder, a Hub id (``user/name``, ``user/name@revision``, ``user/name/subfolder@revision``), a PeftModel
             (its active adapter), or a tuple ``(PeftModel, adapter name)``.
+        hold: Keep the tensors that are read, where they will be asked for again and again.
 
     Raises:
         AdapterError: Missing, corrupt or contradictory files, or a kind of adapter that no exact soup can hold.
@@ -199,7 +188,7 @@ def read_adapter(source: Any) -> Adapter:
     elif isinstance(source, PeftModel):
         adapter = _from_model(source, source.active_adapter)
     elif isinstance(source, (str, Path)):
-        adapter = _from_files(str(source))
+        adapter = _from_files(str(source), hold)
     else:
         raise AdapterError(f"an adapter is a folder, a Hub id or a PeftModel, not {type(source).__name__}")
     _check(adapter)
@@ -221,23 +210,25 @@ def _from_model(model: PeftModel, name: str) -> Adapter:
 def adapter_of(source: str, config: LoraConfig, tensors: dict[str, Tensor]) -> Adapter:
     """An adapter whose tensors are in memory."""
 
-    def digest() -> str:
-        total = hashlib.sha256()
+    def scan() -> Scan:
+        total, top, not_finite = hashlib.sha256(), 0.0, None
         for key in sorted(tensors):
             tensor = tensors[key].contiguous()
             total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             total.update(tensor.view(-1).view(torch.uint8).numpy().data)
-        return total.hexdigest()
+            top = max(top, found := largest(tensor) if tensor.is_floating_point() else 0.0)
+            not_finite = not_finite or (None if math.isfinite(found) else key)
+        return Scan(total.hexdigest(), top, not_finite)
 
     layout = {key: tensor.to("meta") for key, tensor in tensors.items()}
 
     def read(name: str, rows: slice) -> Tensor:
         return tensors[name] if rows == slice(None) else tensors[name][rows]
 
-    return Adapter(source, config, layout, read, HASHING.submit(digest))
+    return Adapter(source, config, layout, read, READING.submit(scan))
 
 
-def _from_files(source: str) -> Adapter:
+def _from_files(source: str, hold: bool) -> Adapter:
     folder, revision = Path(source).expanduser(), None
     if not folder.is_dir():
         if (found := from_hub(source, (CONFIG_FILE, WEIGHTS_FILE))) is None:
@@ -263,25 +254,23 @@ def _from_files(source: str) -> Adapter:
         return AdapterError(f"{weights} is corrupt or not a safetensors file ({error}); copy it again")
 
     try:
-        found_as = weights.stat()
-        file = safe_open(weights, "pt", backend="pread")  # not mapped: a file cut short is an error, not a crash
-        layout = {name: _meta(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        file = TensorFile(weights, hold)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise corrupt(error) from None
 
     def read(name: str, rows: slice) -> Tensor:
         try:
-            return file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
-        except (SafetensorError, OSError) as error:
+            return file.read(name, rows)
+        except OSError as error:
             raise corrupt(error) from None
 
-    digest = HASHING.submit(sha256_of_open, weights.open("rb"))
-    return Adapter(source, config, layout, read, digest, revision, (weights, found_as))
+    def scan() -> Scan:
+        try:
+            return file.scan()
+        except OSError as error:
+            raise corrupt(error) from None
 
-
-def _meta(view: Any) -> Tensor:
-    """A tensor of a file without its values; what is not floating-point is told by its kind only."""
-    return torch.empty(view.get_shape(), dtype=DTYPES.get(view.get_dtype(), torch.int64), device="meta")
+    return Adapter(source, config, file.layout, read, READING.submit(scan), revision, (weights, file.found_as))
 
 
 def _read_config(path: Path) -> LoraConfig:

@@ -38,7 +38,7 @@ from rsoups.adapters import (
     read_adapter,
 )
 from rsoups.lineage import SOUP_FILE, Ingredient, command, history_of, parents_of, published
-from rsoups.stacking import Blend, Kept, blocks_of, check_factors
+from rsoups.stacking import Blend, Kept, check_factors, pieces_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ _SUM_TOLERANCE = 1e-6  # λ in single precision still count as summing to 1
 class Soup:
     """An interpolation of adapters: an ordinary LoRA with its lineage.
 
-    Its tensors are made from the ingredients when they are asked for: by `save_pretrained` block by block, so that a soup that
+    Its tensors are made from the ingredients when they are asked for: by `save_pretrained` piece by piece, so that a soup that
     is only saved is never held; by `state_dict` all at once.
 
     Attributes:
@@ -152,7 +152,7 @@ class Soup:
         order = sorted(self.tensors, key=lambda name: (-self.tensors[name].dtype.itemsize, name))  # safetensors' own
         layout = {name: (tensor_files.NAMES[self.tensors[name].dtype], self.tensors[name].shape) for name in order}
         with whole_folder(folder, SOUP_FILE) as partial:
-            _, own = tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: blocks_of(self.tensors[name]))
+            _, own = tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: pieces_of(self.tensors[name]))
             deepcopy(self.config).save_pretrained(str(partial))
             manifest = self.lineage | {"sha256": own}
             (partial / SOUP_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -361,7 +361,10 @@ def interpolate(
     named = named_adapters(adapters)
     rows = weights_of(lambdas, len(named), normalize, extrapolate)
     named, rows = _flattened(named, rows, method)
-    read = {name: source if isinstance(source, Adapter) else read_adapter(source) for name, source in named.items()}
+    hold = len(rows) > 1
+    read = {
+        name: source if isinstance(source, Adapter) else read_adapter(source, hold) for name, source in named.items()
+    }
     check_compatible(read.values(), allow_base_mismatch)
     if method == "factors":
         check_factors(list(read.values()))
@@ -451,24 +454,9 @@ def _unused(name: str, outer: str, taken: Mapping[str, Any]) -> str:
 
 
 def _same(adapters: list[Adapter]) -> list[int]:
-    """For each adapter the first one that it equals. Weights are told apart by one tensor, and where that is the same by
-    their hashes, which take longer."""
-    found: list[int] = []
-    for i, adapter in enumerate(adapters):
-        name = next(iter(adapter.modules.values())).B
-        scalings = {path: module.scaling for path, module in adapter.modules.items()}
-
-        def equals(other: Adapter, name: str = name, scalings: dict = scalings, adapter: Adapter = adapter) -> bool:
-            return (
-                name in other.layout
-                and other.layout[name].shape == adapter.layout[name].shape
-                and scalings == {path: module.scaling for path, module in other.modules.items()}
-                and torch.equal(adapter.tensor(name), other.tensor(name))
-                and adapter.sha256 == other.sha256
-            )
-
-        found.append(next((j for j in range(i) if found[j] == j and equals(adapters[j])), i))
-    return found
+    """For each adapter the first one that it equals."""
+    known = [(a.sha256, {path: module.scaling for path, module in a.modules.items()}) for a in adapters]
+    return [known.index(one) for one in known]
 
 
 def _kept(adapters: list[Adapter], same: list[int], row: Sequence[float]) -> Kept:

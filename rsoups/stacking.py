@@ -1,6 +1,6 @@
 """The ways to interpolate: `exact` stacks the ingredients' factors, `svd` truncates the stack, `factors` averages them.
 
-What comes out are `Blend`s: tensors that are made block by block when they are asked for, from the ingredients' files, so
+What comes out are `Blend`s: tensors that are made piece by piece when they are asked for, from the ingredients' files, so
 that a soup can be saved without being held.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from rsoups import low_rank
 from rsoups._errors import AdapterError
 from rsoups.adapters import PREFIX, Adapter, LoraModule, for_inference
-from rsoups.tensor_files import is_finite, rows_of_blocks
+from rsoups.tensor_files import in_blocks, is_finite, rows_of_pieces
 
 _ONE_START = 0.5  # cosine of two ingredients' A above which they are taken to share their initialisation
 Kept = list[tuple[Adapter, float]]  # what a soup is made of: adapters that differ, with weights that are not 0
@@ -56,38 +56,42 @@ class Blend:
         """No magnitude in it is larger, but for rounding."""
         return math.fsum(abs(part.factor) * part.adapter.largest for part in self.parts)
 
-    def blocks(self) -> Iterator[Tensor]:
+    def pieces(self) -> Iterator[Tensor]:
         """The tensor, some rows at a time. Products and sums are in float64, rounded once."""
         return self.how(self)
 
     def tensor(self) -> Tensor:
         found = torch.empty(math.prod(self.shape), dtype=self.dtype)
         at = 0
-        for block in self.blocks():
-            found[at : at + block.numel()].copy_(block.reshape(-1))
-            at += block.numel()
+        for piece in self.pieces():
+            found[at : at + piece.numel()].copy_(piece.reshape(-1))
+            at += piece.numel()
         return found.view(self.shape)
 
 
-def blocks_of(tensor: Blend | Tensor) -> Iterable[Tensor]:
-    return tensor.blocks() if isinstance(tensor, Blend) else (tensor,)
+def pieces_of(tensor: Blend | Tensor) -> Iterable[Tensor]:
+    return tensor.pieces() if isinstance(tensor, Blend) else (tensor,)
 
 
 def _below(blend: Blend) -> Iterator[Tensor]:
     """Parts one below the other, their factors 1."""
     for part in blend.parts:
-        for block in part.adapter.blocks(part.name):
-            yield block.to(blend.dtype)
+        for piece in part.adapter.pieces(part.name):
+            if piece.dtype == blend.dtype:
+                yield piece
+            else:
+                yield _made(blend, [piece], lambda block: block)
 
 
 def _beside(blend: Blend) -> Iterator[Tensor]:
     """Parts side by side, along the second dimension, each times its factor."""
     widths = [part.adapter.layout[part.name].shape[1] for part in blend.parts]
-    rows = rows_of_blocks((blend.shape[0], max(widths)))
-    for blocks in zip(*(part.adapter.blocks(part.name, rows) for part in blend.parts), strict=True):
-        beside = torch.empty(len(blocks[0]), sum(widths), *blend.shape[2:], dtype=blend.dtype)
-        for to, block, part in zip(beside.split(widths, dim=1), blocks, blend.parts, strict=True):
-            to.copy_(block.double().mul_(part.factor))
+    rows = rows_of_pieces((blend.shape[0], sum(widths)))
+    for pieces in zip(*(part.adapter.pieces(part.name, rows) for part in blend.parts), strict=True):
+        beside = torch.empty(len(pieces[0]), sum(widths), *blend.shape[2:], dtype=blend.dtype)
+        for columns, piece, part in zip(beside.split(widths, dim=1), pieces, blend.parts, strict=True):
+            for to, block in in_blocks(columns, piece):
+                to.copy_(_times(block, part.factor))
         yield beside
 
 
@@ -96,11 +100,27 @@ def _summed(blend: Blend) -> Iterator[Tensor]:
     if not blend.parts:
         yield torch.zeros(blend.shape, dtype=blend.dtype)
         return
-    for blocks in zip(*(part.adapter.blocks(part.name) for part in blend.parts), strict=True):
-        total = blocks[0].double().mul_(blend.parts[0].factor)
+
+    def total(*blocks: Tensor) -> Tensor:
+        found = _times(blocks[0], blend.parts[0].factor)
         for block, part in zip(blocks[1:], blend.parts[1:], strict=True):
-            total.add_(block.double(), alpha=part.factor)
-        yield total.to(blend.dtype)
+            found.add_(block.double(), alpha=part.factor)
+        return found
+
+    for pieces in zip(*(part.adapter.pieces(part.name) for part in blend.parts), strict=True):
+        yield _made(blend, pieces, total)
+
+
+def _made(blend: Blend, pieces: Sequence[Tensor], of: Callable[..., Tensor]) -> Tensor:
+    """A piece of a blend, of the same pieces of its parts."""
+    made = torch.empty(pieces[0].shape, dtype=blend.dtype)
+    for to, *blocks in in_blocks(made, *pieces):
+        to.copy_(of(*blocks))
+    return made
+
+
+def _times(block: Tensor, factor: float) -> Tensor:
+    return block.to(torch.float64, copy=True).mul_(factor)
 
 
 def alone(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -197,10 +217,11 @@ def cosines_of_starts(adapters: Sequence[Adapter]) -> list[list[float]]:
         for shape in set(shapes.values()):
             those = [i for i in names if shapes[i] == shape]
             gram = torch.zeros(len(those), len(those))
-            for blocks in zip(*(adapters[i].blocks(names[i]) for i in those), strict=True):
-                rows = torch.stack([block.reshape(-1).float() for block in blocks])
-                for i, row in enumerate(rows):
-                    gram[i] += rows @ row
+            for pieces in zip(*(adapters[i].pieces(names[i]) for i in those), strict=True):
+                for blocks in in_blocks(*pieces):
+                    rows = torch.stack([block.reshape(-1).float() for block in blocks])
+                    for i, row in enumerate(rows):
+                        gram[i] += rows @ row
             grid = torch.meshgrid(torch.tensor(those), torch.tensor(those), indexing="ij")
             products[grid] += gram
             squares[grid] += gram.diagonal()[:, None]
@@ -248,7 +269,7 @@ def fitting(tensors: Mapping[str, Blend | Tensor]) -> Mapping[str, Blend | Tenso
     for name, tensor in tensors.items():
         if isinstance(tensor, Blend) and tensor.bound <= torch.finfo(tensor.dtype).max:
             continue
-        if not all(map(is_finite, blocks_of(tensor))):
+        if not all(map(is_finite, pieces_of(tensor))):
             raise AdapterError(f"the soup's tensor {name} does not fit into {tensor.dtype}: choose a wider dtype")
     return tensors
 

@@ -560,7 +560,7 @@ def test_numbers_are_those_of_float64_rounded_once_in_blocks_of_any_size(tmp_pat
     each = [load_file(folder / "adapter_model.safetensors") for folder in folders]
     for block, piece in ((2**15 - 1, 2**20), (70, 100), (7, 1), (33, 400)):
         monkeypatch.setattr("rsoups.tensor_files._BLOCK", block)
-        monkeypatch.setattr("rsoups.adapters._PIECE", piece)
+        monkeypatch.setattr("rsoups.tensor_files._PIECE", piece)
         soup = rsoups.interpolate(folders, row, method=method, dtype=dtype)
         soup.save_pretrained(tmp_path / "soup")
         saved = load_file(tmp_path / "soup" / "adapter_model.safetensors")
