@@ -330,8 +330,8 @@ def interpolate(
         adapters: N folders, Hub ids, PeftModels, tuples (PeftModel, adapter name) or Soups; or a dict of them by name. A
             Soup stands for its ingredients (one of method ``factors`` only in a soup of that method: elsewhere it is an
             adapter of its own).
-        lambdas: N weights, or a K × N matrix for a list of K soups (every ingredient is checked and hashed once). Uniform by
-            default.
+        lambdas: N weights, or a K × N matrix for a list of K soups. (Every ingredient is then read once, and kept in memory as
+            long as one of them is, unless it has more than 1 GiB.) Uniform by default.
         method: ``exact``: Σ λi·si·Bi·Ai as one LoRA of rank Σ ri. ``factors``: Σ λi·Ai and Σ λi·Bi apart, as the paper's
             code did: the rank stays, and it is right only for adapters from one initialisation (of others it warns). ``svd``:
             the best approximation of exact at `rank` (Eckart-Young), its relative error recorded.

@@ -33,6 +33,7 @@ _SIZES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 # for one another, operation after operation, costs many times the work.
 _BLOCK = 2**15 - 1
 _PIECE = 2**18  # numbers in a piece, which is read or written at once
+_HELD = 2**30  # bytes of a file at most that are kept
 _UNSYNCED = 2**23  # bytes, from which on the disk is set to work
 _UNHASHED = 8  # pieces at most that are held because their hash is behind
 
@@ -67,7 +68,7 @@ class TensorFile:
 
         Args:
             path: Of the file.
-            hold: Keep what `scan` reads, so that the file is read once.
+            hold: Keep what `scan` reads, so that the file is read once; no more than 1 GiB.
 
         Raises:
             OSError, ValueError, SafetensorError: It cannot be read, or is no safetensors file.
@@ -93,7 +94,8 @@ class TensorFile:
             name: torch.empty(kinds[name][1], dtype=DTYPES.get(kinds[name][0], torch.int64), device="meta")
             for name in self._places
         }
-        self._held = torch.empty(self.found_as.st_size - self._start if hold else 0, dtype=torch.uint8)
+        size = self.found_as.st_size - self._start
+        self._held = torch.empty(size if hold and size <= _HELD else 0, dtype=torch.uint8)
         self._holds = False
 
     def _bytes(self, at: int, count: int) -> bytearray:

@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import rsoups
 from rsoups.adapters import PREFIX, read_adapter
+from rsoups.tensor_files import TensorFile
 
 IDS = torch.tensor([[1, 5, 9, 30, 7], [1, 2, 40, 41, 42]])
 
@@ -350,6 +351,76 @@ def test_a_matrix_of_lambdas_gives_a_soup_for_each_row(two):
     uniform = rsoups.interpolate(two)
     assert uniform.lambdas == (0.5, 0.5)
     assert all(torch.equal(soups[1].state_dict[k], uniform.state_dict[k]) for k in uniform.state_dict)
+
+
+@pytest.mark.parametrize("method", ["exact", "factors", "svd"])
+def test_for_a_matrix_each_ingredient_is_read_once(tmp_path, monkeypatch, method):
+    folders = [tiny_adapter(tmp_path / str(i), seed=i) for i in range(3)]
+    one_start(folders)
+    rows = [[1, 0, 0], [0.5, 0.25, 0.25], [0, 0.5, 0.5]]
+    alone = [rsoups.interpolate(folders, row, method=method) for row in rows]
+    read, into = {}, TensorFile._read_into
+
+    def counted(file, data, at):
+        read[file] = read.get(file, 0) + len(data)
+        into(file, data, at)
+
+    monkeypatch.setattr(TensorFile, "_read_into", counted)
+    for i, soup in enumerate(soups := rsoups.interpolate(folders, rows, method=method)):
+        soup.save_pretrained(tmp_path / f"soup-{i}")
+    sizes = {file: file.found_as.st_size for file in read}
+    headers = {file: 2 * file._start for file in read}  # it is parsed, and hashed
+    assert len(read) == 3 and all(read[file] <= sizes[file] + headers[file] for file in read)
+    for soup, expected in zip(soups, alone, strict=True):
+        assert soup.lambdas == expected.lambdas and soup.ingredients == expected.ingredients
+        assert all(torch.equal(soup.state_dict[k], t) for k, t in expected.state_dict.items())
+    monkeypatch.setattr("rsoups.tensor_files._HELD", 1_000)  # as of ingredients that are too large to be kept
+    again = rsoups.interpolate(folders, rows, method=method)[1].state_dict
+    assert all(torch.equal(again[key], tensor) for key, tensor in alone[1].state_dict.items())
+
+
+@pytest.mark.parametrize("rows", [[0.5, 0.5], [[0.5, 0.5], [0.25, 0.75]]], ids=["streamed", "kept"])
+def test_tensors_may_begin_anywhere_in_the_file(two, rows):
+    """A header of any length, and tensors of several dtypes in any order: safetensors itself pads and sorts."""
+
+    def made():
+        soups = rsoups.interpolate(two, rows)
+        return [soup.state_dict for soup in ([soups] if isinstance(soups, rsoups.Soup) else soups)]
+
+    before = made()
+    path = two[0] / "adapter_model.safetensors"
+    tensors = load_file(path)
+    names = sorted(tensors)
+    tensors[names[1]] = tensors[names[1]].half()
+    header, data = {}, b""
+    for name in names:
+        raw = tensors[name].numpy().tobytes()
+        kind = "F16" if tensors[name].dtype == torch.float16 else "F32"
+        header[name] = {
+            "dtype": kind,
+            "shape": list(tensors[name].shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (3 - len(text) % 8 + 8 * (len(text) % 8 > 3))
+    assert len(text) % 2
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    for state, expected in zip(made(), before, strict=True):
+        for key, tensor in expected.items():
+            assert torch.allclose(state[key], tensor, atol=1e-3 if key == names[1] else 0, rtol=0), key
+
+
+def test_an_error_of_the_disk_is_told_wherever_it_comes(two, tmp_path, monkeypatch):
+    monkeypatch.setattr("rsoups.tensor_files._UNSYNCED", 100)
+
+    def failing(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", failing)
+    with pytest.raises(rsoups.OutputError, match="Input/output error"):
+        rsoups.interpolate(two).save_pretrained(tmp_path / "soup")
+    assert not (tmp_path / "soup").exists() and not list(tmp_path.glob(".*"))
 
 
 @settings(max_examples=25, deadline=None)
