@@ -355,7 +355,8 @@ class _Base:
 
     def fingerprint(self) -> str:
         """Load the weights. SHA-256 of the base's own: of each parameter its name, its shape and 16 values from all over it,
-        the same in float32 and in bfloat16. (A parameter that is kept elsewhere while unused, on disk say, is left out.)
+        the same in float32 and in bfloat16. (Left out are parameters that are kept elsewhere while unused, on disk say, and
+        the values of 4-bit ones on a CPU, which bitsandbytes packs anew when they are first used.)
         """
         import torch
 
@@ -364,7 +365,9 @@ class _Base:
         found = hashlib.sha256()
         with self._itself() as model:
             for name, parameter in model.named_parameters():
-                if not parameter.is_meta:
+                if parameter.dtype == torch.uint8 and parameter.device.type == "cpu":
+                    found.update(f"{name}\n".encode())
+                elif not parameter.is_meta:
                     values = parameter.detach().flatten()
                     some = values[:: max(1, len(values) // 16)][:16].to(torch.bfloat16)
                     found.update(f"{name} {tuple(parameter.shape)} {some.tolist()}\n".encode())
