@@ -223,6 +223,7 @@ def main() -> None:
                 **best,
                 **{f"peft / {ours}": best["peft"] / best[ours] for ours in ("rsoups", "rsoups without KL")},
                 "same texts": f"{same} of {len(by)}",
+                "different texts": len({(prompt, text) for (_, prompt), text in by.items()}),
             }
             if same < 0.97 * len(by):
                 raise SystemExit(f"{name}: only {same} of {len(by)} texts are the same")

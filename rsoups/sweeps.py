@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +43,7 @@ from rsoups.grids import largest_gap, simplex
 from rsoups.live import LiveSoup
 from rsoups.points import BASE, SOUP
 from rsoups.records import Key, Records, gather, model_key, pin, prepare
-from rsoups.scoring import FunctionReward, Reward, check_scores
+from rsoups.scoring import AveragedScores, FunctionReward, Reward, check_scores
 from rsoups.soup import weights_of
 from rsoups.tasks import fit_prompts, read_jsonl
 from rsoups.vllm_server import Server
@@ -179,7 +178,7 @@ def sweep(
 
 
 class _Run:
-    """The work of one process: items that no record holds yet, in batches; rewards are scored beside the generation."""
+    """The work of one process: items that no record holds yet, in batches, which are scored beside the generation."""
 
     start: Callable[[], Generator | Server]  # what answers, when there is something to be answered
 
@@ -202,7 +201,8 @@ class _Run:
             for name, reward in rewards.items()
         }
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="rsoups-scoring")
-        self._known: dict[tuple[int, str], dict[str, float]] = {}  # by prompt and response
+        self._classifiers = [name for name, reward in rewards.items() if isinstance(reward, (Reward, AveragedScores))]
+        self._scores: dict[tuple[int, str], dict[str, float]] = {}  # of what was said, by reward
         self._made: Generator | Server | None = None
 
     def __enter__(self) -> None:
@@ -239,52 +239,51 @@ class _Run:
         from tqdm.auto import tqdm
 
         self._made = generate = self._made or self.start()
-        turn = Lock() if generate.on_cpu else nullcontext()
-        waiting: deque[tuple[list[Item], list[Answer], list[Nats], Future[list[dict[str, float]]]]] = deque()
+        waiting: deque[tuple[list[Item], list[Answer], list[Nats], Future[None]]] = deque()
         shown = self._progress and self._processes.is_main
         with tqdm(total=len(items), unit="response", disable=not shown, desc="sweep") as bar:
 
             def record(most: int) -> None:
                 while waiting and (len(waiting) > most or waiting[0][-1].done()):
-                    batch, answers, nats, scores = waiting.popleft()
-                    records.append(list(map(self._record, batch, answers, nats, scores.result())))
+                    batch, answers, nats, scored = waiting.popleft()
+                    scored.result()
+                    records.append(list(map(self._record, batch, answers, nats)))
                     bar.update(len(batch))
 
+            # Models on the same cores are not run beside each other: their threads wait for one another, and a sweep takes a
+            # third longer. Functions, which may be waiting for a judge, are.
+            here = self._classifiers if generate.on_cpu else []
+            beside = [name for name in self._rewards if name not in here]
             for batch in generate.batches(items):
-                with turn:
-                    answers = generate(batch)
-                scores = self._scoring.submit(self._scores, batch, answers, turn)
-                with turn:
-                    nats = generate.nats(batch, answers)
-                waiting.append((batch, answers, nats, scores))
+                answers = generate(batch)
+                new = [key for key in dict.fromkeys(map(self._said, batch, answers)) if key not in self._scores]
+                self._scores |= {key: {} for key in new}  # what several models say to a prompt is scored once
+                scored = self._scoring.submit(self._score, new, beside)
+                nats = generate.nats(batch, answers)
+                self._score(new, here)
+                waiting.append((batch, answers, nats, scored))
                 record(_WAITING)
             record(0)
 
-    def _scores(
-        self, batch: list[Item], answers: list[Answer], turn: AbstractContextManager[Any]
-    ) -> list[dict[str, float]]:
-        """Each response's scores, by reward. What several models say to a prompt is scored once.
+    def _said(self, item: Item, answer: Answer) -> tuple[int, str]:
+        """What is scored: the prompt's place, and what rewards see of the response."""
+        return item.place, self._cut(answer.text)
 
-        Models that share the processor's cores take turns: two at once both wait for threads, and a sweep takes a quarter
-        longer. Functions, which may be waiting for a judge, are called beside the generation.
-        """
-        keys = [(item.place, self._cut(answer.text)) for item, answer in zip(batch, answers, strict=True)]
-        if new := [key for key in dict.fromkeys(keys) if key not in self._known]:
-            places, responses = zip(*new, strict=True)
-            prompts = [self._asked.prompts[place] for place in places]
-            columns = {name: [column[place] for place in places] for name, column in self._asked.columns.items()}
-            found = []
-            for reward in self._rewards.values():
-                with turn if isinstance(reward, Reward) else nullcontext():
-                    found.append(_scored(reward, prompts, list(responses), columns))
-            self._known |= {
-                key: dict(zip(self._rewards, each, strict=True)) for key, *each in zip(new, *found, strict=True)
-            }
-        return [self._known[key] for key in keys]
+    def _score(self, said: list[tuple[int, str]], names: Sequence[str]) -> None:
+        if not said:
+            return
+        places, responses = zip(*said, strict=True)
+        prompts = [self._asked.prompts[place] for place in places]
+        columns = {name: [column[place] for place in places] for name, column in self._asked.columns.items()}
+        for name in names:
+            scores = _scored(self._rewards[name], prompts, list(responses), columns)
+            for key, score in zip(said, scores, strict=True):
+                self._scores[key][name] = score
 
-    def _record(self, item: Item, answer: Answer, nats: Nats, scores: dict[str, float]) -> dict[str, Any]:
-        head = item.model.head
-        record = head | {"prompt": item.prompt, "response": self._cut(answer.text), "rewards": scores}
+    def _record(self, item: Item, answer: Answer, nats: Nats) -> dict[str, Any]:
+        head, said = item.model.head, self._said(item, answer)
+        scores = {name: self._scores[said][name] for name in self._rewards}
+        record = head | {"prompt": item.prompt, "response": said[1], "rewards": scores}
         record |= {"seed": self._seed, "sample": item.sample, "tokens": answer.tokens, **nats._asdict()}
         return {key: value for key, value in record.items() if value is not None or key in head}
 

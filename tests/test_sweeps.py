@@ -430,9 +430,9 @@ def test_what_several_models_say_alike_is_scored_and_read_by_the_base_once(two, 
             assert r["base_nll"] == by_model["soup", prompt, 1.0, 0.0]["base_nll"]
 
 
-def test_rewards_that_are_functions_are_called_beside_the_generation_and_models_in_turn(two, tmp_path, monkeypatch):
+def test_functions_are_called_beside_the_generation_and_models_on_the_cpu_after_it(two, tmp_path, monkeypatch):
     """A judge that answers only once the next batch was begun would wait for ever in a sweep that scores in turn."""
-    begun, call = [], decoding.Decoder.__call__
+    begun, threads, call, classify = [], set(), decoding.Decoder.__call__, rsoups.Reward.__call__
 
     def counted(self, *args):
         begun.append(threading.Event())
@@ -445,9 +445,17 @@ def test_rewards_that_are_functions_are_called_beside_the_generation_and_models_
             assert begun[0].wait(60), "the second batch was begun meanwhile"
         return [0.0] * len(responses)
 
+    def classified(self, *args):
+        threads.add(threading.current_thread())
+        return classify(self, *args)
+
     monkeypatch.setattr(decoding.Decoder, "__call__", counted)
-    run(two, tmp_path / "r.jsonl", {"judge": judge}, batch_tokens=60)
-    assert len(begun) > 2
+    monkeypatch.setattr(rsoups.Reward, "__call__", classified)
+    rewards = {"judge": judge, "coverage": rsoups.load_reward("coverage")}
+    run(two, tmp_path / "r.jsonl", rewards, batch_tokens=60)
+    assert len(begun) > 2 and threads == {threading.main_thread()}
+    for record in read_jsonl(tmp_path / "r.jsonl"):
+        assert list(record["rewards"]) == ["judge", "coverage"]
 
 
 def test_refinement_adds_points_where_the_front_has_gaps(two, tmp_path):
