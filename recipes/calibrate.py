@@ -24,7 +24,7 @@ from rsoups import RewardError, load_reward
 from rsoups._resources import load_rows, resolve
 from rsoups.function_rewards import check_columns, columns_read
 from rsoups.sampling import fast_sampling
-from rsoups.tasks import TASKS, Task, columns_of, custom_task
+from rsoups.tasks import TASKS, Task, columns_of, find_task
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=32, help="of the policy's samples")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new cards")
     args = parser.parse_args()
-    task = custom_task(args.dataset, args.template) if args.task == "custom" else TASKS[args.task]
+    task = find_task(args.task, args.dataset, args.template)
     arguments = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.arguments)}
     rewards = [load_reward(name, DEVICE, **arguments) for name in args.reward]
     if bare := [reward.name for reward in rewards if getattr(reward, "card", None) is None]:

@@ -46,7 +46,7 @@ from rsoups.hub import push_adapter, reserve
 from rsoups.lineage import fingerprint, settings_of, write_manifest
 from rsoups.ppo import reset_adapter
 from rsoups.scoring import reward_function
-from rsoups.tasks import TASKS, Task, columns_of, custom_task, fit_prompts, with_prefixes
+from rsoups.tasks import TASKS, Task, columns_of, find_task, fit_prompts, with_prefixes
 
 # A soup does not care how its ingredients were trained: same cards, tasks, adapters and outputs for each.
 ALGORITHMS = {"ppo": (PPOConfig, PPOTrainer), "grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
@@ -120,11 +120,7 @@ def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, GRPOConfig | 
 
 
 def task_of(script: ScriptArguments) -> Task:
-    if script.task != "custom":
-        return TASKS[script.task]
-    if script.dataset is None:
-        raise SystemExit("--task custom needs a --dataset")
-    return custom_task(script.dataset, script.template)
+    return find_task(script.task, script.dataset, script.template)
 
 
 def prompts(

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from trl import TrlParser
 
-from rsoups import DatasetError, load_reward, simplex, sweep, write_report
+from rsoups import load_reward, simplex, sweep, write_report
 from rsoups._resources import load_rows
 from rsoups.function_rewards import check_columns, columns_read
-from rsoups.tasks import TASKS, Task, columns_of, custom_task, read_jsonl
+from rsoups.tasks import TASKS, columns_of, find_task, read_jsonl
 
 
 @dataclass
@@ -76,16 +76,8 @@ def named(pairs: list[str]) -> dict[str, str]:
     return out
 
 
-def task_of(script: ScriptArguments) -> Task:
-    if script.task != "custom":
-        return TASKS[script.task]
-    if script.dataset is None:
-        raise DatasetError("--task custom needs a --dataset")
-    return custom_task(script.dataset, script.template)
-
-
 def main(script: ScriptArguments) -> None:
-    task, out = task_of(script), Path(script.output_dir)
+    task, out = find_task(script.task, script.dataset, script.template), Path(script.output_dir)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     loaded = {source: load_reward(source, device) for source in [*script.reward, *script.held_out_reward]}
     rewards = {reward.name: reward for reward in loaded.values()}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsoups import __version__
-from rsoups._errors import AdapterError, DatasetError, FrontError, OutputError, RewardError, RsoupsError
+from rsoups._errors import AdapterError, FrontError, OutputError, RewardError, RsoupsError
 from rsoups._resources import shipped
 from rsoups.cli_hub import add_commands
 
@@ -282,11 +282,9 @@ def _probe(args: argparse.Namespace) -> None:
 
 
 def _task(args: argparse.Namespace) -> Task:
-    from rsoups.tasks import TASKS, custom_task
+    from rsoups.tasks import find_task
 
-    if args.task not in {*TASKS, "custom"} or (args.task == "custom" and not args.dataset):
-        raise DatasetError(f"--task is one of {[*TASKS, 'custom']}, and custom needs a --dataset; got {args.task!r}")
-    return custom_task(args.dataset, args.template) if args.task == "custom" else TASKS[args.task]
+    return find_task(args.task, args.dataset, args.template)
 
 
 def _tasks(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from rsoups.adapters import Adapter, read_adapter
 from rsoups.front import Front
 from rsoups.scoring import load_reward
 from rsoups.sweeps import sweep
-from rsoups.tasks import TASKS, custom_task
+from rsoups.tasks import TASKS, find_task
 
 _RULE = re.compile(r"(?P<reward>\S+)\s*(?P<sign>>=|<=|>|<)\s*(?P<limit>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)")
 _HOLDS: dict[str, Callable[[float, float], bool]] = {
@@ -160,7 +160,7 @@ def run_suite(suite: Suite, source: Any, against: str | Path | None = None) -> l
     others = {_PARENT: read_adapter(parent)} if parent else {}
     checks = []
     for number, each in enumerate(suite.sets, 1):
-        task = TASKS[each.task] if each.task != "custom" else custom_task(str(each.dataset), each.template)
+        task = find_task(each.task, each.dataset, each.template)
         rows = load_rows(task, each.dataset, "test")
         prompts = list({repr(row["prompt"]): row["prompt"] for row in rows}.values())[: each.prompts]
         with TemporaryDirectory() as temporary:

@@ -180,6 +180,19 @@ def fit_prompts(prompts: list[_T], lengths: list[int], longest: int, policy: str
     return kept
 
 
+def find_task(name: str, dataset: str | None = None, template: str | None = None) -> Task:
+    """One of `TASKS` by its name; ``custom`` is `custom_task`.
+
+    Raises:
+        DatasetError: No such task, or a custom one without a dataset.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    if name != "custom" or not dataset:
+        raise DatasetError(f"--task is one of {[*TASKS, 'custom']}, and custom needs a --dataset; got {name!r}")
+    return custom_task(dataset, template)
+
+
 def custom_task(dataset: str, template: str | None = None) -> Task:
     """A task of the user's own: any dataset with a ``prompt``, or with the columns that a template names.
 

@@ -13,6 +13,7 @@ from rsoups.tasks import (
     TASKS,
     columns_of,
     custom_task,
+    find_task,
     first_sentence,
     fit_prompts,
     format_prompt,
@@ -260,3 +261,10 @@ def test_the_demos_prompts_do_not_leak_between_train_and_test():
     sets = [{frozenset(question_of(row["prompt"]).split(", ")) for row in rows} for rows in (train, test)]
     assert len(sets[0]) == len(train) == 4096 and len(sets[1]) == len(test) == 256
     assert not sets[0] & sets[1]
+
+
+def test_a_task_is_found_by_its_name():
+    assert find_task("concepts") is TASKS["concepts"] and find_task("custom", "x").name == "custom"
+    for name in ("custom", "concept"):
+        with pytest.raises(DatasetError, match=f"custom needs a --dataset; got '{name}'"):
+            find_task(name)
