@@ -56,8 +56,8 @@ def looks_of(front: Front) -> dict[Point, Look]:
 
 
 def beside_look(number: int) -> Look:
-    """Of all points of another front."""
-    return Look(_COLOURS[(number + 2) % 6], "circle")
+    """Of all points of another front; its colours are taken from the other end than those of models beside the soups."""
+    return Look(_COLOURS[5 - number % 6], "circle")
 
 
 def escaped(text: object) -> str:
