@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py                                      # the embedded policy, CPU cores, some minutes
     python benchmarks/sweep.py --shape llama7b --rounds 1           # a CUDA GPU: LLaMA-7b's shape, random weights, bf16
-    python benchmarks/sweep.py --prompts 16 --rounds 1 --paper_prompts 1                             # a dry run
+    python benchmarks/sweep.py --prompts 16 --rounds 1 --paper_prompts 1 --out /tmp                  # a dry run
 
 11 λ × 200 prompts × up to 32 tokens, two rewards:
 
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -44,12 +45,12 @@ BATCH = 64
 TOKENIZER = AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama"), padding_side="left")
 
 
-def base_model(shape: str) -> LlamaForCausalLM:
+def base_model(shape: str, layers: int) -> LlamaForCausalLM:
     if shape == "embedded":
         model = AutoModelForCausalLM.from_pretrained(resolve("rsoups/tiny-llama"), dtype=torch.float32)
         return model.to(DEVICE).eval()
     torch.manual_seed(0)
-    config = LlamaConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = LlamaConfig(num_hidden_layers=layers, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(DEVICE):
         model = LlamaForCausalLM(config).eval()
@@ -85,12 +86,14 @@ def responses(model: torch.nn.Module, prompts: list[str]) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def by_paper(shape: str, adapters: dict[str, Path], rewards: dict, prompts: list[str], measured: int) -> float:
+def by_paper(
+    load: Callable[[], LlamaForCausalLM], adapters: dict[str, Path], rewards: dict, prompts: list[str], measured: int
+) -> float:
     """Seconds that all prompts would take, from those of the first `measured` ones."""
     loading = answering = 0.0
     for row in GRID:
         start = time.perf_counter()
-        model = PeftModel.from_pretrained(base_model(shape), next(iter(adapters.values())), adapter_name="soup")
+        model = PeftModel.from_pretrained(load(), next(iter(adapters.values())), adapter_name="soup")
         others = [rsoups.interpolate([path]).state_dict for path in adapters.values()]
         averaged = {
             key: sum(weight * state[key] for weight, state in zip(row, others, strict=True)) for key in others[0]
@@ -220,6 +223,7 @@ def steps(base: LlamaForCausalLM, adapters: dict[str, Path], rows: int, rounds: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="embedded", choices=("embedded", "llama7b"))
+    parser.add_argument("--layers", type=int, default=32, help="of LLaMA-7b's 32")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--paper_prompts", type=int, default=4, help="of those, how many the paper's way answers")
     parser.add_argument("--rounds", type=int, default=3)
@@ -231,7 +235,8 @@ def main() -> None:
     results: dict = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     results |= {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", "prompts": len(prompts)}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        base = base_model(args.shape)
+        load = partial(base_model, args.shape, args.layers)
+        base = load()
         four = write_adapters(base, Path(folder), 4)
         two = dict(list(four.items())[:2])
         results["logits, apart from PEFT's"] = far = apart(base, two, prompts[:8])
@@ -265,7 +270,7 @@ def main() -> None:
             ratios = {f"{name} / peft": found[name] / found["peft"] for name in ("live 2", "live 4")}
             results["decode step, ms"][f"{count} rows"] = found | ratios
         del base
-        paper = by_paper(args.shape, two, rewards, prompts, args.paper_prompts)
+        paper = by_paper(load, two, rewards, prompts, args.paper_prompts)
         results["sweep"] |= {"paper": paper, "paper / rsoups": paper / results["sweep"]["rsoups"]}
     args.out.mkdir(exist_ok=True)
     (args.out / f"sweep-{args.shape}.json").write_text(json.dumps(results, indent=2) + "\n")
