@@ -6,10 +6,11 @@ that it fills batches by itself, they are its own, and its Δ is put into the ba
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from rsoups._errors import AdapterError
-from rsoups._resources import load_base, resolve
+from rsoups._resources import base_config, load_base, resolve
 from rsoups.adapters import Adapter
 from rsoups.decoding import Decoder, Prompt, Said, seed_of, uniforms
 from rsoups.live import LiveSoup
@@ -96,6 +97,62 @@ class Nats(NamedTuple):
 
     kl: float | None = None
     base_nll: float | None = None
+
+
+class Base:
+    """The base: its tokenizer at once, its weights when there is something to answer."""
+
+    def __init__(self, base: str | PreTrainedModel | LiveSoup, tokenizer: PreTrainedTokenizerBase | None):
+        from transformers import AutoTokenizer
+
+        self._base: Any = base
+        if isinstance(base, LiveSoup):
+            config, tokenizer = base.model.config, tokenizer or base.tokenizer
+            source = config.name_or_path
+        elif isinstance(base, str):
+            source, config = resolve(base), base_config(base)
+        else:
+            config, source = base.config, base.config.name_or_path
+        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        self.context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    def fingerprint(self) -> str:
+        """Load the weights. SHA-256 of the base's own: of each parameter its name, its shape and 16 values from all over it,
+        the same in float32 and in bfloat16. (Left out are parameters that are kept elsewhere while unused, on disk say, and
+        the values of 4-bit ones on a CPU, which bitsandbytes packs anew when they are first used.)
+        """
+        if isinstance(self._base, str):
+            self._base = _loaded(self._base)
+        found = hashlib.sha256()
+        with self._itself() as model:
+            for name, parameter in model.named_parameters():
+                if parameter.dtype == torch.uint8 and parameter.device.type == "cpu":
+                    found.update(f"{name}\n".encode())
+                elif not parameter.is_meta:
+                    values = parameter.detach().flatten()
+                    some = values[:: max(1, len(values) // 16)][:16].to(torch.bfloat16)
+                    found.update(f"{name} {tuple(parameter.shape)} {some.tolist()}\n".encode())
+        return found.hexdigest()
+
+    def _itself(self) -> AbstractContextManager[PreTrainedModel]:
+        """A context in which the loaded base is itself: of a live soup, not merged by another thread."""
+        if isinstance(live := self._base, LiveSoup):
+            return live._at(torch.zeros(1, len(live.names)))
+        return nullcontext(self._base)
+
+    def generator(
+        self,
+        adapters: Mapping[str, Adapter],
+        others: Mapping[str, Adapter],
+        method: str,
+        ensemble: bool,
+        **settings: Any,
+    ) -> Generator:
+        """What answers, on the weights that were loaded."""
+        base = self._base
+        places = places_of(base, adapters, others, method, ensemble)
+        model = base.model if isinstance(base, LiveSoup) else base
+        return Generator(model, self.tokenizer, places, **settings)
 
 
 class Generator:
@@ -311,7 +368,7 @@ def places_of(
     return AttachedPlaces(model, adapters, others)
 
 
-def base_here(name: str) -> PreTrainedModel:
+def _loaded(name: str) -> PreTrainedModel:
     """A base by folder, Hub id or ``rsoups/...``, on this process's GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     embedded = resolve(name) != name  # stored in half precision to be small, computed with in float32

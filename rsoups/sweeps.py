@@ -33,12 +33,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rsoups._errors import DatasetError, LambdasError, RewardError, RsoupsError
-from rsoups._resources import base_config, resolve
 from rsoups.adapters import Adapter, read_adapter
 from rsoups.checkpoints import only_run_in
 from rsoups.decoding import Prompt, encode
 from rsoups.front import Front
-from rsoups.generation import Answer, Generator, Item, Model, Nats, base_here, places_of
+from rsoups.generation import Answer, Base, Generator, Item, Model, Nats
 from rsoups.grids import largest_gap, simplex
 from rsoups.live import LiveSoup
 from rsoups.points import BASE, SOUP
@@ -133,7 +132,7 @@ def sweep(
     method = live.method if live else method
     beside = {name: _read(source) for name, source in (others or {}).items()}
     _check_names(rewards, beside, held_out)
-    opened = _Base(base, tokenizer)
+    opened = Base(base, tokenizer)
     asked = _Asked.of(prompts, columns, opened, max_new_tokens, long_prompts)
     models = [Model(BASE)]
     models += [Model(SOUP, dict(zip(ingredients, row, strict=True)), method) for row in grid]
@@ -310,7 +309,7 @@ class _Asked:
         cls,
         prompts: Sequence[Prompt],
         columns: Mapping[str, Sequence[Any]] | None,
-        opened: _Base,
+        opened: Base,
         new: int,
         policy: str,
     ) -> _Asked:
@@ -333,66 +332,6 @@ class _Asked:
             logger.warning("%d of %d prompts dropped: too long", len(prompts) - len(places), len(prompts))
         kept = {name: [column[place] for place in places] for name, column in columns.items()}
         return cls([prompts[place] for place in places], [ids[place] for place in places], kept)
-
-
-class _Base:
-    """The base: its tokenizer at once, its weights when there is something to answer."""
-
-    def __init__(self, base: str | PreTrainedModel | LiveSoup, tokenizer: PreTrainedTokenizerBase | None):
-        from transformers import AutoTokenizer
-
-        self._base: Any = base
-        if isinstance(base, LiveSoup):
-            config, tokenizer = base.model.config, tokenizer or base.tokenizer
-            source = config.name_or_path
-        elif isinstance(base, str):
-            source, config = resolve(base), base_config(base)
-        else:
-            config, source = base.config, base.config.name_or_path
-        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-        self.context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-
-    def fingerprint(self) -> str:
-        """Load the weights. SHA-256 of the base's own: of each parameter its name, its shape and 16 values from all over it,
-        the same in float32 and in bfloat16. (Left out are parameters that are kept elsewhere while unused, on disk say, and
-        the values of 4-bit ones on a CPU, which bitsandbytes packs anew when they are first used.)
-        """
-        import torch
-
-        if isinstance(self._base, str):
-            self._base = base_here(self._base)
-        found = hashlib.sha256()
-        with self._itself() as model:
-            for name, parameter in model.named_parameters():
-                if parameter.dtype == torch.uint8 and parameter.device.type == "cpu":
-                    found.update(f"{name}\n".encode())
-                elif not parameter.is_meta:
-                    values = parameter.detach().flatten()
-                    some = values[:: max(1, len(values) // 16)][:16].to(torch.bfloat16)
-                    found.update(f"{name} {tuple(parameter.shape)} {some.tolist()}\n".encode())
-        return found.hexdigest()
-
-    def _itself(self) -> AbstractContextManager[PreTrainedModel]:
-        """A context in which the loaded base is itself: of a live soup, not merged by another thread."""
-        import torch
-
-        if isinstance(live := self._base, LiveSoup):
-            return live._at(torch.zeros(1, len(live.names)))
-        return nullcontext(self._base)
-
-    def generator(
-        self,
-        adapters: Mapping[str, Adapter],
-        others: Mapping[str, Adapter],
-        method: str,
-        ensemble: bool,
-        **settings: Any,
-    ) -> Generator:
-        """What answers, on the weights that were loaded."""
-        base = self._base
-        places = places_of(base, adapters, others, method, ensemble)
-        model = base.model if isinstance(base, LiveSoup) else base
-        return Generator(model, self.tokenizer, places, **settings)
 
 
 class _Processes:
