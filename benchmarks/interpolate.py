@@ -11,7 +11,7 @@ right shapes, without memory), adds the weighted one and saves it. PEFT's svd fo
 ours are measured on one layer.
 
 Each measurement is a process of its own, timed inside after the imports, the files in the page cache. Written to
-benchmarks/results/interpolate.json: seconds, peak memory beyond the imports in MB; medians and ratios.
+benchmarks/results/interpolate.json: seconds, and memory at the work's peak beyond that before it, in MB; medians and ratios.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -159,12 +158,18 @@ def worker(args):
     )
     if args.worker == "rsoups":
         import rsoups.soup  # noqa: F401  (lazy otherwise)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
     started = time.perf_counter()
     work()
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "memory_mb": (peak - before) / 1024}))
+    print(json.dumps({"seconds": seconds, "memory_mb": resident("VmHWM") - before}))
+
+
+def resident(kind):
+    """Megabytes of this process now (VmRSS), or at its peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
 
 
 def measure(who, folders, method, rows=1):

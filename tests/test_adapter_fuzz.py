@@ -2,9 +2,9 @@
 
 import json
 import random
-import resource
 import shutil
 
+import memory
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -131,30 +131,33 @@ def fuzz(tmp_path, tries, seed):
     folder, out = tmp_path / "damaged", tmp_path / "out" / "soup"
     out.parent.mkdir()
     outcomes = {"soup": 0, "refused": 0}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for number in range(tries):
-        shutil.copytree(whole, folder)
-        damage(folder, rng)
-        try:
-            attempt(folder, good, out)
-            outcomes["soup"] += 1
-            shutil.rmtree(out)
-        except rsoups.RsoupsError as error:
-            assert len(str(error)) < 12_000
-            outcomes["refused"] += 1
-        except Exception as error:
-            kept = tmp_path / f"failed-{number}"
-            shutil.copytree(folder, kept, symlinks=True)
-            raise AssertionError(
-                f"seed {seed}, try {number}, kept in {kept}: {type(error).__name__}: {error}"
-            ) from error
-        assert list(out.parent.iterdir()) == [], "a partial output was left"
-        shutil.rmtree(folder)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+    def attempt_all():
+        for number in range(tries):
+            shutil.copytree(whole, folder)
+            damage(folder, rng)
+            try:
+                attempt(folder, good, out)
+                outcomes["soup"] += 1
+                shutil.rmtree(out)
+            except rsoups.RsoupsError as error:
+                assert len(str(error)) < 12_000
+                outcomes["refused"] += 1
+            except Exception as error:
+                kept = tmp_path / f"failed-{number}"
+                shutil.copytree(folder, kept, symlinks=True)
+                raise AssertionError(
+                    f"seed {seed}, try {number}, kept in {kept}: {type(error).__name__}: {error}"
+                ) from error
+            assert list(out.parent.iterdir()) == [], "a partial output was left"
+            shutil.rmtree(folder)
+
+    grown = memory.growth(attempt_all)
     assert grown < 200, f"memory grew by {grown:.0f} MB"
     assert outcomes["soup"] > tries / 20 and outcomes["refused"] > tries / 4, outcomes
 
 
+@memory.told
 @pytest.mark.filterwarnings("default")  # PEFT's words on odd configs
 def test_damaged_adapters_are_refused_or_right(tmp_path):
     fuzz(tmp_path, 3_000, seed=0)

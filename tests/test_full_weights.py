@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import memory
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -166,6 +167,7 @@ def test_integers_must_be_the_same(tmp_path):
     assert weights(average([folders[0]] * 2, None, tmp_path / "same"))["steps"].tolist() == [3, 4]
 
 
+@memory.told
 def test_memory_is_that_of_a_few_blocks(tmp_path):
     """Two models of 240 MB, in a process whose memory is limited by what the work adds to the imports."""
     for name in "ab":
@@ -174,12 +176,13 @@ def test_memory_is_that_of_a_few_blocks(tmp_path):
         tensors = {f"{i}": torch.full((5_000, 2_000), float(i)) for i in range(6)}
         save_file(tensors, tmp_path / name / "model.safetensors")
     code = """
-import resource, sys, tqdm.auto, rsoups.full_weights
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rsoups.full_weights.interpolate_checkpoints(sys.argv[1:3], None, sys.argv[3], progress=False)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+import sys, tqdm.auto, rsoups.full_weights
+from memory import growth
+average = rsoups.full_weights.interpolate_checkpoints
+print(growth(lambda: average(sys.argv[1:3], None, sys.argv[3], progress=False)))
 """
-    environment = {"PYTHONPATH": str(Path(rsoups.__file__).parent.parent), "PATH": "/usr/bin:/bin"}
+    places = f"{Path(rsoups.__file__).parent.parent}:{Path(__file__).parent}"
+    environment = {"PYTHONPATH": places, "PATH": "/usr/bin:/bin"} | memory.GIVEN_BACK
     command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("a", "b", "out"))]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr
