@@ -188,7 +188,9 @@ def front_chart(
     )
     axes = Axes(62, 42, width - 22, height - 62, x_limits, y_limits)
     body = [axes.frame(x, y)]
-    body += [axes.line(line, classes) for line, classes in zip(reach, ("band soup", "median soup"), strict=False)]
+    if reach:
+        band, median = reach
+        body += [axes.line(band, "band soup"), axes.line(median, "median soup")]
     looks, pareto = looks_of(front), set(front.pareto())
     joined = len(front.ingredients) == 2 and len(front.soups) > 1
     if joined:

@@ -35,6 +35,7 @@ _MERGED_TOKENS = 1_024
 _ALONE = 1 / 3  # of a batch, that the rows of one λ have to fill to be faster in batches of their own, merged
 _FREE = 0.6  # of a GPU's memory, for a batch
 Keep = Callable[[Tensor], None] | None
+_Key = tuple[int, tuple[int, ...]]  # a prompt's place, a response's tokens
 
 logger = logging.getLogger(__name__)
 
@@ -176,9 +177,7 @@ class Generator:
         self._decode = Decoder(model.eval(), tokenizer, temperature, max_new_tokens)
         self.on_cpu = model.device.type == "cpu"
         self._places, self._seed = placed, seed
-        self._read: dict[
-            tuple[int, tuple[int, ...]], tuple[float, float]
-        ] = {}  # log p by the base, of prompt and response
+        self._read: dict[_Key, tuple[float, float]] = {}  # by the base: log p, plain and as it was chosen
         self._tokens = _fitting(model) if batch_tokens == "auto" else int(batch_tokens)
 
     def batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
@@ -240,12 +239,22 @@ class Generator:
         said = [answer.said for answer in answers if answer.said]
         keys = [(item.place, tuple(one.ids)) for item, one in zip(batch, said, strict=True)]
         new = {key: (item.ids, one) for key, item, one in zip(keys, batch, said, strict=True) if key not in self._read}
-        read = self._decode.logps([ids for ids, _ in new.values()], [one for _, one in new.values()])
-        self._read |= zip(new, read, strict=True)
+        self._read |= zip(new, self._logps(list(new.values())), strict=True)
         return [
             Nats(0.0 if _is_base(item.model) else round(one.logp - chosen, 4), round(-plain, 4))
             for item, one, (plain, chosen) in zip(batch, said, map(self._read.__getitem__, keys), strict=True)
         ]
+
+    def _logps(self, responses: list[tuple[list[int], Said]]) -> list[tuple[float, float]]:
+        """Of responses to prompts (tokens) by the base; where memory does not hold them, in halves."""
+        try:
+            return self._decode.logps([prompt for prompt, _ in responses], [said for _, said in responses])
+        except RuntimeError as error:
+            if len(responses) == 1 or not should_reduce_batch_size(error):
+                raise
+        torch.cuda.empty_cache()
+        half = len(responses) // 2
+        return self._logps(responses[:half]) + self._logps(responses[half:])
 
     def close(self) -> None:
         """Leave the base as it was found."""
