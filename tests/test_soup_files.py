@@ -11,6 +11,7 @@ from pathlib import Path
 import memory
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_soup import one_start
 from tiny import tiny_adapter, tiny_llama
@@ -208,3 +209,13 @@ print(growth(lambda: [soup.save_pretrained(f"{tmp_path}/soup{{i + 3}}") for i, s
     assert (tmp_path / "soup3" / "adapter_model.safetensors").stat().st_size > 36 * 2**20
     exact, factors, held, matrix = map(float, run.stdout.splitlines())
     assert max(exact, factors, matrix) < 20 < 36 < held, run.stdout
+
+
+def test_live_models_are_read_as_their_files_are(two):
+    model = PeftModel.from_pretrained(tiny_llama(), two[0], adapter_name="first")
+    model.load_adapter(two[1], adapter_name="second")
+    live = rsoups.interpolate([(model, "first"), (model, "second")], [0.3, 0.7])
+    files = rsoups.interpolate(two, [0.3, 0.7])
+    assert all(torch.equal(live.state_dict[k], files.state_dict[k]) for k in files.state_dict)
+    with pytest.raises(rsoups.AdapterError, match="third"):
+        rsoups.interpolate([(model, "third")])
