@@ -232,7 +232,7 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     """What was set otherwise than by default in some dataclasses of flags; no tokens, no absolute paths."""
     found = {}
     for given in arguments:
-        for each in fields(given):
+        for each in (one for one in fields(given) if one.init):
             default = each.default_factory() if each.default_factory is not MISSING else each.default
             value = getattr(given, each.name)
             if value != default and each.name not in _UNTOLD and "token" not in each.name.split("_"):
