@@ -142,14 +142,15 @@ class PPOTrainer(GRPOTrainer):
             return self._generate_and_score_completions(generation_batch)
         passes = int(self.args.steps_per_generation or 1)
         if self._step % (passes * self.num_iterations) == 0 or self._buffered_inputs is None:
-            rollout = shuffle_sequence_dict(self._generate_and_score_completions(generation_batch))
+            rollout: Any = self._generate_and_score_completions(generation_batch)
+            rollout = shuffle_sequence_dict(rollout)
             self._buffered_inputs = self._rows_of_passes(rollout)
         return self._buffered_inputs[self._step % passes]
 
     def _rows_of_passes(self, rollout: dict[str, Any]) -> list[dict[str, Any]]:
         """A process's rows of each pass. Where processes take turns, its rows of the other steps have no tokens."""
         shares = self.args.shares
-        rows = split_tensor_dict(rollout, len(rollout["prompt_ids"]) // shares.per_device)
+        rows: list[dict[str, Any]] = split_tensor_dict(rollout, len(rollout["prompt_ids"]) // shares.per_device)
         if shares.turns == 1:
             return rows
         empty = [row | {"completion_mask": torch.zeros_like(row["completion_mask"])} for row in rows]

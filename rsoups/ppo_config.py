@@ -50,6 +50,8 @@ class Shares:
                 f"; {self.processes - self.mini_batch} of {self.processes} processes wait in each optimizer step: "
                 f"--mini_batch_size {self.processes} would use them all"
             )
+        if self.processes == 1:
+            return f"{self.rollout} responses, minibatches of {self.mini_batch}{passes}"
         return (
             f"{self.rollout} responses ({self.rollout // self.processes} on each of {self.processes} processes), "
             f"minibatches of {self.mini_batch} ({each}{passes}){waiting}"

@@ -76,7 +76,7 @@ def test_a_pickled_adapter_is_not_trained_on(tmp_path, bomb):
     command = [sys.executable, str(RECIPES / "ppo_reward.py"), "--config", str(CONFIGS / "embedded.yaml")]
     command += ["--adapter_name_or_path", str(bomb.parent), "--output_dir", str(tmp_path / "out")]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert run.returncode and "a pickle, which rsoups never opens" in run.stderr
+    assert run.returncode and "rsoups convert" in run.stderr
     assert not (tmp_path / "opened").exists()
 
 
