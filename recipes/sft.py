@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
+from rsoups._files import hub_commit
 from rsoups._resources import load_rows, resolve
 from rsoups.lineage import fingerprint, settings_of, write_manifest
 from rsoups.tasks import TASKS
