@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rsoups._cards import check_calibration
+from rsoups._cards import check_calibration, check_fields
 from rsoups._errors import RewardError
 
 _OF_CARDS = ("rsoups.text_checks", "rsoups.text_metrics")  # a YAML file is data: it does not choose what code runs
@@ -42,6 +42,7 @@ class FunctionCard:
     source: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self, f"reward card {self.name!r}")
         if not isinstance(self.arguments, Mapping):
             raise RewardError(f"reward card {self.name!r}: arguments is {self.arguments!r}, must be a mapping")
         if self.sign not in (1, -1):
