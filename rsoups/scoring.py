@@ -160,7 +160,7 @@ def is_adapter(source: str, revision: str) -> bool:
 
 
 class LoadedReward(Protocol):
-    """What `load_reward` returns, whatever its kind: prompts and responses in, one float each out.
+    """What `load_reward` returns, whatever its kind: prompts and responses in, one float each out (None: no opinion).
 
     Attributes:
         name: Of records, logs and plots.
@@ -170,7 +170,7 @@ class LoadedReward(Protocol):
     name: str
     columns: tuple[str, ...]
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]: ...
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[Any]: ...
 
 
 class Reward:
@@ -310,11 +310,19 @@ class Reward:
 
         rows = self.encode(["a", "a"], ["a", " ".join(["a b c d"] * 8)])
         with torch.inference_mode():
-            together = self._logits(rows).double()
-            alone = torch.cat([self._logits([row]) for row in rows]).double()
-        apart = float((together - alone).abs().max())
+            try:
+                alone = torch.cat([self._logits([row]) for row in rows]).double()
+            except Exception as error:
+                raise RewardError(
+                    f"reward {self.name!r}: {self.card.model or self.card.models!r} cannot read a text: "
+                    f"{str(error).partition(chr(10))[0]}"
+                ) from error
+            try:
+                apart = float((self._logits(rows).double() - alone).abs().max())
+            except Exception:  # BART, say, where its pad token is its end token too
+                apart = float("inf")
         exact = self._dtype == torch.float32
-        if exact and apart > _ROUNDING * max(1.0, float(alone.abs().max())):
+        if apart == float("inf") or (exact and apart > _ROUNDING * max(1.0, float(alone.abs().max()))):
             logger.info("reward %s: padding changes its scores, batches are of equal lengths", self.name)
             return True
         if not exact:
@@ -495,7 +503,7 @@ def load_reward(
 
 def reward_function(
     reward: Callable[..., Any], cut: Callable[[str], str], tokenizer: PreTrainedTokenizerBase | None = None
-) -> Callable[..., list[float]]:
+) -> Callable[..., list[float | None]]:
     """A reward in TRL's signature, ``f(prompts, completions, **columns)``, that sees what `cut` leaves of a response.
 
     Where the prompt holds the response's first words, it sees them too; with the policy's `tokenizer`, joined as the tokens
@@ -515,7 +523,7 @@ def reward_function(
         before, after = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (started, [*started, *ids]))
         return start + after[len(before) :]
 
-    def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         ids = columns.get("completion_ids") or [None] * len(prompts)
         rows = zip(prompts, completions, ids, strict=True)
         return scored(prompts, [cut(whole(*row)) for row in rows], **columns)
