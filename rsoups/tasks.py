@@ -108,6 +108,21 @@ def _part(part: Any) -> str | None:
     return part if isinstance(part, str) else None
 
 
+def template_kwargs(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Variables of a chat template (``enable_thinking``, say), of a JSON object or as they are; none where none are given.
+
+    Raises:
+        DatasetError: Not an object.
+    """
+    try:
+        found = json.loads(given) if isinstance(given, str) else given or {}
+    except ValueError:
+        found = None
+    if not isinstance(found, Mapping):
+        raise DatasetError(f"chat_template_kwargs is {given!r}, must be a JSON object such as {{\"enable_thinking\": false}}")
+    return dict(found)
+
+
 def prompt_of(value: Any) -> str | list[dict[str, str]]:
     """A dataset's prompt, checked: a text as it is, or messages as `messages_of` gives them.
 
