@@ -134,6 +134,31 @@ def prompt_of(value: Any) -> str | list[dict[str, str]]:
     return prompt
 
 
+def pair_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Question, chosen and rejected response of a preference pair, texts or messages.
+
+    The prompt may be a column of its own, or what both conversations begin with.
+
+    Raises:
+        DatasetError: A column is missing, or the two are not answers to one question.
+    """
+    if missing := [name for name in ("chosen", "rejected") if not row.get(name)]:
+        raise DatasetError(f"a preference pair has prompt, chosen and rejected; {missing} of {shown(dict(row))} are empty")
+    sides = [row["chosen"], row["rejected"]]
+    prompt = row.get("prompt")
+    if all(isinstance(side, str) for side in sides):
+        if not prompt:
+            raise DatasetError(f"the pair {shown(dict(row))} has no prompt: give it as a column, or write messages")
+        return question_of(prompt), sides[0], sides[1]
+
+    (*asked, chosen), (*asked_too, rejected) = map(messages_of, sides)
+    if asked != asked_too or {chosen["role"], rejected["role"]} != {"assistant"}:
+        raise DatasetError(f"chosen and rejected are not two answers to one conversation: {shown(dict(row))}")
+    if isinstance(prompt, str) and not asked:
+        return question_of(prompt), chosen["content"], rejected["content"]
+    return question_of([*messages_of(prompt or []), *asked]), chosen["content"], rejected["content"]
+
+
 def shown(value: Any) -> str:
     """A value for an error message, shortened."""
     text = repr(value)
