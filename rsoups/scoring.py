@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from rsoups._cards import DTYPES, check_calibration, check_fields, made, read_card_file
 from rsoups._errors import RewardError, RsoupsError
-from rsoups._resources import resolve, shipped
+from rsoups._resources import from_safetensors, resolve, shipped, why_not
 from rsoups.function_rewards import FunctionCard, FunctionReward, check_scores, imported
 from rsoups.judge import Judge, JudgeCard
 from rsoups.reward_inputs import FIELD, FIELDS, batches, encode_pairs, encode_texts, filled, padded
@@ -244,7 +244,7 @@ class Reward:
                 raise RewardError(
                     f"{what}: it brings Python code of its own; read it, and allow it with trust_remote_code (in Python: =True)"
                 ) from None
-            raise RewardError(f"{what} (only safetensors are read, never a pickle): {error}") from error
+            raise RewardError(f"{what}: {why_not(source, self.card.revision) or error}") from error
         self._check_trained(missing)
         return model
 
@@ -252,9 +252,8 @@ class Reward:
         """A sequence classifier, and the names of those of its parameters that its files do not hold."""
         from transformers import AutoModelForSequenceClassification
 
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=self._dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+        load = AutoModelForSequenceClassification.from_pretrained
+        model, found = from_safetensors(load, source, dtype=self._dtype, output_loading_info=True, **options)
         return model, set(found["missing_keys"])
 
     def _with_adapter(self, source: str, options: dict[str, Any]) -> Any:
@@ -499,6 +498,19 @@ def load_reward(
     raise RewardError(
         f"no reward {text!r}; shipped cards: {sorted(known)}, or give a YAML card, a classifier's Hub id or module:function"
     )
+
+
+def models_of(source: str) -> list[tuple[str, str | None]]:
+    """Models and revisions that a reward will load, as far as its card or its name tells; errors as of `load_reward`."""
+    path = cards().get(source, Path(source))
+    if path.is_file():
+        card = read_card(path)
+        if not isinstance(card, RewardCard):
+            return []
+        if card.model is not None:
+            return [(card.model, card.revision)]
+        return [(model, revision or None) for model, _, revision in (name.partition("@") for name in card.models or ())]
+    return [(source, None)] if path.is_dir() or _HUB_ID.fullmatch(source) else []
 
 
 def reward_function(
