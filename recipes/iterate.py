@@ -39,6 +39,7 @@ from rsoups.lineage import MANIFEST_FILE, write_manifest
 from rsoups.points import Point
 from rsoups.ppo import reset_adapter
 from rsoups.sampling import fast_sampling
+from rsoups.scoring import rewards_by_name
 from rsoups.tasks import read_jsonl
 
 MINUS_KL = "-KL"  # as one more objective: of two models of one reward, that nearer the start is better
@@ -80,7 +81,7 @@ class Evaluator:
         elif not self.start.exists():
             self.save_start(lora)
         self.base.eval()
-        self.rewards = [rsoups.load_reward(name) for name in args.reward]
+        self.rewards = list(rewards_by_name({name: rsoups.load_reward(name) for name in args.reward}).values())
 
     def save_start(self, lora) -> None:
         """A fresh adapter, which changes nothing yet."""
@@ -212,6 +213,8 @@ def table(front: rsoups.Front, rewards: list[str]) -> str:
 def main() -> None:
     args, flags = parse()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if len({Path(reward).stem for reward in args.reward}) < len(args.reward):  # each names the folder of its runs
+        raise rsoups.RewardError(f"two rewards of {args.reward} end alike: give their cards other file names")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     evaluator = Evaluator(args, flags)
     if not {"--config", "--model_name_or_path"} & set(flags):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ from rsoups.charts import (
     ternary_chart,
     told_of_reach,
 )
+from rsoups.comparison import Comparison
+from rsoups.estimates import Estimate
 from rsoups.front import MORL, Front
+from rsoups.notes import not_checked, trained_on_of
 from rsoups.plots import draw_front
 from rsoups.points import Choice, Point, prompt_key
 from rsoups.tasks import question_of
@@ -74,15 +78,15 @@ def write_report(
     """
     import matplotlib
 
-    others = dict(others or {})
-    told = sentences(front, reference, others)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "rsoups"}):
-        draw_front(front).savefig(folder / "front.png", dpi=160)
+    others, folder = dict(others or {}), Path(folder)
     beside = folder / "records.settings.json"
     if settings is None and beside.is_file():
         settings = json.loads(beside.read_text(encoding="utf-8"))
+    front.trained_on |= trained_on_of(settings or {})
+    told = sentences(front, reference, others)
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "rsoups"}):
+        draw_front(front).savefig(folder / "front.png", dpi=160)
     page = _Page(front, _texts(records), others, settings or {})
     (folder / "report.md").write_text(_markdown(front, told), encoding="utf-8")
     (folder / "report.html").write_text(page.html(told), encoding="utf-8")
@@ -92,30 +96,61 @@ def write_report(
 def sentences(front: Front, reference: Mapping[str, float] | None, others: Mapping[str, Front]) -> list[str]:
     """What there is to say, in words with figures: the chord, hypervolume, MORL, other fronts."""
     found = _chord_sentences(front)
-    if reference is None:
-        return found
-    found.append(f"Hypervolume of the {'soups' if front.soups else 'points'}: {front.hypervolume(reference)}.")
-    if front.soups and any(p.name.lower().startswith(MORL.lower()) for p in front.others):
-        found.append(_advantage_sentence(front, reference))
-    for name, other in others.items():
-        result = front.compare(other, reference)
-        found.append(
-            f"Against {name} ({result.prompts or 'no'} common prompts): {result.gain} more hypervolume; IGD+ to its "
-            f"front {result.igd_plus[0]}, of it to this front {result.igd_plus[1]}; {result.coverage[0].value:.0%} of its "
-            f"points are equalled or beaten here, {result.coverage[1].value:.0%} of these by it."
-        )
-    return found
+    if reference is not None:
+        found.append(f"Hypervolume of the {'soups' if front.soups else 'points'}: {front.hypervolume(reference)}.")
+        if front.soups and any(p.name.lower().startswith(MORL.lower()) for p in front.others):
+            found.append(_advantage_sentence(front, reference))
+        found += [_against(name, front.compare(other, reference)) for name, other in others.items()]
+    found += _choice_sentences(front)
+    return found + list(filter(None, [not_checked(front)]))
+
+
+def _against(name: str, result: Comparison) -> str:
+    return (
+        f"Against {name} ({result.prompts or 'no'} common prompts): {result.gain} more hypervolume; IGD+ to its "
+        f"front {result.igd_plus[0]}, of it to this front {result.igd_plus[1]}; {result.coverage[0].value:.0%} of its "
+        f"points are equalled or beaten here, {result.coverage[1].value:.0%} of these by it."
+    )
 
 
 def _advantage_sentence(front: Front, reference: Mapping[str, float]) -> str:
+    """Soups against MORL; why not, where they cannot be compared."""
     try:
-        found, counted = front.advantage(reference), ", the ingredients among them"
-    except FrontError:  # an end was not evaluated
-        found, counted = front.advantage(reference, with_ends=False), ""
-    return (
-        f"Soups less MORL in hypervolume: {found.gain}; per PPO run spent, soups {found.per_run[0]} ({found.runs[0]} runs), "
-        f"MORL {found.per_run[1]} ({found.runs[1]} runs{counted})."
-    )
+        try:
+            found, counted = front.advantage(reference), ", the ingredients among them"
+        except FrontError:  # an end was not evaluated
+            found, counted = front.advantage(reference, with_ends=False), ""
+    except FrontError as error:
+        return f"Soups are not compared with MORL: {error}."
+    places = ", ".join(front.soups[place].label for place in found.places)
+    told = [
+        f"Soups ({found.runs[0]} runs) less MORL ({found.runs[1]} runs{counted}) in hypervolume, {len(found.places)} points "
+        f"each (the soups at {places}): {found.gain}{_verdict(found.gain)}."
+    ]
+    if found.utility and found.utility_of_all:
+        told.append(
+            "Expected utility over all preferences, the point chosen on one half of the prompts and told on the other: these "
+            f"soups less MORL {found.utility}{_verdict(found.utility)}; all {len(front.soups)} soups less MORL "
+            f"{found.utility_of_all}{_verdict(found.utility_of_all)}."
+        )
+    told.append(f"Hypervolume by PPO runs: {'. '.join(map(str, found.curve))}.")
+    return " ".join(told)
+
+
+def _verdict(gain: Estimate) -> str:
+    if gain.low is None:
+        return ""
+    return " (more)" if gain.is_above_zero else " (less)" if gain.is_below_zero else " (no clear difference)"
+
+
+def _choice_sentences(front: Front) -> list[str]:
+    """Which soup to take where nothing else is known: what is above the base in every reward."""
+    if front.base is None or not front.soups:
+        return []
+    try:
+        return [f"Best soup above the base: {front.select(above_base=True)}."]
+    except FrontError as error:
+        return [f"{error}."]
 
 
 def _chord_sentences(front: Front) -> list[str]:
@@ -141,12 +176,13 @@ def _texts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[
     """Records by model and prompt, the first of each."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for record in records:
-        found.setdefault(_key(record["name"], record["lambdas"]), {}).setdefault(prompt_key(record["prompt"]), record)
+        key = _key(record["name"], record["lambdas"], record["method"])
+        found.setdefault(key, {}).setdefault(prompt_key(record["prompt"]), record)
     return found
 
 
-def _key(name: str, lambdas: Mapping[str, float] | None) -> str:
-    return f"{name} {lambdas}"
+def _key(name: str, lambdas: Mapping[str, float] | None, method: str | None) -> str:
+    return f"{name} {lambdas} {method}"
 
 
 def _kept(front: Front) -> list[Point]:
@@ -333,24 +369,35 @@ class _Page:
         front = self._front
         if len(front.soups) < 2:
             return ""
+        rows = []
+        for words, choice in self._rules():
+            sure = ("" if share is None else f"{share:.0%}" for share in (choice.share, choice.above_base))
+            cells = [choice.point.label, *sure]
+            figures = [str(choice.point.estimate(reward)) for reward in front.rewards]
+            behind = [reward for reward in front.rewards if reward in choice.behind]
+            mark = f" <small>not above the base: {escaped(', '.join(behind))}</small>" if behind else ""
+            rows.append(
+                f'<tr><th scope="row">{escaped(words)}</th><td>{escaped(cells[0])}{mark}</td>'
+                f"{''.join(f'<td>{cell}</td>' for cell in cells[1:])}{''.join(map(_cell, figures))}</tr>"
+            )
+        legend = front.legend.removeprefix("model (").removesuffix(")")
+        head = ["if", legend, "same choice in", "above the base in", *front.rewards]
+        note = (
+            "“Same choice in”: the share of bootstrap draws over prompts that choose this λ. “Above the base in”: the share in "
+            "which it is above the base in every reward. <code>rsoups select</code> takes weights, limits and votes."
+        )
+        return _scrolled("Choices of λ", head, "".join(rows)) + f'<p class="note">{note}</p>'
+
+    def _rules(self) -> list[tuple[str, Choice]]:
+        """Choices by some rules, what is above the base first, where there is something."""
+        front = self._front
         rules: list[tuple[str, Choice]] = []
+        with suppress(FrontError):  # no base, or nothing above it: the sentences tell it
+            rules.append(("above the base in every reward", front.select(above_base=True)))
         if len(front.rewards) > 1:
             rules.append(("all rewards count alike", front.select(dict.fromkeys(front.rewards, 1.0))))
             rules.append(("the knee, where the front bends", front.select(knee=True)))
-        rules += [(f"most {reward}", front.select(maximise=reward)) for reward in front.rewards]
-        rows = []
-        for words, choice in rules:
-            sure = "" if choice.share is None else f"{choice.share:.0%}"
-            figures = "".join(_cell(str(choice.point.estimate(reward))) for reward in front.rewards)
-            rows.append(
-                f'<tr><th scope="row">{escaped(words)}</th><td>{escaped(choice.point.label)}</td><td>{sure}</td>{figures}</tr>'
-            )
-        head = ["if", front.legend.removeprefix("model (").removesuffix(")"), "same choice in", *front.rewards]
-        note = (
-            "“Same choice in”: the share of bootstrap draws over prompts that choose this λ. <code>rsoups select</code> takes "
-            "weights, limits and votes."
-        )
-        return _scrolled("Choices of λ", head, "".join(rows)) + f'<p class="note">{note}</p>'
+        return rules + [(f"most {reward}", front.select(maximise=reward)) for reward in front.rewards]
 
     def _figures(self) -> str:
         head, rows = _table(self._front)
@@ -397,7 +444,7 @@ class _Page:
         """A prompt with its texts: the kept ones are read without a script, the others unfolded, or chosen by it."""
 
         def column(point: Point) -> str:
-            record = self._texts[_key(point.name, point.lambdas)][prompt]
+            record = self._texts[_key(point.name, point.lambdas, point.method)][prompt]
             scores = "".join(
                 f"<span>{escaped(name)} {score:.2f}</span>" for name, score in sorted(record["rewards"].items())
             )
@@ -414,7 +461,8 @@ class _Page:
             else ""
         )
         row = "".join(column(point) for point in kept)
-        asked = self._texts[_key(self._shown[0].name, self._shown[0].lambdas)][prompt]["prompt"]
+        first = self._shown[0]
+        asked = self._texts[_key(first.name, first.lambdas, first.method)][prompt]["prompt"]
         return f'<article><h3>{escaped(question_of(asked))}</h3><div class="row">{row}</div>{more}</article>'
 
     def _named(self, point: Point) -> str:

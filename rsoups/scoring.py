@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -408,6 +408,26 @@ def load_reward(
     raise RewardError(
         f"no reward {text!r}; shipped cards: {sorted(known)}, or give a YAML card, a classifier's Hub id or module:function"
     )
+
+
+def rewards_by_name(loaded: Mapping[str, LoadedReward]) -> dict[str, LoadedReward]:
+    """Rewards by their names, none of them lost.
+
+    Args:
+        loaded: Rewards by what they were loaded from.
+
+    Raises:
+        RewardError: Two have one name.
+    """
+    sources: dict[str, str] = {}
+    for source, reward in loaded.items():
+        if reward.name in sources:
+            raise RewardError(
+                f"two rewards have the name {reward.name!r}, {sources[reward.name]} and {source}: "
+                "give each its own, in its card or as the function's name"
+            )
+        sources[reward.name] = source
+    return {name: loaded[source] for name, source in sources.items()}
 
 
 def reward_function(
