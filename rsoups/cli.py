@@ -354,9 +354,7 @@ def _report(args: argparse.Namespace) -> None:
         others=others,
         settings=_settings(args.records),
     )
-    print(front.to_markdown())
-    for sentence in [*front.notes, *told]:
-        print(f"- {sentence}")
+    print("\n".join([*front.notes, front.to_markdown(), *(f"- {sentence}" for sentence in told)]))
     print(args.out or args.records.parent)
 
 

@@ -84,8 +84,8 @@ class Choice:
         if self.above_base is not None:
             sure += f"; above the base in every reward in {self.above_base:.0%} of the draws"
         figures = ", ".join(f"{reward} {self.point.estimate(reward)}" for reward in self.point.mean)
-        behind = ", ".join(f"{reward} {gain}" for reward, gain in self.behind.items())
-        caution = f". Not above the base: {behind} less the base's" if behind else ""
+        behind = ", ".join(f"in {reward}, by {gain}" for reward, gain in self.behind.items())
+        caution = f". Not above the base {behind}" if behind else ""
         return f"{self.point.label} ({self.rule}{sure}): {figures}{caution}"
 
 

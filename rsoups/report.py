@@ -16,6 +16,8 @@ from rsoups._errors import FrontError
 from rsoups._resources import template
 from rsoups.charts import (
     BAND,
+    CHORD,
+    Look,
     beside_look,
     chord_chart,
     chord_scatter,
@@ -24,13 +26,14 @@ from rsoups.charts import (
     lambda_chart,
     looks_of,
     parallel_chart,
+    runs_chart,
     series_of,
     spider_chart,
     swatch,
     ternary_chart,
     told_of_reach,
 )
-from rsoups.comparison import Comparison
+from rsoups.comparison import Advantage, Comparison, Reach
 from rsoups.estimates import Estimate
 from rsoups.front import MORL, Front
 from rsoups.notes import not_checked, trained_on_of
@@ -83,23 +86,34 @@ def write_report(
     if settings is None and beside.is_file():
         settings = json.loads(beside.read_text(encoding="utf-8"))
     front.trained_on |= trained_on_of(settings or {})
-    told = sentences(front, reference, others)
+    found = _advantage(front, reference) if reference is not None else None
+    told = _sentences(front, reference, others, found)
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "rsoups"}):
         draw_front(front).savefig(folder / "front.png", dpi=160)
-    page = _Page(front, _texts(records), others, settings or {})
+    curve = found.curve if isinstance(found, Advantage) else ()
+    page = _Page(front, _texts(records), others, settings or {}, curve)
     (folder / "report.md").write_text(_markdown(front, told), encoding="utf-8")
     (folder / "report.html").write_text(page.html(told), encoding="utf-8")
     return told
 
 
 def sentences(front: Front, reference: Mapping[str, float] | None, others: Mapping[str, Front]) -> list[str]:
-    """What there is to say, in words with figures: the chord, hypervolume, MORL, other fronts."""
+    """What there is to say, in words with figures: the chord, hypervolume, MORL, other fronts, the choice of λ."""
+    return _sentences(front, reference, others, None if reference is None else _advantage(front, reference))
+
+
+def _sentences(
+    front: Front,
+    reference: Mapping[str, float] | None,
+    others: Mapping[str, Front],
+    advantage: Advantage | str | None,
+) -> list[str]:
     found = _chord_sentences(front)
     if reference is not None:
         found.append(f"Hypervolume of the {'soups' if front.soups else 'points'}: {front.hypervolume(reference)}.")
-        if front.soups and any(p.name.lower().startswith(MORL.lower()) for p in front.others):
-            found.append(_advantage_sentence(front, reference))
+        if advantage is not None:
+            found.append(advantage if isinstance(advantage, str) else _advantage_sentence(front, advantage))
         found += [_against(name, front.compare(other, reference)) for name, other in others.items()]
     found += _choice_sentences(front)
     return found + list(filter(None, [not_checked(front)]))
@@ -113,19 +127,25 @@ def _against(name: str, result: Comparison) -> str:
     )
 
 
-def _advantage_sentence(front: Front, reference: Mapping[str, float]) -> str:
-    """Soups against MORL; why not, where they cannot be compared."""
+def _advantage(front: Front, reference: Mapping[str, float]) -> Advantage | str | None:
+    """Soups against MORL; a sentence where they cannot be compared, and nothing where there is no MORL run."""
+    if not front.soups or not any(point.name.lower().startswith(MORL.lower()) for point in front.others):
+        return None
     try:
-        try:
-            found, counted = front.advantage(reference), ", the ingredients among them"
-        except FrontError:  # an end was not evaluated
-            found, counted = front.advantage(reference, with_ends=False), ""
+        return front.advantage(reference, with_ends=len(_alone(front)) == len(front.ingredients))
     except FrontError as error:
+        if set(reference) != set(front.rewards):
+            raise
         return f"Soups are not compared with MORL: {error}."
+
+
+def _advantage_sentence(front: Front, found: Advantage) -> str:
+    with_ends = len(found.places) > sum(point.name.lower().startswith(MORL.lower()) for point in front.others)
+    counted = ", the ingredients among them" if with_ends else ""
     places = ", ".join(front.soups[place].label for place in found.places)
     told = [
-        f"Soups ({found.runs[0]} runs) less MORL ({found.runs[1]} runs{counted}) in hypervolume, {len(found.places)} points "
-        f"each (the soups at {places}): {found.gain}{_verdict(found.gain)}."
+        f"Soups less MORL in hypervolume, {len(found.places)} points each: {found.gain}{_verdict(found.gain)}; "
+        f"soups at {places} ({found.runs[0]} runs), MORL ({found.runs[1]} runs{counted})."
     ]
     if found.utility and found.utility_of_all:
         told.append(
@@ -133,7 +153,13 @@ def _advantage_sentence(front: Front, reference: Mapping[str, float]) -> str:
             f"soups less MORL {found.utility}{_verdict(found.utility)}; all {len(front.soups)} soups less MORL "
             f"{found.utility_of_all}{_verdict(found.utility_of_all)}."
         )
-    told.append(f"Hypervolume by PPO runs: {'. '.join(map(str, found.curve))}.")
+    soups = ", ".join(f"{reach.soups.value:.3f} with {reach.runs}" for reach in found.curve if reach.soups)
+    others = ", ".join(
+        f"{reach.others.value:.3f} (at best {reach.best:.3f}) with {reach.runs}"
+        for reach in found.curve
+        if reach.others
+    )
+    told.append(f"Hypervolume by PPO runs: soups {soups}; MORL, the mean over choices of runs, {others}.")
     return " ".join(told)
 
 
@@ -243,7 +269,9 @@ class _Page:
         texts: Mapping[str, Mapping[str, Mapping[str, Any]]],
         others: Mapping[str, Front],
         settings: Mapping[str, Any],
+        curve: Sequence[Reach],
     ):
+        self._curve = curve
         self._front, self._texts, self._others, self._settings = front, texts, others, settings
         self._shown = [*front.others, *front.soups]
         self._models = {point: number for number, point in enumerate(self._shown)}
@@ -255,6 +283,7 @@ class _Page:
             ("chord", "Against the chord", self._chords()),
             ("triangle", "Over the triangle of λ", self._triangles()),
             ("rewards", "All rewards at once", self._all_rewards()),
+            ("runs", "Against the number of runs", self._runs()),
             ("drift", "Drift from the base", self._drift()),
             ("choices", "Which λ?", self._choices()),
             ("figures", "Figures", self._figures()),
@@ -291,12 +320,7 @@ class _Page:
             keys.insert(0, (swatch(looks[front.soups[0]]), f"soups{weighed}"))
             keys.append((swatch(looks[front.soups[0]], hollow=True), "hollow: beaten by another point"))
         if front.has_chord:
-            keys.append(
-                (
-                    '<svg class="swatch" viewBox="-8 -8 16 16" aria-hidden="true"><path class="chord" d="M-8,0H8"/></svg>',
-                    "chord",
-                )
-            )
+            keys.append((CHORD, "chord"))
         if front.has_band:
             keys.append((BAND, f"reach of the {'soups' if front.soups else 'points'} in 95% of draws"))
         for number, name in enumerate(self._others):
@@ -344,6 +368,20 @@ class _Page:
         text = "Each reward on its own scale, from the least to the largest of the models drawn; thin lines: the other soups."
         text += f" {left} more models are in the table." if left else ""
         return _figure(charts, text, keys)
+
+    def _runs(self) -> str:
+        if not self._curve:
+            return ""
+        keys = [
+            (swatch(Look("soup", "circle")), "soups"),
+            (swatch(Look("c1", "diamond")), "MORL, the mean over choices of runs"),
+        ]
+        keys.append((CHORD, "MORL, the best choice of runs"))
+        return _figure(
+            [runs_chart(self._curve)],
+            "Soups of some ingredients have any number of points for the price of these; here as many as there are MORL runs.",
+            keys,
+        )
 
     def _drift(self) -> str:
         front = self._front
