@@ -23,6 +23,7 @@ from rsoups import RewardError, load_reward
 from rsoups._resources import load_rows
 from rsoups.function_rewards import check_columns, columns_read
 from rsoups.probing import answers
+from rsoups.scoring import rewards_by_name
 from rsoups.tasks import TASKS, Task, columns_of, find_task, template_kwargs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,7 +83,8 @@ def main() -> None:
     args = parser.parse_args()
     task = find_task(args.task, args.dataset, args.template)
     arguments = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.arguments)}
-    rewards = [load_reward(name, DEVICE, **arguments) for name in args.reward]
+    named = rewards_by_name({name: load_reward(name, DEVICE, **arguments) for name in args.reward})
+    rewards = list(named.values())  # each becomes a card of its name
     if bare := [reward.name for reward in rewards if getattr(reward, "card", None) is None]:
         raise RewardError(f"{bare} are functions without a card: scale them yourself")
     rows = load_rows(task, args.dataset, args.split, args.rows, columns_read(rewards))

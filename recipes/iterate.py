@@ -40,7 +40,7 @@ from rsoups.function_rewards import check_columns, columns_read
 from rsoups.lineage import MANIFEST_FILE, write_manifest
 from rsoups.points import Point
 from rsoups.ppo import reset_adapter
-from rsoups.scoring import reward_function
+from rsoups.scoring import reward_function, rewards_by_name
 from rsoups.tasks import read_jsonl
 
 MINUS_KL = "-KL"  # as one more objective: of two models of one reward, that nearer the start is better
@@ -76,7 +76,7 @@ class Evaluator:
         self.name = model.model_name_or_path
         self.tokenizer = AutoTokenizer.from_pretrained(resolve(self.name), padding_side="left")
         room = self.base.config.get_text_config().max_position_embeddings - self.training.max_completion_length
-        self.rewards = [rsoups.load_reward(name) for name in args.reward]
+        self.rewards = list(rewards_by_name({name: rsoups.load_reward(name) for name in args.reward}).values())
         self.prompts, self.columns = self.held_out(room)
         if lora is None:
             self.base = self.base.unload()
@@ -233,6 +233,8 @@ def table(front: rsoups.Front, rewards: list[str]) -> str:
 def main() -> None:
     args, flags = parse()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if len({Path(reward).stem for reward in args.reward}) < len(args.reward):  # each names the folder of its runs
+        raise rsoups.RewardError(f"two rewards of {args.reward} end alike: give their cards other file names")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     evaluator = Evaluator(args, flags)
     if not {"--config", "--model_name_or_path"} & set(flags):

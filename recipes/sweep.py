@@ -19,19 +19,24 @@ import torch
 from trl import TrlParser
 
 from rsoups import load_reward, simplex, sweep, write_report
-from rsoups._resources import load_rows
+from rsoups._resources import load_rows, named_sources
 from rsoups.function_rewards import check_columns, columns_read
+from rsoups.scoring import rewards_by_name
 from rsoups.tasks import TASKS, columns_of, find_task, read_jsonl
 
 
 @dataclass
 class ScriptArguments:
-    adapters: list[str] = field(metadata={"help": "Ingredients, NAME=FOLDER or Hub id."})
+    adapters: list[str] = field(
+        metadata={"help": "Ingredients, NAME=FOLDER or NAME=HUB_ID; the last part of a bare one is its name."}
+    )
     reward: list[str] = field(metadata={"help": "Rewards: cards by name or path, module:function."})
     held_out_reward: list[str] = field(
         default_factory=list, metadata={"help": "Rewards that no ingredient was trained on, marked in the report."}
     )
-    model_name_or_path: str = field(default="rsoups/tiny-llama", metadata={"help": "Base."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base; the one that the adapters name if unset."}
+    )
     others: list[str] = field(
         default_factory=list,
         metadata={"help": "Further adapters to compare, NAME=FOLDER (MORL runs, say).", "aliases": ["--morl"]},
@@ -67,25 +72,16 @@ class ScriptArguments:
     output_dir: str = field(default="runs/sweep", metadata={"help": "Folder of the records and the report."})
 
 
-def named(pairs: list[str]) -> dict[str, str]:
-    """``NAME=SOURCE`` pairs as a dict; a bare source is named after its last part."""
-    out = {}
-    for pair in pairs:
-        name, separator, source = pair.partition("=")
-        out[name if separator else Path(pair).name] = source if separator else pair
-    return out
-
-
 def main(script: ScriptArguments) -> None:
+    adapters, others = named_sources(script.adapters, "adapters"), named_sources(script.others, "others")
     task, out = find_task(script.task, script.dataset, script.template), Path(script.output_dir)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     loaded = {source: load_reward(source, device) for source in [*script.reward, *script.held_out_reward]}
-    rewards = {reward.name: reward for reward in loaded.values()}
+    rewards = rewards_by_name(loaded)
     rows = load_rows(task, script.dataset, "test", kept=columns_read(loaded.values()))
     different = list({repr(row["prompt"]): row for row in reversed(rows)}.values())[::-1]
     columns = columns_of(different[: script.prompts])
     check_columns(list(loaded.values()), columns)
-    adapters = named(script.adapters)
     front = sweep(
         script.model_name_or_path,
         adapters,
@@ -94,7 +90,7 @@ def main(script: ScriptArguments) -> None:
         simplex(len(adapters), script.points, random=script.random, seed=script.seed),
         method=script.method,
         samples=script.samples,
-        others=named(script.others),
+        others=others,
         ensemble=script.ensemble,
         refine=script.refine,
         columns=columns,
@@ -110,8 +106,8 @@ def main(script: ScriptArguments) -> None:
         out=out / "records.jsonl",
     )
     if os.environ.get("RANK", "0") == "0":
-        write_report(front, read_jsonl(out / "records.jsonl"), out)
-        print(front.to_markdown())
+        told = write_report(front, read_jsonl(out / "records.jsonl"), out)
+        print("\n".join([*front.notes, front.to_markdown(), *(f"- {sentence}" for sentence in told)]))
 
 
 if __name__ == "__main__":

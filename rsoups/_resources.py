@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from rsoups._errors import CheckpointError, DatasetError, HubError
+from rsoups._errors import AdapterError, CheckpointError, DatasetError, HubError, RsoupsError
 from rsoups.tasks import read_csv, read_jsonl
 
 if TYPE_CHECKING:
@@ -214,3 +214,45 @@ def asset(name: str) -> str:
 def template(name: str) -> Template:
     """A page with $-placeholders, as it ships."""
     return Template(asset(name))
+
+
+def named_sources(given: Sequence[str], kind: str, error: type[RsoupsError] = AdapterError) -> dict[str, str]:
+    """``NAME=SOURCE`` texts as a dict, none of them lost.
+
+    Args:
+        given: A bare source is named by its last part, and by more of its path where others end alike.
+        kind: What they are, for the error.
+        error: Its type.
+
+    Raises:
+        RsoupsError: Two have one name, or a name or a source is empty.
+    """
+    pairs = [_pair(text) for text in given]
+    bare = [source for name, source in pairs if name is None]
+    found: dict[str, str] = {}
+    for text, (name, source) in zip(given, pairs, strict=True):
+        name = _short_name(source, bare) if name is None else name
+        if not name or not source:
+            raise error(f"{kind} {text!r} has no name or no source: write NAME=SOURCE")
+        if name in found:
+            raise error(
+                f"two {kind} have the name {name!r}, {found[name]} and {source}: give each its own, NAME=SOURCE"
+            )
+        found[name] = source
+    return found
+
+
+def _pair(text: str) -> tuple[str | None, str]:
+    """Name and source; the name is None where the text is a source alone."""
+    name, separator, source = text.partition("=")
+    return (None, text) if not separator or Path(text).exists() else (name.strip(), source)
+
+
+def _short_name(source: str, among: Sequence[str]) -> str:
+    """The last parts of a path, as many as tell it from the others, without a table's ending."""
+    parts = Path(source).parts
+    for count in range(1, len(parts) + 1):
+        if sum(Path(other).parts[-count:] == parts[-count:] for other in among) == 1:
+            break
+    name = "/".join(parts[-count:]) if parts else ""
+    return name.removesuffix(".jsonl").removesuffix(".csv")

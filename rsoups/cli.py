@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rsoups import __version__
 from rsoups._errors import AdapterError, FrontError, OutputError, RewardError, RsoupsError
-from rsoups._resources import shipped
+from rsoups._resources import named_sources, shipped
 from rsoups.cli_hub import add_commands
 
 if TYPE_CHECKING:
@@ -159,6 +159,9 @@ def _add_fronts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     select.add_argument("--subject_to", nargs="+", metavar="'REWARD >= 0.2'", help="limits of rewards, each in quotes")
     select.add_argument("--knee", action="store_true", help="where the front bends")
     select.add_argument("--votes", type=Path, help="votes.jsonl: what people chose between generations")
+    select.add_argument(
+        "--above_base", action="store_true", help="above the base in every reward; with --preference, its best by it"
+    )
     select.set_defaults(run=_select)
 
 
@@ -400,10 +403,7 @@ def _report(args: argparse.Namespace) -> None:
     from rsoups.tasks import read_jsonl
 
     front = _front(args.records)
-    others = {}
-    for given in args.other:
-        name, separator, path = given.rpartition("=")
-        others[name if separator else Path(path).stem] = _front(Path(path))
+    others = {name: _front(Path(path)) for name, path in named_sources(args.other, "other fronts", FrontError).items()}
     records = [] if args.records.suffix == ".csv" else read_jsonl(args.records)
     told = write_report(
         front,
@@ -413,26 +413,38 @@ def _report(args: argparse.Namespace) -> None:
         others=others,
         settings=_settings(args.records),
     )
-    print(front.to_markdown())
-    for sentence in [*front.notes, *told]:
-        print(f"- {sentence}")
+    print("\n".join([*front.notes, front.to_markdown(), *(f"- {sentence}" for sentence in told)]))
     print(args.out or args.records.parent)
 
 
 def _select(args: argparse.Namespace) -> None:
-    choice = _front(args.records).select(
+    front = _front(args.records)
+    choice = front.select(
         _figures(args.preference) if args.preference else None,
         maximise=args.maximise,
         subject_to=dict(_limit(text) for text in args.subject_to) if args.subject_to else None,
         knee=args.knee,
         votes=args.votes,
+        above_base=args.above_base,
     )
+    for note in front.notes:
+        print(note)
     print(f"{choice}  (all rewards maximised)")
+    if choice.behind:
+        print(_better(front))
     if choice.point.lambdas:
         adapters = _settings(args.records).get("adapters", {})
         found = [_source(args.records.parent, name, adapters.get(name)) for name in choice.point.lambdas]
         weights = " ".join(f"{weight:.6g}" for weight in choice.point.lambdas.values())
         print(f"rsoups interpolate {shlex.join(found)} --lambdas {weights} --out soup")
+
+
+def _better(front: Front) -> str:
+    """What is above the base in every reward, where a choice is not."""
+    try:
+        return f"Above the base in every reward (--above_base): {front.select(above_base=True)}"
+    except FrontError as error:
+        return f"{error}"
 
 
 def _settings(records: Path) -> dict[str, Any]:
@@ -475,7 +487,7 @@ def _explore(args: argparse.Namespace) -> None:
 
     if wrong := [pair for pair in args.adapters if "=" not in pair]:
         raise AdapterError(f"--adapters takes NAME=FOLDER or NAME=HUB_ID, got {wrong}")
-    models = {"base": args.base, "adapters": dict(pair.split("=", 1) for pair in args.adapters)}
+    models = {"base": args.base, "adapters": named_sources(args.adapters, "adapters")}
     if args.export:
         write_space(args.folder, args.export, **models)
         print(f"{args.export}\npublish it: hf upload user/name {args.export} . --repo-type space")

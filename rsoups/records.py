@@ -17,7 +17,7 @@ from rsoups._files import write_whole
 
 # Settings that records of one file have in common; the others tell where things came from, and may change.
 _SAME = ("ingredients", "rewards", "temperature", "max_new_tokens", "seed", "prompts", "columns", "cut", "server")
-_GROWING = ("others", "other_hashes", "adapters")  # a later call may add to these
+_GROWING = ("others", "other_hashes", "adapters", "trained_on")  # a later call may add to these
 _PINNED = ("base", "base_weights")  # `pin` tells them, who has seen the weights
 _BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # some readers take them for the end of a line
 Key = tuple[str, str, int]

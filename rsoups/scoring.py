@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -511,6 +511,26 @@ def models_of(source: str) -> list[tuple[str, str | None]]:
             return [(card.model, card.revision)]
         return [(model, revision or None) for model, _, revision in (name.partition("@") for name in card.models or ())]
     return [(source, None)] if path.is_dir() or _HUB_ID.fullmatch(source) else []
+
+
+def rewards_by_name(loaded: Mapping[str, LoadedReward]) -> dict[str, LoadedReward]:
+    """Rewards by their names, none of them lost.
+
+    Args:
+        loaded: Rewards by what they were loaded from.
+
+    Raises:
+        RewardError: Two have one name.
+    """
+    sources: dict[str, str] = {}
+    for source, reward in loaded.items():
+        if reward.name in sources:
+            raise RewardError(
+                f"two rewards have the name {reward.name!r}, {sources[reward.name]} and {source}: "
+                "give each its own, in its card or as the function's name"
+            )
+        sources[reward.name] = source
+    return {name: loaded[source] for name, source in sources.items()}
 
 
 def reward_function(

@@ -32,14 +32,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rsoups._errors import DatasetError, LambdasError, RewardError, RsoupsError
+from rsoups._errors import (
+    AdapterError,
+    DatasetError,
+    HubError,
+    LambdasError,
+    LineageError,
+    RewardError,
+    RsoupsError,
+)
 from rsoups.adapters import Adapter, read_adapter
 from rsoups.checkpoints import only_run_in
 from rsoups.decoding import Prompt, encode
 from rsoups.front import Front
 from rsoups.generation import Answer, Base, Generator, Item, Model, Nats
 from rsoups.grids import largest_gap, simplex
+from rsoups.lineage import manifest_of, pinned
 from rsoups.live import LiveSoup
+from rsoups.notes import trained_on_of
 from rsoups.points import BASE, SOUP
 from rsoups.records import Key, Records, gather, model_key, pin, prepare
 from rsoups.scoring import AveragedScores, FunctionReward, Reward, check_scores
@@ -57,7 +67,7 @@ logger = logging.getLogger(__name__)
 
 
 def sweep(
-    base: str | PreTrainedModel | LiveSoup,
+    base: str | PreTrainedModel | LiveSoup | None,
     adapters: Mapping[str, Any] | None,
     rewards: Mapping[str, Callable[..., Any]],
     prompts: Sequence[Prompt],
@@ -85,12 +95,14 @@ def sweep(
     """Evaluate every soup on every prompt with every reward.
 
     One copy of the base is loaded; soups, base and other adapters share its batches, each row with its own λ. A response's
-    random numbers depend on `seed`, its prompt and its sample alone: every model answers under the same ones, whatever the
-    batches are. Under `accelerate launch`, processes share the work. A sweep that finds records of its own in `out` goes on
-    after them, on the same base: its weights are compared.
+    random numbers depend on `seed`, its prompt and its sample alone: every model answers under the same ones. With other
+    batches, processes or interruptions the texts are the same, and KL and scores up to rounding. Under `accelerate launch`,
+    processes share the work. A sweep that finds records of its own in `out` goes on after them, on the same base: its weights
+    are compared.
 
     Args:
-        base: Model, folder, Hub id or ``rsoups/...``; or a LiveSoup, whose adapters are the ingredients.
+        base: Model, folder, Hub id or ``rsoups/...``; or a LiveSoup, whose adapters are the ingredients. With None it is the
+            base that the adapters name.
         adapters: Ingredients by name (folders, Hub ids, read Adapters); None with a LiveSoup.
         rewards: Rewards by name, each ``(prompts, responses, **columns) -> floats``, or without columns. What several models
             answer to a prompt alike is scored once.
@@ -121,7 +133,8 @@ def sweep(
 
     Raises:
         DatasetError: No prompts, the same one twice, too long ones; or responses that are all empty.
-        AdapterError, LambdasError: As `interpolate`; no λ at all; a name among `others` that is taken.
+        AdapterError, LambdasError: As `interpolate`; no λ at all; a name among `others` that is taken; no base, or adapters
+            that name several.
         RewardError: No rewards, one that raised, or a score that is not finite.
         ServerError: The server refuses or cannot be reached.
         OutputError: `out` holds records of another sweep or base, another process is at it, or it cannot be written.
@@ -131,7 +144,8 @@ def sweep(
     grid = _grid(lambdas, len(ingredients))
     method = live.method if live else method
     beside = {name: _read(source) for name, source in (others or {}).items()}
-    _check_names(rewards, beside, held_out)
+    _check_names(rewards, ingredients, beside, held_out)
+    base = own_base(ingredients) if base is None else base
     opened = Base(base, tokenizer)
     asked = _Asked.of(prompts, columns, opened, max_new_tokens, long_prompts)
     models = [Model(BASE)]
@@ -151,6 +165,8 @@ def sweep(
     about = {"held_out": list(held_out), "samples": samples, "method": method, **_provenance(base), **(notes or {})}
     for name, sources in (("adapters", ingredients), ("others", beside)):
         about[name] = {key: _told(source, Path(out).parent) for key, source in sources.items()}
+    trained_on = {name: _trained_on(adapter) for name, adapter in {**beside, **ingredients}.items()}
+    about["trained_on"] = {name: weights for name, weights in trained_on.items() if weights}
     processes = _Processes()
     run = _Run(models, asked, rewards, cut, samples, seed, Path(out), processes, progress)
 
@@ -368,6 +384,34 @@ def _ingredients(live: LiveSoup | None, adapters: Mapping[str, Any] | None) -> d
     return {name: _read(source) for name, source in adapters.items()}
 
 
+def own_base(adapters: Mapping[str, Adapter]) -> str:
+    """The base that adapters name.
+
+    Raises:
+        AdapterError: They name none, or several.
+    """
+    named = {name: adapter.config.base_model_name_or_path for name, adapter in adapters.items()}
+    found = {base for base in named.values() if base}
+    if len(found) > 1:
+        raise AdapterError(f"the adapters name different bases, {named}: say which one to sweep on")
+    if not found:
+        raise AdapterError(f"the adapters {list(adapters)} do not name their base: say which one to sweep on")
+    return str(found.pop())
+
+
+def _trained_on(adapter: Adapter) -> dict[str, float]:
+    """The rewards that an adapter's ``lineage.json`` names, with their weights; empty where it is not known."""
+    try:
+        manifest = manifest_of(pinned(str(adapter.source), adapter.revision))
+    except (HubError, LineageError) as error:
+        logger.warning("the lineage of %s is not known: %s", adapter.source, error)
+        return {}
+    if manifest is None or manifest.get("sha256") not in (None, adapter.sha256):
+        return {}
+    rewards = manifest.get("rewards") or []
+    return trained_on_of({"trained_on": {"it": {r.get("name"): r.get("weight", 1.0) for r in rewards}}}).get("it", {})
+
+
 def _grid(lambdas: Sequence[Sequence[float]] | None, count: int) -> list[list[float]]:
     """Checked λ, each once."""
     rows = simplex(count) if lambdas is None else [list(row) for row in lambdas]
@@ -376,12 +420,14 @@ def _grid(lambdas: Sequence[Sequence[float]] | None, count: int) -> list[list[fl
     return [list(row) for row in dict.fromkeys(tuple(row) for row in weights_of(rows, count, False, False))]
 
 
-def _check_names(rewards: Mapping[str, Any], others: Mapping[str, Any], held_out: Sequence[str]) -> None:
+def _check_names(
+    rewards: Mapping[str, Any], ingredients: Mapping[str, Any], others: Mapping[str, Any], held_out: Sequence[str]
+) -> None:
     if not rewards:
         raise RewardError("a sweep needs at least one reward")
     if unknown := set(held_out) - set(rewards):
         raise RewardError(f"held_out names {sorted(unknown)}, the rewards are {list(rewards)}")
-    if taken := {SOUP, BASE, ENSEMBLE} & set(others):
+    if taken := ({SOUP, BASE, ENSEMBLE} | set(ingredients)) & set(others):
         raise LambdasError(f"{sorted(taken)} among others: these names are taken, choose another")
 
 
