@@ -78,7 +78,9 @@ def main() -> None:
     parser.add_argument("--policy", help="score a sample of this model for each prompt, instead of a reference")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the policy's samples")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="of the policy's samples")
-    parser.add_argument("--chat_template_kwargs", help="JSON object: variables of the policy's chat template, as in training")
+    parser.add_argument(
+        "--chat_template_kwargs", help="JSON object: variables of the policy's chat template, as in training"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the new cards")
     args = parser.parse_args()
     task = find_task(args.task, args.dataset, args.template)

@@ -115,7 +115,9 @@ class Evaluator:
             with start.attached(self.base) as model:
                 kl = self.divergence(logits, self.logits(model.eval(), *seen), ids)
             columns = {name: values[at : at + BATCH] for name, values in self.columns.items()}
-            texts, scores = self.scored(asked, [[token for token in row if token >= 0] for row in ids.tolist()], columns)
+            texts, scores = self.scored(
+                asked, [[token for token in row if token >= 0] for row in ids.tolist()], columns
+            )
             scores[MINUS_KL] = [-x for x in kl]
             for i, (prompt, response) in enumerate(zip(asked, texts, strict=True)):
                 head = {"name": name, "lambdas": None, "method": None, "prompt": prompt, "response": response}

@@ -272,9 +272,7 @@ def _logp(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     return of_tokens - logits.exp_().sum(-1).double().log()
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any] | None = None
-) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any] | None = None) -> list[int]:
     """A prompt's tokens; of messages, by the tokenizer's chat template. All of rsoups reads prompts so.
 
     Args:

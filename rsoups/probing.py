@@ -328,7 +328,13 @@ def sample_of(
     else:
         asked = [row["prompt"] for row in found]
         texts = answers(
-            model, asked, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, device=device, template=template
+            model,
+            asked,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            device=device,
+            template=template,
         )
         responses = [task.cut(text) for text in texts]
     columns = columns_of(found)

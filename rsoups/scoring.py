@@ -155,7 +155,10 @@ def is_adapter(source: str, revision: str) -> bool:
 
     if find_adapter_config_file(source, revision=revision) is None:
         return False
-    quiet: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    quiet: dict[str, Any] = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
     return cached_file(source, "config.json", revision=revision, **quiet) is None
 
 
@@ -267,7 +270,9 @@ class Reward:
         base = soup.config.base_model_name_or_path
         if not base:
             raise RewardError(f"{source!r} is an adapter that does not name its base")
-        whole = {name.removeprefix(PREFIX): tensor.shape for name, tensor in soup.state_dict.items() if "lora_" not in name}
+        whole = {
+            name.removeprefix(PREFIX): tensor.shape for name, tensor in soup.state_dict.items() if "lora_" not in name
+        }
         heads = [shape[0] for shape in whole.values() if len(shape) == 2]
         options = options | {"revision": soup.config.revision or "main"} | ({"num_labels": min(heads)} if heads else {})
 

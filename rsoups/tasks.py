@@ -119,7 +119,9 @@ def template_kwargs(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, Mapping):
-        raise DatasetError(f"chat_template_kwargs is {given!r}, must be a JSON object such as {{\"enable_thinking\": false}}")
+        raise DatasetError(
+            f'chat_template_kwargs is {given!r}, must be a JSON object such as {{"enable_thinking": false}}'
+        )
     return dict(found)
 
 
@@ -143,7 +145,9 @@ def pair_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
         DatasetError: A column is missing, or the two are not answers to one question.
     """
     if missing := [name for name in ("chosen", "rejected") if not row.get(name)]:
-        raise DatasetError(f"a preference pair has prompt, chosen and rejected; {missing} of {shown(dict(row))} are empty")
+        raise DatasetError(
+            f"a preference pair has prompt, chosen and rejected; {missing} of {shown(dict(row))} are empty"
+        )
     sides = [row["chosen"], row["rejected"]]
     prompt = row.get("prompt")
     if all(isinstance(side, str) for side in sides):

@@ -39,7 +39,9 @@ def matches(pattern: str) -> CheckReward:
 def valid_json(keys: Sequence[str] = ()) -> CheckReward:
     """1 where the response is JSON (RFC 8259: no NaN) and, where `keys` are asked for, an object that has them; else 0."""
     if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
-        raise RewardError(f"valid_json: keys is {keys!r}, must be a list of texts, in quotes where YAML reads them otherwise")
+        raise RewardError(
+            f"valid_json: keys is {keys!r}, must be a list of texts, in quotes where YAML reads them otherwise"
+        )
 
     def score(response: str) -> float:
         try:
