@@ -19,10 +19,10 @@ import torch
 from trl import TrlParser
 
 from rsoups import load_reward, simplex, sweep, write_report
-from rsoups._resources import load_rows, named_sources
+from rsoups._resources import is_table, load_rows, named_sources
 from rsoups.function_rewards import check_columns, columns_read
 from rsoups.scoring import rewards_by_name
-from rsoups.tasks import TASKS, columns_of, find_task, read_jsonl
+from rsoups.tasks import TASKS, columns_of, find_task, read_jsonl, template_kwargs
 
 
 @dataclass
@@ -52,7 +52,21 @@ class ScriptArguments:
     dataset: str | None = field(
         default=None, metadata={"help": "JSONL file, folder or Hub id; the task's own if unset."}
     )
-    prompts: int = field(default=200, metadata={"help": "Test prompts."})
+    split: str = field(
+        default="test",
+        metadata={
+            "help": "Whose prompts: of one file, test is the last tenth, which ppo_reward.py holds out, and all is every row.",
+            "choices": ["test", "train", "all"],
+        },
+    )
+    allow_trained_prompts: bool = field(
+        default=False, metadata={"help": "Go on with prompts that an adapter was trained on; the report names it."}
+    )
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={"help": "JSON object: variables of the chat template; those of the adapters' training if unset."},
+    )
+    prompts: int = field(default=200, metadata={"help": "How many of them."})
     samples: int = field(default=1, metadata={"help": "Responses of each model to each prompt."})
     points: int = field(default=11, metadata={"help": "λ on each edge of the simplex."})
     random: int = field(default=0, metadata={"help": "So many λ more, drawn from the whole simplex."})
@@ -78,8 +92,10 @@ def main(script: ScriptArguments) -> None:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     loaded = {source: load_reward(source, device) for source in [*script.reward, *script.held_out_reward]}
     rewards = rewards_by_name(loaded)
-    rows = load_rows(task, script.dataset, "test", kept=columns_read(loaded.values()))
+    rows = load_rows(task, script.dataset, script.split, kept=columns_read(loaded.values()))
     different = list({repr(row["prompt"]): row for row in reversed(rows)}.values())[::-1]
+    if len(different) < script.prompts and is_table(task, script.dataset) and script.split == "test":
+        print(f"{len(different)} prompts: the part of {script.dataset} that is held out (--split all takes every row)")
     columns = columns_of(different[: script.prompts])
     check_columns(list(loaded.values()), columns)
     front = sweep(
@@ -99,6 +115,8 @@ def main(script: ScriptArguments) -> None:
         temperature=script.temperature,
         max_new_tokens=script.max_new_tokens,
         long_prompts=script.long_prompts,
+        chat_template_kwargs=None if (given := script.chat_template_kwargs) is None else template_kwargs(given),
+        allow_trained_prompts=script.allow_trained_prompts,
         batch_tokens=script.batch_tokens or "auto",
         server=script.server,
         seed=script.seed,

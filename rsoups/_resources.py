@@ -19,6 +19,7 @@ _PACKAGE = Path(__file__).parent
 _PREFIX = "rsoups/"
 _TABLES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 _MOST_HELD_OUT = 1_000  # prompts of one file
+LAST_TENTH = f"the last tenth of the file's different prompts, 1 to {_MOST_HELD_OUT:,}"  # as lineage.json tells it
 
 
 def shipped(folder: str) -> Path:

@@ -339,7 +339,8 @@ def respond(
             read = torch.tensor([[pad_id] * (longest - len(one)) + one for one in batch], device=model.device)
             mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in batch], device=model.device)
             with fast_sampling(model.device):
-                whole: Any = model.generate(input_ids=read, attention_mask=mask)
+                generate: Any = model.generate
+                whole = generate(input_ids=read, attention_mask=mask)
             said += [_ended(row, ends) for row in whole[:, longest:].tolist()]
     finally:
         model.generation_config = own

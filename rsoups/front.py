@@ -29,7 +29,7 @@ from rsoups.comparison import (
     with_utilities,
 )
 from rsoups.estimates import Estimate, Volume, checked_reference, means_with_draws, resampling
-from rsoups.notes import notes_of, trained_on_beside
+from rsoups.notes import notes_of, settings_beside, trained_on_of, trained_prompts_of
 from rsoups.points import (
     BASE,
     LAMBDA,
@@ -61,6 +61,7 @@ class Front:
         shares: Of each prompt in each bootstrap draw; None where there are no prompts to resample.
         trained_on: By ingredient or other model, the rewards that it was trained on with their weights, as a sweep found them
             in ``lineage.json``.
+        trained_prompts: How many of the prompts each of these was trained on, where it was.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Front:
     ):
         self.points, self.rewards, self.prompts, self.shares = points, rewards, prompts, shares
         self.trained_on = trained_on or {}
+        self.trained_prompts: dict[str, int] = {}
 
     @classmethod
     def from_jsonl(cls, path: str | Path, seed: int = 0) -> Front:
@@ -82,7 +84,8 @@ class Front:
             FrontError: As `from_records`, no such file, or a line that is not JSON.
         """
         front = cls.from_records((record for _, record in json_lines(path, FrontError)), seed)
-        front.trained_on = trained_on_beside(Path(path))
+        settings = settings_beside(Path(path))
+        front.trained_on, front.trained_prompts = trained_on_of(settings), trained_prompts_of(settings)
         return front
 
     @classmethod

@@ -20,6 +20,11 @@ Weights = Mapping[str, float]
 def notes_of(front: Front) -> list[str]:
     """The notes, a sentence each; the most important first."""
     found = not_learned(front)
+    if front.trained_prompts:
+        told = ", ".join(f"{name} on {count}" for name, count in front.trained_prompts.items())
+        found.append(
+            f"Of the {len(front.prompts)} prompts, {told} were trained on: the figures are not of new prompts."
+        )
     if len(front.rewards) == 1:
         found.append(f"There is one reward only, {front.rewards[0]}: a trade-off needs two.")
     if len(front.points) == 1:
@@ -70,13 +75,19 @@ def trained_on_of(settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return told
 
 
-def trained_on_beside(records: Path) -> dict[str, dict[str, float]]:
-    """The same from the settings beside a records file; nothing where they are not there or not readable."""
+def trained_prompts_of(settings: Mapping[str, Any]) -> dict[str, int]:
+    """How many of a sweep's prompts each run was trained on, as the settings tell; what is no such thing is left out."""
+    found = settings.get("trained_prompts")
+    return {n: count for n, count in found.items() if type(count) is int} if isinstance(found, dict) else {}
+
+
+def settings_beside(records: Path) -> dict[str, Any]:
+    """The settings beside a records file; empty where they are not there or not readable."""
     try:
         settings = json.loads(records.with_suffix(".settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return trained_on_of(settings) if isinstance(settings, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _is_number(value: Any) -> bool:

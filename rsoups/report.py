@@ -36,7 +36,7 @@ from rsoups.charts import (
 from rsoups.comparison import Advantage, Comparison, Reach
 from rsoups.estimates import Estimate
 from rsoups.front import MORL, Front
-from rsoups.notes import not_checked, trained_on_of
+from rsoups.notes import not_checked, trained_on_of, trained_prompts_of
 from rsoups.plots import draw_front
 from rsoups.points import Choice, Point, prompt_key
 from rsoups.tasks import question_of
@@ -86,6 +86,7 @@ def write_report(
     if settings is None and beside.is_file():
         settings = json.loads(beside.read_text(encoding="utf-8"))
     front.trained_on |= trained_on_of(settings or {})
+    front.trained_prompts |= trained_prompts_of(settings or {})
     found = _advantage(front, reference) if reference is not None else None
     told = _sentences(front, reference, others, found)
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from rsoups._resources import from_safetensors, resolve, shipped, why_not
 from rsoups.function_rewards import FunctionCard, FunctionReward, check_scores, imported
 from rsoups.judge import Judge, JudgeCard
 from rsoups.reward_inputs import FIELD, FIELDS, batches, encode_pairs, encode_texts, filled, padded
-from rsoups.tasks import first_sentence, question_of, response_start
+from rsoups.tasks import first_sentence, messages_of, question_of, response_start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,7 @@ _INPUTS = ("pair", "reversed_pair")
 _AVERAGES = ("weights", "scores")
 _RESPONSES: dict[str, Callable[[str], str]] = {"whole": str, "first_sentence": first_sentence}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PLACE = "_place"  # column of a dataset: where a row's other columns are, in what `reward_function` is given
 _ROUNDING = 1e-3  # of float32 logits, in a batch and alone
 
 logger = logging.getLogger(__name__)
@@ -233,10 +234,11 @@ class Reward:
         from transformers import AutoTokenizer
 
         # Of "main", said aloud, transformers also looks for the conversion bot's safetensors where it holds a pickle only.
-        options = {"revision": self.card.revision or "main", "trust_remote_code": trust_remote_code}
+        revision = self.card.revision or "main"
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            if is_adapter(source, options["revision"]):
+            if is_adapter(source, revision):
                 return self._with_adapter(source, options)
             model, missing = self._classifier(source, options)
         except RsoupsError as error:
@@ -539,21 +541,30 @@ def rewards_by_name(loaded: Mapping[str, LoadedReward]) -> dict[str, LoadedRewar
 
 
 def reward_function(
-    reward: Callable[..., Any], cut: Callable[[str], str], tokenizer: PreTrainedTokenizerBase | None = None
+    reward: Callable[..., Any],
+    cut: Callable[[str], str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Mapping[str, Sequence[Any]] | None = None,
 ) -> Callable[..., list[float | None]]:
     """A reward in TRL's signature, ``f(prompts, completions, **columns)``, that sees what `cut` leaves of a response.
 
     Where the prompt holds the response's first words, it sees them too; with the policy's `tokenizer`, joined as the tokens
     say (a word that goes on has no space before it).
-    """
 
+    Args:
+        reward: A loaded reward, or a function.
+        cut: Response -> the part of it that counts.
+        tokenizer: The policy's.
+        data: Columns whose values the reward gets as they are, at the places that the dataset's column `PLACE` tells. (As
+            columns of the dataset Arrow would change them: all rows of one type, all dicts with the same keys.)
+    """
     scored = FunctionReward(reward)
 
     def whole(prompt: Any, completion: Any, ids: list[int] | None) -> str:
         if isinstance(completion, list):  # messages: a conversation's answer
-            return str(completion[-1]["content"])
+            return messages_of(completion)[-1]["content"]
         if not (start := response_start(prompt)):
-            return completion
+            return str(completion)
         if tokenizer is None or ids is None:
             return f"{start} {completion}"
         started = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -563,6 +574,8 @@ def reward_function(
     def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         ids = columns.get("completion_ids") or [None] * len(prompts)
         rows = zip(prompts, completions, ids, strict=True)
+        places = columns.pop(PLACE, [])
+        columns |= {name: [values[place] for place in places] for name, values in (data or {}).items()}
         return scored(prompts, [cut(whole(*row)) for row in rows], **columns)
 
     function.__name__ = scored.name

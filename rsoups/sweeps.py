@@ -35,9 +35,7 @@ import numpy as np
 from rsoups._errors import (
     AdapterError,
     DatasetError,
-    HubError,
     LambdasError,
-    LineageError,
     RewardError,
     RsoupsError,
 )
@@ -47,14 +45,15 @@ from rsoups.decoding import Prompt, encode
 from rsoups.front import Front
 from rsoups.generation import Answer, Base, Generator, Item, Model, Nats
 from rsoups.grids import largest_gap, simplex
-from rsoups.lineage import manifest_of, pinned
+from rsoups.lineage import Manifest
 from rsoups.live import LiveSoup
 from rsoups.notes import trained_on_of
 from rsoups.points import BASE, SOUP
 from rsoups.records import Key, Records, gather, model_key, pin, prepare
 from rsoups.scoring import AveragedScores, FunctionReward, Reward, check_scores
 from rsoups.soup import weights_of
-from rsoups.tasks import fit_prompts, read_jsonl
+from rsoups.tasks import fit_prompts, question_of, read_jsonl
+from rsoups.training_data import chat_template_of, check_trained, manifests_of
 from rsoups.vllm_server import Server
 
 if TYPE_CHECKING:
@@ -85,6 +84,8 @@ def sweep(
     temperature: float = 1.0,
     max_new_tokens: int = 32,
     long_prompts: str = "refuse",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    allow_trained_prompts: bool = False,
     batch_tokens: int | str = "auto",
     server: str | None = None,
     seed: int = 0,
@@ -120,6 +121,9 @@ def sweep(
         temperature: Of sampling, without top-k or top-p; 0 decodes greedily.
         max_new_tokens: Longest response, in tokens.
         long_prompts: Where prompts leave no room for a response in the context: ``refuse``, or ``drop`` them.
+        chat_template_kwargs: Variables of the chat template (``enable_thinking``, say) for prompts that are messages; by
+            default those that the adapters were trained with, as their manifests tell.
+        allow_trained_prompts: Go on where an adapter was trained on some of the prompts; the report names it.
         batch_tokens: Of a batch, padding included; halved where memory does not hold it.
         server: URL of a running vLLM server of this base, which answers instead (`rsoups.vllm_server`); records then have
             neither `kl` nor `base_nll`.
@@ -132,7 +136,8 @@ def sweep(
         The front of all records.
 
     Raises:
-        DatasetError: No prompts, the same one twice, too long ones; or responses that are all empty.
+        DatasetError: No prompts, the same one twice, one that asks nothing, too long ones; prompts that an adapter was trained
+            on; adapters that were trained with different chat_template_kwargs; or responses that are all empty.
         AdapterError, LambdasError: As `interpolate`; no λ at all; a name among `others` that is taken; no base, or adapters
             that name several.
         RewardError: No rewards, one that raised, or a score that is not finite.
@@ -147,7 +152,10 @@ def sweep(
     _check_names(rewards, ingredients, beside, held_out)
     base = own_base(ingredients) if base is None else base
     opened = Base(base, tokenizer)
-    asked = _Asked.of(prompts, columns, opened, max_new_tokens, long_prompts)
+    manifests = {name: manifests_of(adapter) for name, adapter in {**beside, **ingredients}.items()}
+    template = _template(chat_template_kwargs, manifests, prompts)
+    asked = _Asked.of(prompts, columns, opened, max_new_tokens, long_prompts, template)
+    trained = check_trained(manifests, asked.prompts, allow_trained_prompts)
     models = [Model(BASE)]
     models += [Model(SOUP, dict(zip(ingredients, row, strict=True)), method) for row in grid]
     models += [Model(name, other=name) for name in beside]
@@ -159,14 +167,16 @@ def sweep(
         "rewards": list(rewards),
         "prompts": _digest(asked.prompts),
         "columns": _digest(asked.columns),
+        "chat_template_kwargs": template,
         "server": server is not None,
         "cut": getattr(cut, "__qualname__", type(cut).__name__),
     }
     about = {"held_out": list(held_out), "samples": samples, "method": method, **_provenance(base), **(notes or {})}
     for name, sources in (("adapters", ingredients), ("others", beside)):
         about[name] = {key: _told(source, Path(out).parent) for key, source in sources.items()}
-    trained_on = {name: _trained_on(adapter) for name, adapter in {**beside, **ingredients}.items()}
+    trained_on = {name: _trained_on(found) for name, found in manifests.items()}
     about["trained_on"] = {name: weights for name, weights in trained_on.items() if weights}
+    about["trained_prompts"] = trained
     processes = _Processes()
     run = _Run(models, asked, rewards, cut, samples, seed, Path(out), processes, progress)
 
@@ -328,7 +338,10 @@ class _Asked:
         opened: Base,
         new: int,
         policy: str,
+        template: Mapping[str, Any],
     ) -> _Asked:
+        for prompt in prompts:
+            question_of(prompt)  # refuses what asks nothing
         different = {json.dumps(prompt) for prompt in prompts}
         if not prompts or len(different) != len(prompts):
             raise DatasetError(
@@ -338,7 +351,7 @@ class _Asked:
         for name, column in columns.items():
             if len(column) != len(prompts):
                 raise DatasetError(f"column {name!r} has {len(column)} values for {len(prompts)} prompts")
-        ids = [encode(opened.tokenizer, prompt) for prompt in prompts]
+        ids = [encode(opened.tokenizer, prompt, template) for prompt in prompts]
         if not all(ids):
             raise DatasetError(f"prompt {prompts[ids.index([])]!r} has no tokens")
         places = list(range(len(prompts)))
@@ -399,17 +412,19 @@ def own_base(adapters: Mapping[str, Adapter]) -> str:
     return str(found.pop())
 
 
-def _trained_on(adapter: Adapter) -> dict[str, float]:
-    """The rewards that an adapter's ``lineage.json`` names, with their weights; empty where it is not known."""
-    try:
-        manifest = manifest_of(pinned(str(adapter.source), adapter.revision))
-    except (HubError, LineageError) as error:
-        logger.warning("the lineage of %s is not known: %s", adapter.source, error)
-        return {}
-    if manifest is None or manifest.get("sha256") not in (None, adapter.sha256):
-        return {}
-    rewards = manifest.get("rewards") or []
+def _trained_on(manifests: Sequence[Manifest]) -> dict[str, float]:
+    """The rewards that an adapter's manifest names, with their weights; empty where it is not known."""
+    rewards = (manifests[0].get("rewards") or []) if manifests else []
     return trained_on_of({"trained_on": {"it": {r.get("name"): r.get("weight", 1.0) for r in rewards}}}).get("it", {})
+
+
+def _template(
+    given: Mapping[str, Any] | None, manifests: Mapping[str, Sequence[Manifest]], prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """Variables of the chat template: those given, or those that the adapters were trained with; none for texts."""
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return {}
+    return chat_template_of(manifests) if given is None else dict(given)
 
 
 def _grid(lambdas: Sequence[Sequence[float]] | None, count: int) -> list[list[float]]:
