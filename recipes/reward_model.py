@@ -4,10 +4,10 @@
     accelerate launch recipes/reward_model.py --config recipes/configs/embedded-coverage.yaml
 
 Rows are `prompt, chosen, rejected`, texts or messages; of messages, chosen and rejected may also begin with the prompt. The
-model reads tokenizer(question, response), the question taken out of the prompt as it is when the reward is used later, so that
-training and scoring see the same input. The loss is Bradley-Terry's (Ouyang et al. 2022, eq. 1). Ends with the pairwise accuracy
-on `--eval_dataset`. With `--use_peft` an adapter is written, which is a reward as a whole model is: `rsoups score --reward
-runs/reward ...`.
+model reads tokenizer(question, response), the question taken out of the prompt as it is when the reward is used later, so
+that training and scoring see the same input. The loss is Bradley-Terry's (Ouyang et al. 2022, eq. 1). Ends with the pairwise
+accuracy on `--eval_dataset`. With `--use_peft` an adapter is written, which is a reward as a whole model is: `rsoups score
+--reward runs/reward ...`.
 """
 
 import json

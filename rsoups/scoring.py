@@ -608,6 +608,7 @@ def named_failures(reward: Any) -> Any:
                 f"reward {name!r} returned {len(scores)} scores for {len(completions)} responses; the batch begins with "
                 f"prompt {prompts[0]!r}, response {completions[0]!r}"
             )
+        check_scores(name, scores, prompts, completions)
         return scores
 
     function.__name__ = name
