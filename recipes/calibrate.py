@@ -18,45 +18,32 @@ from statistics import fmean, pstdev
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rsoups import RewardError, load_reward
-from rsoups._resources import load_rows, resolve
+from rsoups._resources import load_rows
 from rsoups.function_rewards import check_columns, columns_read
-from rsoups.sampling import fast_sampling
-from rsoups.tasks import TASKS, Task, columns_of, find_task
+from rsoups.probing import answers
+from rsoups.scoring import rewards_by_name
+from rsoups.tasks import TASKS, Task, columns_of, find_task, template_kwargs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RESPONSE = "response that is scored"  # key of a row, beside the dataset's columns
 
 
 def of_people(rows: list[dict], task: Task, compared: bool) -> list[dict]:
     """The first reference of each row as its response; where it is compared with references, with the row's others."""
     least = 2 if compared else 1
     return [
-        row | {"response": task.cut(row["references"][0]), "references": row["references"][1:]}
+        row | {RESPONSE: task.cut(row["references"][0]), "references": row["references"][1:]}
         for row in rows
         if len(row["references"]) >= least
     ]
 
 
-@torch.inference_mode()
-def of_policy(rows: list[dict], task: Task, policy: str, temperature: float, longest: int) -> list[dict]:
-    """A sample of the policy as the response of each row."""
-    source = resolve(policy)
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    dtype = torch.float32 if source != policy else "auto"  # the embedded weights are stored in half precision
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True).to(DEVICE)
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "max_new_tokens": longest}
-    said = []
-    torch.manual_seed(0)
-    for start in range(0, len(rows), 64):
-        prompts = [row["prompt"] for row in rows[start : start + 64]]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to(DEVICE)
-        with fast_sampling(DEVICE):
-            ids = model.generate(**inputs, **drawn, pad_token_id=tokenizer.pad_token_id)
-        said += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [row | {"response": task.cut(text)} for row, text in zip(rows, said, strict=True)]
+def of_policy(rows: list[dict], task: Task, policy: str, **settings) -> list[dict]:
+    """A sample of the policy as the response of each row, as a sweep would draw it."""
+    said = answers(policy, [row["prompt"] for row in rows], device=DEVICE, **settings)
+    return [row | {RESPONSE: task.cut(text)} for row, text in zip(rows, said, strict=True)]
 
 
 def calibrated(reward, rows: list[dict], measured_on: str) -> dict:
@@ -69,8 +56,8 @@ def calibrated(reward, rows: list[dict], measured_on: str) -> dict:
         raise RewardError(f"reward {reward.name!r}: {len(rows)} {measured_on}, a deviation needs two at least")
     columns = columns_of(rows)
     check_columns([reward], columns)
-    card, prompts, responses = reward.card, columns.pop("prompt"), columns.pop("response")
-    raw = [score * card.std + card.mean for score in reward(prompts, responses, **columns)]
+    card, prompts, responses = reward.card, columns.pop("prompt"), columns.pop(RESPONSE)
+    raw = [score * card.std + card.mean for score in reward(prompts, responses, **columns) if score is not None]
     raw = [round(score, 12) for score in raw]  # what scaling leaves of equal scores is no deviation
     mean, std = fmean(raw), pstdev(raw)
     if not std:
@@ -86,23 +73,28 @@ def main() -> None:
     parser.add_argument("--task", required=True, choices=[*sorted(TASKS), "custom"])
     parser.add_argument("--dataset", help="file, folder or Hub id; the task's own if left out")
     parser.add_argument("--template", help="of a custom task's prompts")
-    parser.add_argument("--split", default="train", choices=("train", "test"))
+    parser.add_argument("--split", default="train", choices=("train", "test", "all"), help="all: of one file")
     parser.add_argument("--rows", type=int, default=1024, help="how many of them are scored")
     parser.add_argument("--policy", help="score a sample of this model for each prompt, instead of a reference")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the policy's samples")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="of the policy's samples")
+    parser.add_argument(
+        "--chat_template_kwargs", help="JSON object: variables of the policy's chat template, as in training"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the new cards")
     args = parser.parse_args()
     task = find_task(args.task, args.dataset, args.template)
     arguments = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.arguments)}
-    rewards = [load_reward(name, DEVICE, **arguments) for name in args.reward]
+    named = rewards_by_name({name: load_reward(name, DEVICE, **arguments) for name in args.reward})
+    rewards = list(named.values())  # each becomes a card of its name
     if bare := [reward.name for reward in rewards if getattr(reward, "card", None) is None]:
         raise RewardError(f"{bare} are functions without a card: scale them yourself")
     rows = load_rows(task, args.dataset, args.split, args.rows, columns_read(rewards))
     place = f"{args.task}, {Path(args.dataset or task.dataset).name}, {args.split}"
     if args.policy:
         measured_on = f"samples of {args.policy} at temperature {args.temperature:g} for the prompts of {place}"
-        rows = of_policy(rows, task, args.policy, args.temperature, args.max_new_tokens)
+        settings = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
+        rows = of_policy(rows, task, args.policy, template=template_kwargs(args.chat_template_kwargs), **settings)
     args.out.mkdir(parents=True, exist_ok=True)
     for reward in rewards:
         if args.policy:

@@ -125,12 +125,17 @@ def main() -> None:
 
 
 def choose(out: Path) -> Path:
-    """Save the soup that is best for someone who cares equally for all rewards."""
+    """Save the soup that is above the base in every reward, by equal weights on them; say it where there is none."""
     import rsoups
 
     front = rsoups.Front.from_jsonl(out / "records.jsonl")
-    best = front.select(dict.fromkeys(front.rewards, 1.0))
-    print(f"\n5/5  The best soup for equal weights on the rewards: {best}")
+    equal = dict.fromkeys(front.rewards, 1.0)
+    try:
+        best = front.select(equal, above_base=True)
+        print(f"\n5/5  The best soup above the base, by equal weights on the rewards: {best}")
+    except rsoups.FrontError as error:
+        best = front.select(equal)
+        print(f"\n5/5  {error}\n  Saved all the same, the best by equal weights on the rewards: {best}")
     lambdas = best.point.lambdas
     soup = rsoups.interpolate({name: out / f"ppo-{name}" for name in lambdas}, list(lambdas.values()))
     shutil.rmtree(out / "soup", ignore_errors=True)

@@ -30,15 +30,17 @@ from transformers import AutoTokenizer
 
 import rsoups
 from demo import train_all
+from ppo_reward import ASKED, policy, prompts, task_of
 from ppo_reward import parse as parse_ppo
-from ppo_reward import policy, prompts, task_of
 from rsoups._files import whole_folder
 from rsoups._resources import resolve
+from rsoups.decoding import encode, respond
 from rsoups.estimates import Estimate
+from rsoups.function_rewards import check_columns, columns_read
 from rsoups.lineage import MANIFEST_FILE, write_manifest
 from rsoups.points import Point
 from rsoups.ppo import reset_adapter
-from rsoups.sampling import fast_sampling
+from rsoups.scoring import reward_function, rewards_by_name
 from rsoups.tasks import read_jsonl
 
 MINUS_KL = "-KL"  # as one more objective: of two models of one reward, that nearer the start is better
@@ -74,13 +76,22 @@ class Evaluator:
         self.name = model.model_name_or_path
         self.tokenizer = AutoTokenizer.from_pretrained(resolve(self.name), padding_side="left")
         room = self.base.config.get_text_config().max_position_embeddings - self.training.max_completion_length
-        self.prompts = list(dict.fromkeys(prompts(self.script, self.training, self.tokenizer, room)[1]["prompt"]))
+        self.rewards = list(rewards_by_name({name: rsoups.load_reward(name) for name in args.reward}).values())
+        self.prompts, self.columns = self.held_out(room)
         if lora is None:
             self.base = self.base.unload()
         elif not self.start.exists():
             self.save_start(lora)
         self.base.eval()
-        self.rewards = [rsoups.load_reward(name) for name in args.reward]
+
+    def held_out(self, room: int) -> tuple[list, dict[str, list]]:
+        """Held-out prompts, each once, and the columns that the rewards read of their rows."""
+        _, columns = prompts(self.script, self.training, self.tokenizer, room, columns_read(self.rewards))
+        check_columns(self.rewards, columns)
+        columns.pop(ASKED, None)
+        places = {json.dumps(prompt): place for place, prompt in reversed([*enumerate(columns["prompt"])])}
+        kept = {name: [values[place] for place in sorted(places.values())] for name, values in columns.items()}
+        return kept.pop("prompt"), kept
 
     def save_start(self, lora) -> None:
         """A fresh adapter, which changes nothing yet."""
@@ -101,36 +112,50 @@ class Evaluator:
         for at in range(0, len(self.prompts), BATCH):
             asked = self.prompts[at : at + BATCH]
             with soup.attached(self.base) as model:
-                ids, mask, logits = self.sample(model.eval(), asked)
+                ids, seen, logits = self.sample(model.eval(), asked)
             with start.attached(self.base) as model:
-                kl = self.divergence(logits, self.logits(model.eval(), *mask), ids)
-            said = [task_of(self.script).cut(t) for t in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-            scores = {reward.name: reward(asked, said) for reward in self.rewards} | {MINUS_KL: [-x for x in kl]}
-            for i, (prompt, response) in enumerate(zip(asked, said, strict=True)):
+                kl = self.divergence(logits, self.logits(model.eval(), *seen), ids)
+            columns = {name: values[at : at + BATCH] for name, values in self.columns.items()}
+            texts, scores = self.scored(
+                asked, [[token for token in row if token >= 0] for row in ids.tolist()], columns
+            )
+            scores[MINUS_KL] = [-x for x in kl]
+            for i, (prompt, response) in enumerate(zip(asked, texts, strict=True)):
                 head = {"name": name, "lambdas": None, "method": None, "prompt": prompt, "response": response}
                 found.append(head | {"rewards": {k: v[i] for k, v in scores.items()}, "seed": self.training.seed})
         return found
 
-    @torch.inference_mode()
-    def sample(self, model, asked: list[str]) -> tuple:
-        """Responses (B, T), what `logits` needs to see them again, and their logits (B, T, V), from the training's seed."""
-        inputs = self.tokenizer(asked, return_tensors="pt", padding=True).to(model.device)
-        start = inputs["input_ids"].shape[1]
-        torch.manual_seed(self.training.seed)
-        with fast_sampling(model.device):
-            whole = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=self.training.max_completion_length,
-                do_sample=True,
-                temperature=self.training.temperature,
-                top_k=0,
-                top_p=1.0,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-        mask = torch.cat([inputs["attention_mask"], torch.ones_like(whole[:, start:])], dim=1)
-        seen = (whole, mask, start)
-        return whole[:, start:], seen, self.logits(model, *seen)
+    def scored(self, asked: list, ids: list[list[int]], columns: dict[str, list]) -> tuple[list[str], dict[str, list]]:
+        """What rewards see of responses, and what each says, as in a PPO run."""
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        cut = task_of(self.script).cut
+        scores = {}
+        for reward in self.rewards:
+            function = reward_function(reward, cut, self.tokenizer)
+            scores[reward.name] = function(asked, texts, completion_ids=ids, **columns)
+        return [cut(text) for text in texts], scores
+
+    def sample(self, model, asked: list) -> tuple:
+        """Responses (B, T), -1 after their ends; what `logits` needs to see them again; their logits (B, T, V). From the
+        training's seed."""
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        template = getattr(self.training, "chat_template_kwargs", None)
+        said = respond(
+            model,
+            self.tokenizer,
+            asked,
+            temperature=self.training.temperature,
+            max_new_tokens=self.training.max_completion_length,
+            seed=self.training.seed,
+            template=template,
+        )
+        prompts = [encode(self.tokenizer, prompt, template) for prompt in asked]
+        start, length = max(map(len, prompts)), max(map(len, said))
+        ids = torch.tensor([row + [-1] * (length - len(row)) for row in said], device=model.device)
+        before = [[-1] * (start - len(prompt)) + prompt for prompt in prompts]
+        whole = torch.cat([torch.tensor(before, device=model.device), ids], dim=1)
+        seen = (whole.clamp(min=0), (whole >= 0).long(), start)
+        return ids, seen, self.logits(model, *seen)
 
     @torch.inference_mode()
     def logits(self, model, whole: torch.Tensor, mask: torch.Tensor, start: int) -> torch.Tensor:
@@ -142,8 +167,7 @@ class Evaluator:
         """Σ over a response's tokens, its end included, of KL(policy ‖ start) between next-token distributions, in nats."""
         log_p, log_q = logits.log_softmax(-1), reference.log_softmax(-1)
         each = (log_p.exp() * (log_p - log_q)).sum(-1)
-        ended = (ids == self.tokenizer.eos_token_id).cumsum(dim=1)
-        return (each * ((ended == 0) | ((ended == 1) & (ids == self.tokenizer.eos_token_id)))).sum(-1).tolist()
+        return (each * (ids >= 0)).sum(-1).tolist()
 
 
 def one_round(number: int, args: argparse.Namespace, start: Path, flags: list[str]) -> tuple[Path, Path]:
@@ -212,6 +236,8 @@ def table(front: rsoups.Front, rewards: list[str]) -> str:
 def main() -> None:
     args, flags = parse()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if len({Path(reward).stem for reward in args.reward}) < len(args.reward):  # each names the folder of its runs
+        raise rsoups.RewardError(f"two rewards of {args.reward} end alike: give their cards other file names")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     evaluator = Evaluator(args, flags)
     if not {"--config", "--model_name_or_path"} & set(flags):

@@ -43,19 +43,22 @@ from trl.trainer.utils import use_adapter
 
 from rsoups import PPOConfig, PPOTrainer, load_reward
 from rsoups._files import hub_commit
-from rsoups._resources import base_config, load_base, resolve, train_and_held_out
+from rsoups._resources import LAST_TENTH, base_config, is_table, load_base, resolve, train_and_held_out
 from rsoups.adapters import read_adapter
 from rsoups.convert import conversion_of, convert, holds_only_pickles
+from rsoups.decoding import encode
 from rsoups.function_rewards import check_columns, columns_read
 from rsoups.hub import push_adapter, reserve
 from rsoups.lineage import fingerprint, settings_of, write_manifest
 from rsoups.ppo import reset_adapter
 from rsoups.run_plan import GB, run_plan
-from rsoups.scoring import models_of, reward_function
+from rsoups.scoring import PLACE, models_of, reward_function
 from rsoups.tasks import TASKS, Task, columns_of, find_task, fit_prompts, with_prefixes
+from rsoups.training_data import prompt_marks
 
 # A soup does not care how its ingredients were trained: same cards, tasks, adapters and outputs for each.
 ALGORITHMS = {"ppo": (PPOConfig, PPOTrainer), "grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
+ASKED = "prompt without --prefix_tokens"  # key of a row, beside the dataset's columns
 EMBEDDED = Path(__file__).parent / "configs" / "embedded.yaml"
 
 
@@ -78,7 +81,7 @@ class ScriptArguments:
     )
     dataset: str | None = field(
         default=None,
-        metadata={"help": "File (its last tenth, or fewer, held out), folder or Hub id; the task's own if unset."},
+        metadata={"help": "File (its last tenth is held out), folder or Hub id; the task's own if unset."},
     )
     algorithm: str = field(
         default="ppo", metadata={"help": "Whose settings, and which trainer.", "choices": sorted(ALGORITHMS)}
@@ -149,8 +152,8 @@ def prompts(
         if script.prefix_tokens:
             ids = partial(tokenizer.encode, add_special_tokens=False)
             begun = with_prefixes(rows, ids, tokenizer.decode, *script.prefix_tokens, seed=training.seed)
-            rows = [row | {"prompt": prompt} for row, prompt in zip(rows, begun, strict=True)]
-        lengths = [len(tokens(tokenizer, row["prompt"])) for row in rows]
+            rows = [row | {"prompt": prompt, ASKED: row["prompt"]} for row, prompt in zip(rows, begun, strict=True)]
+        lengths = [len(encode(tokenizer, row["prompt"], training.chat_template_kwargs)) for row in rows]
         fitting = fit_prompts(rows, lengths, room, script.long_prompts) if rows else []
         if len(fitting) < len(rows):
             print(f"{len(rows) - len(fitting)} of {len(rows)} {split} prompts dropped: longer than {room} tokens")
@@ -158,10 +161,16 @@ def prompts(
     return found
 
 
-def tokens(tokenizer: Any, prompt: str | list) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+def datasets_of(train: dict[str, list], held_out: dict[str, list]) -> list[Dataset | None]:
+    """Datasets of prompts and their places: Arrow would change the values of other columns, which rewards get by place."""
+    first, found = 0, []
+    for columns in (train, held_out):
+        asked = columns.get("prompt", [])
+        found.append(
+            Dataset.from_dict({"prompt": asked, PLACE: [*range(first, first + len(asked))]}) if asked else None
+        )
+        first += len(asked)
+    return found
 
 
 def convert_pickles(script: ScriptArguments, model: ModelConfig) -> None:
@@ -211,6 +220,8 @@ def write_lineage(
     trainer: GRPOTrainer,
     rewards: list,
     results: dict[str, Any],
+    asked: list,
+    held_out: list,
 ) -> None:
     """lineage.json beside the adapter: what it was made from, how, by which rewards, on which prompts, to what effect."""
     start = read_adapter(resolve(script.adapter_name_or_path)) if script.adapter_name_or_path else None
@@ -219,6 +230,8 @@ def write_lineage(
     cards = [with_conversion(card, card.get("model"), card.get("revision")) for card in cards]
     base = {"model": model.model_name_or_path, "revision": hub_commit(model.model_name_or_path, model.model_revision)}
     data = {"dataset": script.dataset or task_of(script).dataset, "split": "train", "task": script.task}
+    rule = LAST_TENTH if is_table(task_of(script), script.dataset) else "the test split"
+    data |= {"held_out": {"rule": rule, **fingerprint(held_out)}, "prompt_marks": prompt_marks(asked)}
     prompt = trainer.train_dataset["prompt"]
     write_manifest(
         training.output_dir,
@@ -282,14 +295,19 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     train, held_out = prompts(script, training, tokenizer, room, columns_read(rewards))
     for columns in filter(None, (train, held_out)):
         check_columns(rewards, columns)
+    asked, held_out_asked = (columns.pop(ASKED, columns.get("prompt", [])) for columns in (train, held_out))
+    train_dataset, eval_dataset = datasets_of(train, held_out)
+    columns = {
+        name: [*train[name], *held_out.get(name, [None] * len(held_out_asked))] for name in train if name != "prompt"
+    }
     actor, lora = policy(script, model, trusted)
     _, kind = ALGORITHMS[script.algorithm]
     trainer = kind(
         model=actor,
-        reward_funcs=[reward_function(reward, task_of(script).cut, tokenizer) for reward in rewards],
+        reward_funcs=[reward_function(reward, task_of(script).cut, tokenizer, columns) for reward in rewards],
         args=training,
-        train_dataset=Dataset.from_dict(train),
-        eval_dataset=Dataset.from_dict(held_out) if held_out else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=lora,
     )
@@ -299,7 +317,7 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     trainer.model.peft_config["default"].base_model_name_or_path = model.model_name_or_path
     trainer.model.peft_config["default"].revision = model.model_revision
     if isinstance(trainer, PPOTrainer):
-        longest = max(len(tokens(tokenizer, prompt)) for prompt in train["prompt"])
+        longest = max(len(encode(tokenizer, prompt, training.chat_template_kwargs)) for prompt in train["prompt"])
         trainer.accelerator.print(run_plan(trainer.model, rewards, training, len(train["prompt"]), longest, device))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or script.resume or None)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -311,7 +329,7 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
         trainer.accelerator.print(f"memory   {peak:.1f} GB at most were allocated on this GPU")
     results = summary(trainer) if held_out else {}
     if trainer.accelerator.is_main_process:
-        write_lineage(script, training, model, trainer, rewards, results)
+        write_lineage(script, training, model, trainer, rewards, results, asked, held_out_asked)
     trainer.accelerator.print(f"adapter: {training.output_dir}")
     if repository:
         print(push_adapter(training.output_dir, repository, **options))

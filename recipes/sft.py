@@ -17,16 +17,18 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from rsoups._files import hub_commit
-from rsoups._resources import load_rows, resolve
+from rsoups._resources import is_table, load_rows, resolve
 from rsoups.lineage import fingerprint, settings_of, write_manifest
 from rsoups.tasks import TASKS
+from rsoups.training_data import prompt_marks
 
 
 @dataclass
 class ScriptArguments:
     task: str = field(default="concepts", metadata={"help": "Task that writes the prompts.", "choices": sorted(TASKS)})
     dataset: str | None = field(
-        default=None, metadata={"help": "JSONL file, folder or Hub id; the task's own if unset."}
+        default=None,
+        metadata={"help": "File (its last tenth is held out), folder or Hub id; the task's own if unset."},
     )
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows, in the same forms."})
 
@@ -76,9 +78,11 @@ def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> No
     training.model_init_kwargs = {"revision": model.model_revision, "dtype": model.dtype}
     held_out = None
     if script.eval_dataset:
-        held_out = tokenized(load_rows(task, script.eval_dataset, "test"), tokenizer)
+        another_file = script.eval_dataset != script.dataset and is_table(task, script.eval_dataset)
+        held_out = tokenized(load_rows(task, script.eval_dataset, "all" if another_file else "test"), tokenizer)
     rows = load_rows(task, script.dataset, "train")
     seen = fingerprint([row["prompt"], row["references"]] for row in rows)
+    seen |= {"prompt_marks": prompt_marks(row["prompt"] for row in rows)}
     trainer = ResponseSFTTrainer(
         model=name,
         args=training,

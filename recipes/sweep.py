@@ -19,20 +19,25 @@ import torch
 from trl import TrlParser
 
 from rsoups import load_reward, simplex, sweep, write_report
-from rsoups._resources import load_rows
+from rsoups._resources import is_table, load_rows, named_sources
 from rsoups.function_rewards import check_columns, columns_read
 from rsoups.grids import edges
-from rsoups.tasks import TASKS, columns_of, find_task, read_jsonl
+from rsoups.scoring import rewards_by_name
+from rsoups.tasks import TASKS, columns_of, find_task, read_jsonl, template_kwargs
 
 
 @dataclass
 class ScriptArguments:
-    adapters: list[str] = field(metadata={"help": "Ingredients, NAME=FOLDER or Hub id."})
+    adapters: list[str] = field(
+        metadata={"help": "Ingredients, NAME=FOLDER or NAME=HUB_ID; the last part of a bare one is its name."}
+    )
     reward: list[str] = field(metadata={"help": "Rewards: cards by name or path, module:function."})
     held_out_reward: list[str] = field(
         default_factory=list, metadata={"help": "Rewards that no ingredient was trained on, marked in the report."}
     )
-    model_name_or_path: str = field(default="rsoups/tiny-llama", metadata={"help": "Base."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base; the one that the adapters name if unset."}
+    )
     others: list[str] = field(
         default_factory=list,
         metadata={"help": "Further adapters to compare, NAME=FOLDER (MORL runs, say).", "aliases": ["--morl"]},
@@ -48,7 +53,21 @@ class ScriptArguments:
     dataset: str | None = field(
         default=None, metadata={"help": "JSONL file, folder or Hub id; the task's own if unset."}
     )
-    prompts: int = field(default=200, metadata={"help": "Test prompts."})
+    split: str = field(
+        default="test",
+        metadata={
+            "help": "Whose prompts: of one file, test is the last tenth, which ppo_reward.py holds out, and all is every row.",
+            "choices": ["test", "train", "all"],
+        },
+    )
+    allow_trained_prompts: bool = field(
+        default=False, metadata={"help": "Go on with prompts that an adapter was trained on; the report names it."}
+    )
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={"help": "JSON object: variables of the chat template; those of the adapters' training if unset."},
+    )
+    prompts: int = field(default=200, metadata={"help": "How many of them."})
     samples: int = field(default=1, metadata={"help": "Responses of each model to each prompt."})
     grid: str = field(
         default="simplex",
@@ -75,25 +94,18 @@ class ScriptArguments:
     output_dir: str = field(default="runs/sweep", metadata={"help": "Folder of the records and the report."})
 
 
-def named(pairs: list[str]) -> dict[str, str]:
-    """``NAME=SOURCE`` pairs as a dict; a bare source is named after its last part."""
-    out = {}
-    for pair in pairs:
-        name, separator, source = pair.partition("=")
-        out[name if separator else Path(pair).name] = source if separator else pair
-    return out
-
-
 def main(script: ScriptArguments) -> None:
+    adapters, others = named_sources(script.adapters, "adapters"), named_sources(script.others, "others")
     task, out = find_task(script.task, script.dataset, script.template), Path(script.output_dir)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     loaded = {source: load_reward(source, device) for source in [*script.reward, *script.held_out_reward]}
-    rewards = {reward.name: reward for reward in loaded.values()}
-    rows = load_rows(task, script.dataset, "test", kept=columns_read(loaded.values()))
+    rewards = rewards_by_name(loaded)
+    rows = load_rows(task, script.dataset, script.split, kept=columns_read(loaded.values()))
     different = list({repr(row["prompt"]): row for row in reversed(rows)}.values())[::-1]
+    if len(different) < script.prompts and is_table(task, script.dataset) and script.split == "test":
+        print(f"{len(different)} prompts: the part of {script.dataset} that is held out (--split all takes every row)")
     columns = columns_of(different[: script.prompts])
     check_columns(list(loaded.values()), columns)
-    adapters = named(script.adapters)
     if script.grid == "edges":
         lambdas = edges(len(adapters), script.points)
         lambdas += simplex(len(adapters), 2, random=script.random, seed=script.seed)[len(adapters) :]
@@ -107,7 +119,7 @@ def main(script: ScriptArguments) -> None:
         lambdas,
         method=script.method,
         samples=script.samples,
-        others=named(script.others),
+        others=others,
         ensemble=script.ensemble,
         refine=script.refine,
         columns=columns,
@@ -116,6 +128,8 @@ def main(script: ScriptArguments) -> None:
         temperature=script.temperature,
         max_new_tokens=script.max_new_tokens,
         long_prompts=script.long_prompts,
+        chat_template_kwargs=None if (given := script.chat_template_kwargs) is None else template_kwargs(given),
+        allow_trained_prompts=script.allow_trained_prompts,
         batch_tokens=script.batch_tokens or "auto",
         server=script.server,
         seed=script.seed,
@@ -123,8 +137,8 @@ def main(script: ScriptArguments) -> None:
         out=out / "records.jsonl",
     )
     if os.environ.get("RANK", "0") == "0":
-        write_report(front, read_jsonl(out / "records.jsonl"), out)
-        print(front.to_markdown())
+        told = write_report(front, read_jsonl(out / "records.jsonl"), out)
+        print("\n".join([*front.notes, front.to_markdown(), *(f"- {sentence}" for sentence in told)]))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -47,6 +48,34 @@ def made(kind: type[_T], data: Mapping[Any, Any], where: str) -> _T:
     if missing := required - set(data):
         raise RewardError(f"{where}: missing field(s) {sorted(missing)}")
     return kind(**data)
+
+
+def check_fields(card: Any, where: str) -> None:
+    """Refuse what YAML made of a text without quotes: a boolean, a number or a date where a field takes texts.
+
+    Args:
+        card: A dataclass.
+        where: How an error message names it.
+
+    Raises:
+        RewardError: Such a value; the field is named.
+    """
+    for name, hint in get_type_hints(type(card)).items():
+        kinds = set(get_args(hint)) if isinstance(hint, UnionType) else {hint}
+        if any(get_origin(kind) is Mapping for kind in kinds):
+            continue
+        lists = [kind for kind in kinds if get_origin(kind) is Sequence]
+        kinds |= {item for kind in lists for item in get_args(kind)}
+
+        value = getattr(card, name)
+        for one in value if lists and isinstance(value, (list, tuple)) else [value]:
+            if isinstance(one, bool) and bool not in kinds:
+                raise RewardError(
+                    f"{where}: {name} is {one}: YAML reads yes, no, on, off, true and false as booleans, so put the text in "
+                    "quotes"
+                )
+            if str in kinds and type(one) not in kinds and not isinstance(one, str):
+                raise RewardError(f"{where}: {name} is {one!r}, must be a text: put it in quotes")
 
 
 def check_calibration(name: str, mean: Any, std: Any) -> None:

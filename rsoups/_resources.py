@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from rsoups._errors import CheckpointError, DatasetError, HubError
-from rsoups.tasks import read_jsonl
+from rsoups._errors import AdapterError, CheckpointError, DatasetError, HubError, RsoupsError
+from rsoups.tasks import read_csv, read_jsonl
 
 if TYPE_CHECKING:
     from rsoups.tasks import Task
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 _PACKAGE = Path(__file__).parent
 _PREFIX = "rsoups/"
 _TABLES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+_MOST_HELD_OUT = 1_000  # prompts of one file
+LAST_TENTH = f"the last tenth of the file's different prompts, 1 to {_MOST_HELD_OUT:,}"  # as lineage.json tells it
 
 
 def shipped(folder: str) -> Path:
@@ -105,36 +108,60 @@ def why_not(source: str, revision: str | None = None) -> str | None:
 def load_rows(
     task: Task, dataset: str | None, split: str, limit: int | None = None, kept: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Rows of a task, ``{"prompt", "references"}``.
+    """Rows of a task, ``{"prompt", "references"}``: the one place where train and test are told apart.
 
     Args:
         task: The task.
         dataset: As `raw_rows` takes it.
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"`` or ``"test"``; ``"all"`` of one file.
         limit: Keep the first `limit` rows that the task can use.
         kept: Further columns to keep, where the dataset has them: those that rewards read.
 
     Raises:
-        DatasetError: Missing file or column, or no usable row.
+        DatasetError: Missing file or column, no usable row, or no such split.
     """
     from tqdm.auto import tqdm
 
-    most = task.most.get(split) if _is_own(task, dataset) else None
+    name, one_file = str(dataset or task.dataset), is_table(task, dataset)
+    if split == "all" and not one_file:
+        raise DatasetError(f"split all is of one file; {name!r} has its own splits: say train or test")
     # Seen only where it takes a while: datasets of the Hub.
     raw = tqdm(raw_rows(task, dataset, split), desc=f"{task.name}, {split}", unit=" rows", delay=3, leave=False)
+    if one_file:
+        return part_of(task.rows(raw, None, kept), split, name)[:limit]
+    most = task.most.get(split) if _is_own(task, dataset) else None
     return task.rows(raw, min(filter(None, (limit, most)), default=None), kept)
 
 
 def train_and_held_out(
     task: Task, dataset: str | None, held_out: int, kept: Collection[str] = ()
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows to train on, and at most `held_out` others to judge by: the first of the dataset's test split, or of one file, which
-    has no splits, its last ones, a tenth of it at most."""
+    """Rows to train on, and at most `held_out` others to judge by: the first ones of the test split (see `load_rows`)."""
     train = load_rows(task, dataset, "train", kept=kept)
-    if Path(resolve(dataset or task.dataset)).name.endswith(_TABLES):
-        count = min(held_out, len(train) // 10)
-        return train[: len(train) - count], train[len(train) - count :]
     return train, load_rows(task, dataset, "test", held_out, kept) if held_out else []
+
+
+def part_of(rows: list[dict[str, Any]], split: str, name: str) -> list[dict[str, Any]]:
+    """A split of one file's rows: the last tenth of its different prompts, 1 to 1,000 of them, are for testing.
+
+    Raises:
+        DatasetError: No row is left.
+    """
+    if split == "all":
+        return rows
+    keys = [json.dumps(row["prompt"], sort_keys=True) for row in rows]
+    different = list(dict.fromkeys(keys))
+    count = min(max(len(different) // 10, 1), _MOST_HELD_OUT)
+    held_out = set(different[-count:])
+    part = [row for key, row in zip(keys, rows, strict=True) if (key in held_out) == (split == "test")]
+    if not part:
+        raise DatasetError(f"{name} holds one prompt only, which is held out for testing: add others to train on")
+    return part
+
+
+def is_table(task: Task, dataset: str | None) -> bool:
+    """Whether the dataset is one file, which has no splits of its own."""
+    return Path(resolve(dataset or task.dataset)).name.endswith(_TABLES)
 
 
 def _is_own(task: Task, dataset: str | None) -> bool:
@@ -146,12 +173,12 @@ def raw_rows(task: Task, dataset: str | None, split: str) -> Iterable[dict[str, 
 
     Args:
         task: Whose dataset, its folders, revision and split names apply to that dataset.
-        dataset: A file (.jsonl, .jsonl.gz, .csv, .parquet: then `split` is ignored), a folder of ``{split}.jsonl`` or the like,
-            or a Hub id; the task's own by default.
+        dataset: A file (.jsonl, .jsonl.gz, .csv, .parquet: then all rows come, for `part_of`), a folder of ``{split}.jsonl`` or
+            the like, or a Hub id; the task's own by default.
         split: ``"train"`` or ``"test"``.
 
     Raises:
-        DatasetError: A missing file.
+        DatasetError: A missing file, or a dataset that cannot be loaded.
     """
     source = resolve(dataset or task.dataset)
     path = Path(source)
@@ -164,6 +191,8 @@ def raw_rows(task: Task, dataset: str | None, split: str) -> Iterable[dict[str, 
         raise DatasetError(f"no dataset file {path}")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return read_jsonl(path)
+    if path.name.endswith(".csv"):
+        return read_csv(path)
     from datasets import load_dataset
 
     if path.name.endswith(_TABLES):
@@ -182,6 +211,8 @@ def raw_rows(task: Task, dataset: str | None, split: str) -> Iterable[dict[str, 
             f"dataset {source!r} is a script, which the package datasets no longer runs: load its branch "
             "refs/convert/parquet, save its rows as a .jsonl file, and give that file"
         ) from None
+    except (OSError, ValueError) as error:  # no such dataset, or no such split
+        raise DatasetError(f"cannot load the split {name!r} of {source!r}: {error}") from error
 
 
 def asset(name: str) -> str:
@@ -192,3 +223,45 @@ def asset(name: str) -> str:
 def template(name: str) -> Template:
     """A page with $-placeholders, as it ships."""
     return Template(asset(name))
+
+
+def named_sources(given: Sequence[str], kind: str, error: type[RsoupsError] = AdapterError) -> dict[str, str]:
+    """``NAME=SOURCE`` texts as a dict, none of them lost.
+
+    Args:
+        given: A bare source is named by its last part, and by more of its path where others end alike.
+        kind: What they are, for the error.
+        error: Its type.
+
+    Raises:
+        RsoupsError: Two have one name, or a name or a source is empty.
+    """
+    pairs = [_pair(text) for text in given]
+    bare = [source for name, source in pairs if name is None]
+    found: dict[str, str] = {}
+    for text, (name, source) in zip(given, pairs, strict=True):
+        name = _short_name(source, bare) if name is None else name
+        if not name or not source:
+            raise error(f"{kind} {text!r} has no name or no source: write NAME=SOURCE")
+        if name in found:
+            raise error(
+                f"two {kind} have the name {name!r}, {found[name]} and {source}: give each its own, NAME=SOURCE"
+            )
+        found[name] = source
+    return found
+
+
+def _pair(text: str) -> tuple[str | None, str]:
+    """Name and source; the name is None where the text is a source alone."""
+    name, separator, source = text.partition("=")
+    return (None, text) if not separator or Path(text).exists() else (name.strip(), source)
+
+
+def _short_name(source: str, among: Sequence[str]) -> str:
+    """The last parts of a path, as many as tell it from the others, without a table's ending."""
+    parts = Path(source).parts
+    for count in range(1, len(parts) + 1):
+        if sum(Path(other).parts[-count:] == parts[-count:] for other in among) == 1:
+            break
+    name = "/".join(parts[-count:]) if parts else ""
+    return name.removesuffix(".jsonl").removesuffix(".csv")

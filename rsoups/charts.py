@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rsoups.comparison import outlines
+from rsoups.comparison import Reach, outlines
 from rsoups.estimates import Estimate
 from rsoups.front import Front
 from rsoups.points import BASE, Point
@@ -37,6 +37,8 @@ BAND = (
     '<svg class="swatch" viewBox="-8 -8 16 16" aria-hidden="true"><path class="band soup" d="M-8,-6H8V6H-8Z"/>'
     '<path class="median soup" d="M-8,0H8"/></svg>'
 )
+
+CHORD = '<svg class="swatch" viewBox="-8 -8 16 16" aria-hidden="true"><path class="chord" d="M-8,0H8"/></svg>'
 
 
 @dataclass(frozen=True)
@@ -320,6 +322,28 @@ def lambda_chart(front: Front, name: str, models: Mapping[Point, int]) -> str:
         tip = f"{point.label}\n{name} {estimate}"
         body.append(_mark(Look("soup", "circle"), axes.x(x), axes.y(estimate.value), tip, model=models[point]))
     return _svg(440, 300, f"{name} of the soups over λ of {second}", "".join(body))
+
+
+def runs_chart(curve: Sequence[Reach]) -> str:
+    """Hypervolume against the number of PPO runs: soups, and MORL on average and at best over the choices of runs."""
+    best = [(float(reach.runs), reach.best) for reach in curve if reach.best is not None]
+    series = [
+        (Look("c1", "diamond"), "MORL", [(reach.runs, reach.others) for reach in curve if reach.others]),
+        (Look("soup", "circle"), "soups", [(reach.runs, reach.soups) for reach in curve if reach.soups]),
+    ]
+    every = [estimate for _, _, found in series for _, estimate in found]
+    limits = limits_of(every, *(value for _, value in best))
+    axes = Axes(62, 42, 658, 300, (0.5, max(reach.runs for reach in curve) + 0.5), limits)
+    body = [axes.frame("PPO runs", "hypervolume"), axes.line(best, "chord")]
+    for look, name, found in series:
+        body.append(axes.line([(runs, estimate.value) for runs, estimate in found], f"line {look.colour}"))
+        for runs, estimate in found:
+            tip = f"{name}\n{runs} {'run' if runs == 1 else 'runs'}\nhypervolume {estimate}"
+            bars = axes.bars(Estimate(runs), estimate)
+            body.append(_mark(look, axes.x(runs), axes.y(estimate.value), tip, before=bars))
+    return _svg(
+        680, 364, "Hypervolume against the number of PPO runs, of soups and of MORL runs", "".join(body), "wide"
+    )
 
 
 def ternary_chart(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rsoups import __version__
 from rsoups._errors import AdapterError, FrontError, OutputError, RewardError, RsoupsError
-from rsoups._resources import shipped
+from rsoups._resources import named_sources, shipped
 from rsoups.cli_hub import add_commands
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ _RECIPES = {
     "sweep": "generate and score at every λ, then draw the front and write the report",
     "demo": "the whole recipe on the embedded models, offline, in minutes",
 }
+_TEMPLATE_HELP = "JSON object: variables of the chat template, as in training"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--prompt", required=True, help="a policy's prompt, or a bare question")
     score.add_argument("--response", required=True)
     score.add_argument("--reference", nargs="+", help="texts that a statistical reward compares the response with")
+    score.add_argument(
+        "--column",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what else of a row the reward reads; VALUE as in a line of JSON, or a text",
+    )
     score.add_argument("--device", default="cpu")
     score.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     score.set_defaults(run=_score)
@@ -107,9 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--task", required=True, help="a task's name, or custom")
     preview.add_argument("--dataset", help="file, folder or Hub id; the task's own if left out")
     preview.add_argument("--template", help="of a custom task's prompts")
-    preview.add_argument("--split", default="train", choices=("train", "test"))
+    preview.add_argument("--split", default="train", choices=("train", "test", "all"), help="all: of one file")
     preview.add_argument("--reward", help="a reward, as in rsoups score")
     preview.add_argument("--tokenizer", default="rsoups/tiny-llama", help="whose tokens are counted")
+    preview.add_argument("--chat_template_kwargs", help=_TEMPLATE_HELP)
     preview.add_argument("--rows", type=int, default=1000, help="how many of the dataset's rows are looked at")
     preview.set_defaults(run=_preview)
 
@@ -150,6 +159,9 @@ def _add_fronts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     select.add_argument("--subject_to", nargs="+", metavar="'REWARD >= 0.2'", help="limits of rewards, each in quotes")
     select.add_argument("--knee", action="store_true", help="where the front bends")
     select.add_argument("--votes", type=Path, help="votes.jsonl: what people chose between generations")
+    select.add_argument(
+        "--above_base", action="store_true", help="above the base in every reward; with --preference, its best by it"
+    )
     select.set_defaults(run=_select)
 
 
@@ -170,8 +182,11 @@ def _add_probe(commands: argparse._SubParsersAction) -> None:
     probe.add_argument("--task", default="concepts", help="a task's name, or custom")
     probe.add_argument("--dataset", help="file, folder or Hub id; the task's own if left out")
     probe.add_argument("--template", help="of a custom task's prompts")
-    probe.add_argument("--split", default="test", choices=("train", "test"))
+    probe.add_argument(
+        "--split", choices=("train", "test", "all"), help="all rows of one file, test of other datasets if left out"
+    )
     probe.add_argument("--model", default="rsoups/tiny-llama", help="who answers where the data holds no references")
+    probe.add_argument("--chat_template_kwargs", help=_TEMPLATE_HELP)
     probe.add_argument("--records", help="take the responses of a sweep's records.jsonl instead")
     probe.add_argument("--rows", type=int, default=200, help="how many responses are looked at")
     probe.add_argument("--seed", type=int, default=0)
@@ -260,8 +275,12 @@ def _score(args: argparse.Namespace) -> None:
     else:
         if "references" in columns_read([reward]) and not args.reference:
             raise RewardError(f"reward {reward.name!r} compares a response with references: say --reference TEXT ...")
-        columns = {"references": [args.reference]} if args.reference else {}
+        columns = {name: [value] for name, value in map(_column, args.column)}
+        columns |= {"references": [args.reference]} if args.reference else {}
         (score,) = reward([args.prompt], [args.response], **columns)
+        if score is None:
+            print("score   None: the reward has no opinion on this response")
+            return
         if (card := getattr(reward, "card", None)) and (card.mean, card.std) != (0, 1):
             print(f"raw     {getattr(card, 'sign', 1) * (score * card.std + card.mean):.6g}")
         print(f"score   {score:.6g}")
@@ -269,10 +288,22 @@ def _score(args: argparse.Namespace) -> None:
         print(f"asked   {reward.counts}")
 
 
+def _column(pair: str) -> tuple[str, Any]:
+    name, separator, value = pair.partition("=")
+    if not separator:
+        raise RewardError(f"--column takes NAME=VALUE, got {pair!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def _probe(args: argparse.Namespace) -> None:
+    from rsoups.function_rewards import check_columns, columns_read
     from rsoups.judge import Judge
     from rsoups.probing import probe, sample_of, sample_of_records
     from rsoups.scoring import load_reward
+    from rsoups.tasks import template_kwargs
 
     loaded = [load_reward(name, args.device, trust_remote_code=args.trust_remote_code) for name in args.rewards]
     if len(names := {reward.name for reward in loaded}) < len(loaded):
@@ -281,7 +312,9 @@ def _probe(args: argparse.Namespace) -> None:
         sample = sample_of_records(args.records, args.rows, args.seed)
     else:
         options = {"split": args.split, "rows": args.rows, "model": args.model, "device": args.device}
-        sample = sample_of(_task(args), args.dataset, seed=args.seed, **options)
+        kept, template = columns_read(loaded), template_kwargs(args.chat_template_kwargs)
+        sample = sample_of(_task(args), args.dataset, seed=args.seed, kept=kept, template=template, **options)
+        check_columns(loaded, sample.columns)
     found = probe({reward.name: reward for reward in loaded}, sample, seed=args.seed)
     print(found.to_text())
     for reward in loaded:
@@ -316,31 +349,47 @@ def _preview(args: argparse.Namespace) -> None:
 
     from transformers import AutoTokenizer
 
-    from rsoups._resources import raw_rows, resolve
-    from rsoups.function_rewards import columns_read
-    from rsoups.scoring import Reward, load_reward
+    from rsoups._resources import is_table, part_of, raw_rows, resolve
+    from rsoups.decoding import encode
+    from rsoups.function_rewards import check_columns, columns_read
+    from rsoups.scoring import load_reward
+    from rsoups.tasks import columns_of, template_kwargs
 
     task = _task(args)
-    raw = list(islice(raw_rows(task, args.dataset, args.split), args.rows))
+    one_file = is_table(task, args.dataset)
+    raw = list(islice(raw_rows(task, args.dataset, args.split), None if one_file else args.rows))
     reward = load_reward(args.reward) if args.reward else None
-    wanted = columns_read([reward])
-    rows = task.rows(raw, kept=wanted)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))
+    rows = task.rows(raw, kept=columns_read([reward]))
     print(f"{len(rows)} of the first {len(raw)} rows kept, {len(raw) - len(rows)} dropped")
+    if one_file:
+        rows = part_of(rows, args.split, str(args.dataset or task.dataset))
+        print(f"{len(rows)} of them are the split {args.split!r}")
+    if reward is not None:
+        check_columns([reward], columns_of(rows))
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))
+    template = template_kwargs(args.chat_template_kwargs)
     for row in rows[:5]:
-        text = row["prompt"]
-        if not isinstance(text, str):
-            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
-        print(f"\n[{len(tokenizer(text)['input_ids'])} tokens] {text}")
+        ids = encode(tokenizer, row["prompt"], template)
+        text = row["prompt"] if isinstance(row["prompt"], str) else tokenizer.decode(ids)
+        print(f"\n[{len(ids)} tokens] {text}")
         if row["references"]:
-            said = task.cut(row["references"][0])
-            print(f"  reference: {said}")
-            if isinstance(reward, Reward):
-                found = reward.explain(row["prompt"], said)
-                print(f"  {reward.name} reads: {found['text']}\n  and scores it {found['score']:.4g}")
-            elif reward is not None:
-                columns = {name: [row[name]] for name in wanted & set(row)}
-                print(f"  {reward.name} scores it {reward([row['prompt']], [said], **columns)[0]:.4g}")
+            _preview_reference(row, task, reward)
+
+
+def _preview_reference(row: dict[str, Any], task: Task, reward: Any) -> None:
+    """The first reference of a row, and what a reward reads of it and makes of it."""
+    from rsoups.scoring import Reward
+
+    said = task.cut(row["references"][0])
+    print(f"  reference: {said}")
+    if isinstance(reward, Reward):
+        found = reward.explain(row["prompt"], said)
+        print(f"  {reward.name} reads: {found['text']}\n  and scores it {found['score']:.4g}")
+    elif reward is not None:
+        columns = {name: [row[name]] for name in reward.columns if name in row}
+        (score,) = reward([row["prompt"]], [said], **columns)
+        print(f"  {reward.name} scores it {'None' if score is None else format(score, '.4g')}")
 
 
 def _front(path: Path) -> Front:
@@ -354,10 +403,7 @@ def _report(args: argparse.Namespace) -> None:
     from rsoups.tasks import read_jsonl
 
     front = _front(args.records)
-    others = {}
-    for given in args.other:
-        name, separator, path = given.rpartition("=")
-        others[name if separator else Path(path).stem] = _front(Path(path))
+    others = {name: _front(Path(path)) for name, path in named_sources(args.other, "other fronts", FrontError).items()}
     records = [] if args.records.suffix == ".csv" else read_jsonl(args.records)
     told = write_report(
         front,
@@ -367,26 +413,38 @@ def _report(args: argparse.Namespace) -> None:
         others=others,
         settings=_settings(args.records),
     )
-    print(front.to_markdown())
-    for sentence in [*front.notes, *told]:
-        print(f"- {sentence}")
+    print("\n".join([*front.notes, front.to_markdown(), *(f"- {sentence}" for sentence in told)]))
     print(args.out or args.records.parent)
 
 
 def _select(args: argparse.Namespace) -> None:
-    choice = _front(args.records).select(
+    front = _front(args.records)
+    choice = front.select(
         _figures(args.preference) if args.preference else None,
         maximise=args.maximise,
         subject_to=dict(_limit(text) for text in args.subject_to) if args.subject_to else None,
         knee=args.knee,
         votes=args.votes,
+        above_base=args.above_base,
     )
+    for note in front.notes:
+        print(note)
     print(f"{choice}  (all rewards maximised)")
+    if choice.behind:
+        print(_better(front))
     if choice.point.lambdas:
         adapters = _settings(args.records).get("adapters", {})
         found = [_source(args.records.parent, name, adapters.get(name)) for name in choice.point.lambdas]
         weights = " ".join(f"{weight:.6g}" for weight in choice.point.lambdas.values())
         print(f"rsoups interpolate {shlex.join(found)} --lambdas {weights} --out soup")
+
+
+def _better(front: Front) -> str:
+    """What is above the base in every reward, where a choice is not."""
+    try:
+        return f"Above the base in every reward (--above_base): {front.select(above_base=True)}"
+    except FrontError as error:
+        return f"{error}"
 
 
 def _settings(records: Path) -> dict[str, Any]:
@@ -429,7 +487,7 @@ def _explore(args: argparse.Namespace) -> None:
 
     if wrong := [pair for pair in args.adapters if "=" not in pair]:
         raise AdapterError(f"--adapters takes NAME=FOLDER or NAME=HUB_ID, got {wrong}")
-    models = {"base": args.base, "adapters": dict(pair.split("=", 1) for pair in args.adapters)}
+    models = {"base": args.base, "adapters": named_sources(args.adapters, "adapters")}
     if args.export:
         write_space(args.folder, args.export, **models)
         print(f"{args.export}\npublish it: hf upload user/name {args.export} . --repo-type space")

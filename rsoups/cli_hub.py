@@ -152,7 +152,8 @@ def _run_suite(path: Path, source: str, against: str | None) -> None:
 
 def _named(pairs: list[str]) -> dict[str, str]:
     from rsoups._errors import LineageError
+    from rsoups._resources import named_sources
 
     if wrong := [pair for pair in pairs if "=" not in pair]:
         raise LineageError(f"--ingredient takes NAME=FOLDER, got {wrong[0]!r}")
-    return dict(pair.split("=", 1) for pair in pairs)
+    return named_sources(pairs, "ingredients", LineageError)

@@ -2,21 +2,30 @@
 
 A stack is an array of shape (1 + draws, points, rewards): the means as observed, then in each bootstrap draw over prompts,
 the same draws in both stacks, so that differences are paired. All rewards are maximised.
+
+Three things make a set of points look better than it is: more points, points that were chosen for the figures they are told by,
+and a price that is left out. So as many soups are compared as there are runs on several rewards at once (MORL); a point is
+chosen on one half of the prompts and told on the other; and hypervolume stands beside the number of PPO runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsoups._errors import FrontError
 from rsoups.estimates import Estimate, Volume, hypervolume_and_error, hypervolumes
+from rsoups.grids import evenly_spread, simplex
 
 Stack = NDArray[np.float64]
 _DRAWS = 500  # for figures that are slower than a matrix product
+_CURVE_DRAWS = 200
+_CHOICES = 60  # of so many runs, of which hypervolumes are averaged
+_PREFERENCES = 21  # on the line between two rewards; of more rewards ten times as many, at random
 _ATTAINMENT_DRAWS = {2: 200, 3: 50}  # by rewards: moocore's time grows with the square of the draws at 3
 
 
@@ -55,30 +64,63 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Advantage:
-    """What soups reach beyond runs trained on several rewards at once (MORL), and what each costs.
+class Reach:
+    """The hypervolume that a number of PPO runs reaches.
 
     Attributes:
-        soups, others: Their hypervolumes.
-        gain: The difference, paired over prompts.
+        runs: The number of runs.
+        soups: Of soups of so many ingredients, the mean over all choices of them; None beyond the number of ingredients.
+        others: Of so many MORL runs, the mean over all choices of them (over 60, where there are more).
+        best: The largest of these: a little too good, because it is chosen for being the largest.
+    """
+
+    runs: int
+    soups: Estimate | None
+    others: Estimate | None
+    best: float | None
+
+    def __str__(self) -> str:
+        told = [f"soups {self.soups}"] if self.soups else []
+        told += [f"MORL {self.others}, at best {self.best:.3f}"] if self.others else []
+        return f"{self.runs} {'run' if self.runs == 1 else 'runs'}: {'; '.join(told) or 'nothing'}"
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """Soups against MORL runs: equal numbers of points, preferences, and the price.
+
+    Attributes:
+        soups, others: Hypervolumes of as many soups as there are MORL runs, and of these.
+        gain: Their difference, paired over prompts.
+        places: Which soups these are, in the order of `Front.soups`: evenly spread over λ, whatever their rewards.
         runs: PPO runs that each set took: (soups, others).
-        per_run: Hypervolume per PPO run spent: (soups, others).
+        curve: Hypervolume against the number of PPO runs.
+        utility: Expected utility of these soups less that of the MORL runs: the mean over all preferences of the weighted sum
+            of the rewards, of the point that suits the preference best. It is chosen on one half of the prompts and told on the
+            other, both ways. None without prompts.
+        utility_of_all: The same of all soups, which is what finer steps of λ add.
     """
 
     soups: Volume
     others: Volume
     gain: Estimate
+    places: tuple[int, ...]
     runs: tuple[int, int]
-    per_run: tuple[Estimate, Estimate]
+    curve: tuple[Reach, ...]
+    utility: Estimate | None = None
+    utility_of_all: Estimate | None = None
 
     def __str__(self) -> str:
         lines = [
             f"soups {self.soups}",
             f"MORL {self.others}",
-            f"soups less MORL {self.gain}",
-            f"per PPO run: soups {self.per_run[0]} ({self.runs[0]} runs), MORL {self.per_run[1]} ({self.runs[1]} runs)",
+            f"soups less MORL {self.gain} ({len(self.places)} points each)",
         ]
-        return "\n".join(lines)
+        if self.utility:
+            lines.append(
+                f"expected utility of these soups less MORL {self.utility}, of all soups {self.utility_of_all}"
+            )
+        return "\n".join([*lines, *(f"with {reach}" for reach in self.curve)])
 
 
 def volume_of(stack: Stack, names: Sequence[str], at: Sequence[float]) -> Volume:
@@ -109,23 +151,133 @@ def compared(first: Stack, second: Stack, prompts: int, names: Sequence[str], at
 
 
 def advantage(
-    soups: Stack, others: Stack, runs: tuple[int, int], names: Sequence[str], at: Sequence[float]
+    soups: Stack,
+    others: Stack,
+    runs: tuple[int, int],
+    names: Sequence[str],
+    at: Sequence[float],
+    lambdas: Sequence[Sequence[float]] | None = None,
+    with_ends: bool = True,
 ) -> Advantage:
-    """Everything that an `Advantage` holds.
+    """Everything that an `Advantage` holds but the utilities.
+
+    Args:
+        soups, others: Stacks in the same bootstrap draws.
+        runs: PPO runs that each set took.
+        names: Of the rewards.
+        at: The reference of hypervolumes.
+        lambdas: Of the soups; by default two ingredients, λ in equal steps.
+        with_ends: Whether the ingredients are among `others`.
 
     Raises:
-        FrontError: A number of runs below 1.
+        FrontError: A number of runs below 1, or fewer soups than other points.
     """
     if min(runs) < 1:
         raise FrontError(f"the runs of the soups and of the others are counted from 1, got {runs}")
-    volumes = hypervolumes(soups, at), hypervolumes(others, at)
-    return Advantage(
-        _volume(soups, volumes[0], names, at),
-        _volume(others, volumes[1], names, at),
-        Estimate.basic(volumes[0] - volumes[1]),
-        runs,
-        (Estimate.basic(volumes[0] / runs[0]), Estimate.basic(volumes[1] / runs[1])),
-    )
+    count = others.shape[1]
+    if soups.shape[1] < count:
+        raise FrontError(
+            f"equal numbers of points are compared, and there are {soups.shape[1]} soups for {count} MORL runs "
+            "(the ingredients among them): sweep more λ, or name fewer runs"
+        )
+    if lambdas is None:
+        lambdas = simplex(2, max(2, soups.shape[1]))[: soups.shape[1]]
+    places = evenly_spread(lambdas, count, with_ends)
+    chosen = soups[:, places]
+    gain = Estimate.basic(hypervolumes(chosen, at) - hypervolumes(others, at))
+    volumes = volume_of(chosen, names, at), volume_of(others, names, at)
+    return Advantage(*volumes, gain, tuple(places), runs, _curve(soups, others, lambdas, at))
+
+
+def with_utilities(
+    found: Advantage, soups: NDArray[np.float64], others: NDArray[np.float64], shares: NDArray[np.float64] | None
+) -> Advantage:
+    """An advantage with its expected utilities, of values of shape (prompts, points, rewards)."""
+    if shares is None:
+        return found
+    few = utility_gain(soups[:, list(found.places)], others, shares)
+    return replace(found, utility=few, utility_of_all=utility_gain(soups, others, shares))
+
+
+def utility_gain(first: NDArray[np.float64], second: NDArray[np.float64], shares: NDArray[np.float64]) -> Estimate:
+    """Expected utility of the first points less that of the second.
+
+    For each preference μ a point is chosen by its largest Σ μi·Ri on one half of the prompts, and told by the other half: the
+    noise that made it the best does not make it look better. The two ways round are averaged. The interval is ± 1.96 standard
+    errors. The error of a bootstrap draw is what its choices are told by its prompts less what they are told by all prompts:
+    so its deviation counts that the halves choose for one another, and not that draws choose worse than the prompts do.
+
+    Args:
+        first, second: Shape (prompts, points, rewards), on the same prompts.
+        shares: Shape (draws, prompts), as `estimates.resampling` gives them.
+    """
+    prompts, _, rewards = first.shape
+    weights = _preferences(rewards).T
+    order = np.random.default_rng(0).permutation(prompts)
+    halves = order[: prompts // 2], order[prompts // 2 :]
+    every = np.concatenate([np.full((1, prompts), 1 / prompts), shares[:_DRAWS]])
+    value, errors = 0.0, np.zeros(len(every) - 1)
+    for pick, tell in (halves, halves[::-1]):
+        for values, sign in ((first, 0.5), (second, -0.5)):
+            utilities = values @ weights  # (prompts, points, preferences)
+            best = np.argmax(_means(utilities, every, pick), axis=1)[:, None]  # by draw and preference
+            told, observed = (_means(utilities, share, tell) for share in (every, every[:1]))
+            drawn, true = (
+                np.take_along_axis(figures, best, axis=1).mean(axis=(1, 2))
+                for figures in (told, np.broadcast_to(observed, told.shape))
+            )
+            value += sign * float(drawn[0])
+            errors += sign * (drawn - true)[1:]
+    error = 1.96 * float(errors.std())
+    return Estimate(value, value - error, value + error)
+
+
+def _means(
+    utilities: NDArray[np.float64], shares: NDArray[np.float64], prompts: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Means over some of the prompts in each draw: (draws, points, preferences)."""
+    weights = shares[:, prompts]
+    weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-12)
+    return np.tensordot(weights, utilities[prompts], axes=1)
+
+
+def _preferences(rewards: int) -> NDArray[np.float64]:
+    """Preferences that cover all of them evenly: (preferences, rewards), each summing to 1."""
+    if rewards <= 2:
+        return np.array(simplex(rewards, _PREFERENCES))
+    return np.random.default_rng(0).dirichlet(np.ones(rewards), 10 * _PREFERENCES)
+
+
+def _curve(soups: Stack, others: Stack, lambdas: Sequence[Sequence[float]], at: Sequence[float]) -> tuple[Reach, ...]:
+    """Hypervolume against the number of runs. Soups are as many as there are other points, at most."""
+    soups, others = soups[: 1 + _CURVE_DRAWS], others[: 1 + _CURVE_DRAWS]
+    weights = np.asarray(lambdas)
+    ingredients, count = weights.shape[1], others.shape[1]
+    found = []
+    for runs in range(1, max(ingredients, count) + 1):
+        of_soups = []
+        for some in combinations(range(ingredients), runs):
+            within = np.flatnonzero(np.delete(weights, some, axis=1).sum(axis=1) < 1e-9)
+            if len(within) > count:
+                within = within[evenly_spread(weights[within][:, list(some)].tolist(), count)]
+            if len(within):
+                of_soups.append(hypervolumes(soups[:, within], at))
+        of_others = [hypervolumes(others[:, list(some)], at) for some in _some_choices(count, runs)]
+        best = max((float(volumes[0]) for volumes in of_others), default=None)
+        found.append(Reach(runs, _average(of_soups), _average(of_others), best))
+    return tuple(found)
+
+
+def _average(volumes: Sequence[NDArray[np.float64]]) -> Estimate | None:
+    return Estimate.basic(np.mean(volumes, axis=0)) if volumes else None
+
+
+def _some_choices(count: int, size: int) -> list[tuple[int, ...]]:
+    """The choices of `size` from `count`, or 60 of them at random."""
+    choices = list(combinations(range(count), size))
+    if len(choices) <= _CHOICES:
+        return choices
+    return [choices[i] for i in np.random.default_rng(0).choice(len(choices), _CHOICES, replace=False)]
 
 
 def distance(points: Stack, to: Stack) -> Estimate:

@@ -120,11 +120,22 @@ def hypervolumes(draws: NDArray[np.float64], at: Sequence[float]) -> NDArray[np.
     """
     from moocore import hv_approx, hypervolume
 
+    if draws.shape[-1] == 2:
+        return _areas(draws, at)
     if draws.shape[-1] <= _EXACT_REWARDS:
         return np.array([hypervolume(points, ref=at, maximise=True) for points in draws])
     return np.array(
         [hv_approx(p, ref=at, maximise=True, nsamples=4_096, seed=0, method="DZ2019-MC") for p in draws[:501]]
     )
+
+
+def _areas(draws: NDArray[np.float64], at: Sequence[float]) -> NDArray[np.float64]:
+    """Hypervolumes of two rewards, all draws at once: the area under the staircase, from the right to the left."""
+    beyond = np.maximum(draws - np.asarray(at), 0)
+    order = np.argsort(-beyond[..., 0], axis=-1, kind="stable")
+    widths, heights = (np.take_along_axis(beyond[..., column], order, axis=-1) for column in (0, 1))
+    stairs = np.maximum.accumulate(heights, axis=-1)
+    return (widths * np.diff(stairs, axis=-1, prepend=0)).sum(axis=-1)
 
 
 def hypervolume_and_error(points: NDArray[np.float64], at: Sequence[float]) -> tuple[float, float]:

@@ -26,8 +26,10 @@ from rsoups.comparison import (
     compared,
     distance,
     volume_of,
+    with_utilities,
 )
 from rsoups.estimates import Estimate, Volume, checked_reference, means_with_draws, resampling
+from rsoups.notes import notes_of, settings_beside, trained_on_of, trained_prompts_of
 from rsoups.points import (
     BASE,
     LAMBDA,
@@ -56,21 +58,35 @@ class Front:
         rewards: Names, sorted.
         prompts: Sorted, messages as JSON; empty for a front from elsewhere, which has means only: no figure of it has an
             interval of ours.
+        shares: Of each prompt in each bootstrap draw; None where there are no prompts to resample.
+        trained_on: By ingredient or other model, the rewards that it was trained on with their weights, as a sweep found them
+            in ``lineage.json``.
+        trained_prompts: How many of the prompts each of these was trained on, where it was.
     """
 
     def __init__(
-        self, points: list[Point], rewards: list[str], prompts: list[str], shares: NDArray[np.float64] | None = None
+        self,
+        points: list[Point],
+        rewards: list[str],
+        prompts: list[str],
+        shares: NDArray[np.float64] | None = None,
+        trained_on: dict[str, dict[str, float]] | None = None,
     ):
-        self.points, self.rewards, self.prompts, self._shares = points, rewards, prompts, shares
+        self.points, self.rewards, self.prompts, self.shares = points, rewards, prompts, shares
+        self.trained_on = trained_on or {}
+        self.trained_prompts: dict[str, int] = {}
 
     @classmethod
     def from_jsonl(cls, path: str | Path, seed: int = 0) -> Front:
-        """The front of a records file.
+        """The front of a records file, and what the settings beside it tell of the runs' training.
 
         Raises:
             FrontError: As `from_records`, no such file, or a line that is not JSON.
         """
-        return cls.from_records((record for _, record in json_lines(path, FrontError)), seed)
+        front = cls.from_records((record for _, record in json_lines(path, FrontError)), seed)
+        settings = settings_beside(Path(path))
+        front.trained_on, front.trained_prompts = trained_on_of(settings), trained_prompts_of(settings)
+        return front
 
     @classmethod
     def from_records(cls, records: Iterable[Mapping[str, Any]], seed: int = 0) -> Front:
@@ -182,7 +198,7 @@ class Front:
     @property
     def has_band(self) -> bool:
         """Whether its attainment over bootstrap draws can be drawn: two rewards, and prompts to resample."""
-        return len(self.rewards) == 2 and self._shares is not None
+        return len(self.rewards) == 2 and self.shares is not None
 
     def at(self, lambdas: Sequence[float] | Mapping[str, float]) -> Point:
         """The soup at λ, in the order of the ingredients or by their names.
@@ -221,7 +237,7 @@ class Front:
         """In how many of the bootstrap draws each point is on the Pareto front; None where there are no prompts to resample."""
         from moocore import is_nondominated
 
-        if self._shares is None:
+        if self.shares is None:
             return None
         draws = self._stack(self.points)[1:]
         kept = [is_nondominated(draw, maximise=True, keep_weakly=True) for draw in draws]
@@ -276,7 +292,7 @@ class Front:
         runs: tuple[int, int] | None = None,
         with_ends: bool = True,
     ) -> Advantage:
-        """Do soups beat MORL, and by how much: hypervolume of the soups less that of the other runs, also per PPO run.
+        """Do soups beat MORL, and by how much: as many soups as there are other runs, in hypervolume and for preferences.
 
         Args:
             reference: Of the hypervolumes.
@@ -285,7 +301,7 @@ class Front:
             with_ends: Count each ingredient among the others too: it is MORL with all the weight on one reward.
 
         Raises:
-            FrontError: No such run, no soups, an end that was not evaluated, or a reference that is none.
+            FrontError: No such run, fewer soups than other runs, an end that was not evaluated, or a reference that is none.
         """
         at = checked_reference(reference, self.rewards)
         if names is None:
@@ -295,7 +311,10 @@ class Front:
             raise FrontError(f"soups are compared with MORL runs here; there are {[p.label for p in self.points]}")
         others += list(self.ends.values()) if with_ends else []
         counted = runs or (len(self.ingredients), len(others))
-        return advantage(self._stack(self.soups), self._stack(others), counted, self.rewards, at)
+        lambdas = [list((point.lambdas or {}).values()) for point in self.soups]
+        stacks = self._stack(self.soups), self._stack(others)
+        found = advantage(*stacks, counted, self.rewards, at, lambdas, with_ends)
+        return with_utilities(found, _values(self.soups), _values(others), self.shares)
 
     def attainment(
         self, *seeds: Front, levels: Sequence[float] = (0.025, 0.5, 0.975)
@@ -317,7 +336,7 @@ class Front:
             for front in seeds:
                 self._check_rewards(front)
             return attainment_surfaces([front._stack(front._front)[0] for front in (self, *seeds)], levels)
-        if self._shares is None:
+        if self.shares is None:
             raise FrontError(
                 "attainment over bootstrap draws needs the records of two prompts or more; this front has means only"
             )
@@ -350,8 +369,11 @@ class Front:
         subject_to: Mapping[str, str] | None = None,
         knee: bool = False,
         votes: str | Path | Sequence[Mapping[str, Any]] | VotedUtility | None = None,
+        above_base: bool = False,
     ) -> Choice:
         """Choose λ among the soups that were evaluated (among all points of a front that has none), by one rule.
+
+        A choice tells in which rewards it is not above the base, where the base was evaluated.
 
         Args:
             preference: Weights μ by reward: the largest Σ μi·Ri, of the rewards as they are (recipes/calibrate.py makes
@@ -361,17 +383,24 @@ class Front:
             knee: The Pareto point farthest above the plane through the front's ends: where giving more of one reward
                 begins to cost more of another.
             votes: A votes file, its rows, or what `fit_votes` made of them: the λ that the voters like best.
+            above_base: The points that are above the base in every reward, with 95% confidence where there is one; of these
+                the largest mean of the rewards, or the largest weighted sum by `preference`.
 
         Raises:
-            FrontError: Not exactly one rule, a name that is no reward, or limits that no point keeps (the best reachable
-                value is told).
+            FrontError: Not exactly one rule, a name that is no reward, limits that no point keeps (the best reachable
+                value is told), or no point above the base in every reward (the nearest is told).
             VotesError: As `fit_votes`.
         """
-        rules = [preference is not None, maximise is not None, knee, votes is not None]
+        rules = [preference is not None and not above_base, maximise is not None, knee, votes is not None, above_base]
         if sum(rules) != 1 or (subject_to and maximise is None):
-            raise FrontError("choose by one rule: preference, maximise (with subject_to, if you like), knee or votes")
+            raise FrontError(
+                "choose by one rule: preference, maximise (with subject_to, if you like), knee, votes or above_base "
+                "(with a preference, if you like)"
+            )
         if votes is not None:
             return self._voted(votes)
+        if above_base:
+            return self._above_base(preference or dict.fromkeys(self.rewards, 1.0))
         among = self._front
         means = self._stack(among)
         rule, words = self._rule(preference, maximise, subject_to or {})
@@ -379,7 +408,7 @@ class Front:
             rule.refuse(means[0], [point.label for point in among])
         chosen = int(rule(means[0]))
         share = None if len(means) == 1 else float(np.mean(rule(means[1:]) == chosen))
-        return Choice(among[chosen], words, share)
+        return self._choice(among[chosen], words, share)
 
     def _rule(
         self, preference: Mapping[str, float] | None, maximise: str | None, subject_to: Mapping[str, str]
@@ -401,24 +430,50 @@ class Front:
         if sorted(utility.ingredients) != sorted(self.ingredients):
             raise FrontError(f"the votes are about {utility.ingredients}, the soups weigh {self.ingredients}")
         best, share = utility.best_of([point.lambdas or {} for point in self.soups])
-        return Choice(self.soups[best], f"best liked in {utility.votes} votes", share)
+        return self._choice(self.soups[best], f"best liked in {utility.votes} votes", share)
+
+    def _above_base(self, preference: Mapping[str, float]) -> Choice:
+        """The choice among the points that are above the base in every reward."""
+        among = [point for point in self._front if point is not self.base]
+        rule = by_preference(preference, self.rewards)
+        if self.base is None or not among:
+            raise FrontError(f"above_base compares points with the base; there are {[p.label for p in self.points]}")
+        gains = {point: self.difference(point, self.base) for point in among}
+        surely = [point for point in among if all(gain.is_above_zero for gain in gains[point].values())]
+        likely = [point for point in among if all(gain.value > 0 for gain in gains[point].values())]
+        if not likely:
+            nearest = max(
+                among, key=lambda point: (self.share_above_base(point) or 0, min(map(_value, gains[point].values())))
+            )
+            raise FrontError(
+                "no good choice: no soup is above the base in every reward; the nearest is "
+                f"{self._choice(nearest, 'most often above it', None)}"
+            )
+        means = self._stack(surely or likely)
+        chosen = int(rule(means[0]))
+        share = None if len(means) == 1 else float(np.mean(rule(means[1:]) == chosen))
+        sure = ", with 95% confidence" if surely else ", though not with 95% confidence" if self.prompts else ""
+        return self._choice((surely or likely)[chosen], f"above the base in every reward{sure}", share)
+
+    def share_above_base(self, point: Point) -> float | None:
+        """In how many of the bootstrap draws a point is above the base in every reward; None without draws or a base."""
+        if self.base is None or self.shares is None:
+            return None
+        gains = self._stack([point])[1:, 0] - self._stack([self.base])[1:, 0]
+        return float((gains > 0).all(axis=-1).mean())
+
+    def _choice(self, point: Point, words: str, share: float | None) -> Choice:
+        """A choice, with what it has less than the base."""
+        if self.base is None or point is self.base:
+            return Choice(point, words, share)
+        gains = self.difference(point, self.base)
+        behind = {reward: gain for reward, gain in gains.items() if gain.value <= 0}
+        return Choice(point, words, share, self.share_above_base(point), behind)
 
     @property
     def notes(self) -> list[str]:
-        """What a reader should know before the figures: how little there is to compare, empty texts."""
-        found = []
-        if len(self.rewards) == 1:
-            found.append(f"There is one reward only, {self.rewards[0]}: a trade-off needs two.")
-        if len(self.points) == 1:
-            found.append(f"There is one point only, {self.points[0].label}: nothing to compare it with.")
-        if len(self.prompts) == 1:
-            found.append("There is one prompt only: no figure has an interval.")
-        empty = [point for point in self.points if "words" in point.extras and point.extras["words"].value == 0]
-        if empty and len(empty) == len(self.points):
-            found.append("All responses of all models are empty: the rewards are of empty texts.")
-        elif empty:
-            found.append(f"All responses are empty at {', '.join(point.label for point in empty)}.")
-        return found
+        """What a reader should know before the figures: runs that did not learn, how little there is to compare."""
+        return notes_of(self)
 
     def to_table(self) -> list[dict[str, Any]]:
         """One row for each point, ``pandas.DataFrame(front.to_table())`` makes a data frame.
@@ -461,11 +516,10 @@ class Front:
 
     def _stack(self, points: Sequence[Point]) -> NDArray[np.float64]:
         """Means of points as observed, then in each bootstrap draw: shape (1 + draws, points, rewards)."""
-        values = np.stack([point.values for point in points], axis=1)  # (prompts, points, rewards)
-        return means_with_draws(values, self._shares)
+        return means_with_draws(_values(points), self.shares)
 
     def _estimates(self, values: NDArray[np.float64]) -> dict[str, Estimate]:
-        return estimates_of(values, self.rewards, self._shares)
+        return estimates_of(values, self.rewards, self.shares)
 
     def _check_rewards(self, other: Front) -> None:
         if self.rewards != other.rewards:
@@ -487,3 +541,12 @@ class Front:
         values = point.values[[place[p] for p in prompts]] if prompts else point.values.mean(axis=0)[None]
         mean = dict(zip(self.rewards, values.mean(axis=0).tolist(), strict=True))
         return Point(point.name, point.lambdas, point.method, mean, {}, {}, len(prompts), values)
+
+
+def _value(estimate: Estimate) -> float:
+    return estimate.value
+
+
+def _values(points: Sequence[Point]) -> NDArray[np.float64]:
+    """Rewards of points for each prompt: shape (prompts, points, rewards)."""
+    return np.stack([point.values for point in points], axis=1)

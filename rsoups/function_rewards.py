@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rsoups._cards import check_calibration
+from rsoups._cards import check_calibration, check_fields
 from rsoups._errors import RewardError
 
 _OF_CARDS = ("rsoups.text_checks", "rsoups.text_metrics")  # a YAML file is data: it does not choose what code runs
@@ -42,6 +42,7 @@ class FunctionCard:
     source: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self, f"reward card {self.name!r}")
         if not isinstance(self.arguments, Mapping):
             raise RewardError(f"reward card {self.name!r}: arguments is {self.arguments!r}, must be a mapping")
         if self.sign not in (1, -1):
@@ -78,7 +79,7 @@ class FunctionCard:
 
 
 class FunctionReward:
-    """A function as a reward: ``reward(prompts, responses, **columns) -> list[float]``.
+    """A function as a reward: ``reward(prompts, responses, **columns) -> list[float]``; None is no opinion on a response.
 
     Takes ``f(prompts, responses)`` and TRL's ``f(prompts, completions, **columns)`` alike; a function gets those of the
     dataset's columns that it names, or all where it takes any.
@@ -109,12 +110,12 @@ class FunctionReward:
         """The reward that a card names."""
         return cls(card.made(), card.name, card)
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float | None]:
         """Score each response to its prompt.
 
         Raises:
-            RewardError: A column that the function needs is missing, or not one finite score for each response (the sample is
-                shown).
+            RewardError: A column that the function needs is missing, or not one finite score (or None) for each response (the
+                sample is shown).
         """
         if lacking := [name for name in self.needs if columns.get(name) is None]:
             raise RewardError(f"reward {self.name!r} needs the column(s) {lacking} beside prompts and responses")
@@ -123,15 +124,15 @@ class FunctionReward:
             values = self._function(prompts=list(prompts), completions=list(responses), **passed)
         else:
             values = self._function(list(prompts), list(responses), **passed)
-        scores = [float(value) for value in values]
+        scores = [None if value is None else float(value) for value in values]
         if (card := self.card) is not None:
-            scores = [(card.sign * score - card.mean) / card.std for score in scores]
+            scores = [None if s is None else (card.sign * s - card.mean) / card.std for s in scores]
         check_scores(self.name, scores, prompts, responses)
         return scores
 
 
-def check_scores(name: str, scores: Sequence[float], prompts: Sequence[Any], responses: Sequence[str]) -> None:
-    """Refuse scores that would poison a run.
+def check_scores(name: str, scores: Sequence[float | None], prompts: Sequence[Any], responses: Sequence[str]) -> None:
+    """Refuse scores that would poison a run; None is no score, and passes.
 
     Raises:
         RewardError: Not one score per sample, or a score that is NaN or infinite; names the reward and the sample.
@@ -139,7 +140,7 @@ def check_scores(name: str, scores: Sequence[float], prompts: Sequence[Any], res
     if len(scores) != len(responses):
         raise RewardError(f"reward {name!r} returned {len(scores)} scores for {len(responses)} responses")
     for score, prompt, response in zip(scores, prompts, responses, strict=True):
-        if not math.isfinite(score):
+        if score is not None and not math.isfinite(score):
             raise RewardError(f"reward {name!r} returned {score} for prompt {prompt!r}, response {response!r}")
 
 
@@ -151,21 +152,24 @@ def columns_read(rewards: Iterable[Any]) -> set[str]:
 def check_columns(rewards: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> None:
     """Refuse data without the columns that its rewards need, before anything is generated.
 
+    A function of one's own gets what a row has, None included; those of cards need a value in every row.
+
     Args:
         rewards: Loaded rewards.
         columns: The data, a value for each row.
 
     Raises:
-        RewardError: A needed column is missing, or empty in some row.
+        RewardError: A needed column is missing, or is empty where it must not be.
     """
     for reward in rewards:
         for name in getattr(reward, "needs", ()):
-            if name not in columns:
+            if name not in columns or all(value is None for value in columns[name]):
                 raise RewardError(
                     f"reward {reward.name!r} needs a column {name!r}, the dataset gives {sorted(columns)}: choose a --dataset "
                     "that has it"
                 )
-            if empty := sum(value is None or value == "" or value == [] for value in columns[name]):
+            empty = sum(value is None or value == "" or value == [] for value in columns[name])
+            if empty and getattr(reward, "card", None) is not None:
                 raise RewardError(
                     f"reward {reward.name!r} needs {name!r} of every row: {empty} of {len(columns[name])} have none"
                 )

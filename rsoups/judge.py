@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from rsoups._cards import DTYPES, check_calibration, made
+from rsoups._cards import DTYPES, check_calibration, check_fields, made
 from rsoups._errors import RewardError
 from rsoups._resources import resolve
 from rsoups.judge_client import Client, Counts
@@ -64,6 +64,7 @@ class JudgeSettings:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        check_fields(self, "judge")
         for name in ("model", "rubric"):
             if not isinstance(value := getattr(self, name), str) or not value.strip():
                 _refuse(f"{name} is {value!r}, must be a text")
@@ -127,6 +128,7 @@ class JudgeCard:
     licence: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self, f"reward card {self.name!r}")
         if not isinstance(self.judge, Mapping):
             raise RewardError(f"reward card {self.name!r}: judge is {self.judge!r}, must be a mapping of fields")
         _ = self.settings  # refuses what is wrong with them

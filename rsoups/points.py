@@ -48,8 +48,11 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The name, with the λ of a soup."""
-        return self.name if self.lambdas is None else "λ " + " / ".join(f"{x:.3g}" for x in self.lambdas.values())
+        """The name; of a soup its λ, and its method unless it is exact."""
+        if self.lambdas is None:
+            return self.name
+        method = "" if self.method in (None, "exact") else f" ({self.method})"
+        return "λ " + " / ".join(f"{x:.3g}" for x in self.lambdas.values()) + method
 
     def estimate(self, reward: str) -> Estimate:
         """The mean of a reward with its interval."""
@@ -65,16 +68,25 @@ class Choice:
         rule: Why, in words.
         share: In how many of the bootstrap draws over prompts (of the draws from the voter's posterior, for votes) the same
             point is chosen; None where there are no prompts to resample.
+        above_base: In how many of the draws over prompts the point is above the base in every reward; None where there are no
+            prompts to resample, or no base.
+        behind: By reward, the point less the base, where that is not above 0. Empty without a base.
     """
 
     point: Point
     rule: str
     share: float | None
+    above_base: float | None = None
+    behind: dict[str, Estimate] = field(default_factory=dict)
 
     def __str__(self) -> str:
         sure = "" if self.share is None else f"; chosen in {self.share:.0%} of the draws"
+        if self.above_base is not None:
+            sure += f"; above the base in every reward in {self.above_base:.0%} of the draws"
         figures = ", ".join(f"{reward} {self.point.estimate(reward)}" for reward in self.point.mean)
-        return f"{self.point.label} ({self.rule}{sure}): {figures}"
+        behind = ", ".join(f"in {reward}, by {gain}" for reward, gain in self.behind.items())
+        caution = f". Not above the base {behind}" if behind else ""
+        return f"{self.point.label} ({self.rule}{sure}): {figures}{caution}"
 
 
 def check_record(number: int, record: Mapping[str, Any], rewards: list[str]) -> list[str]:

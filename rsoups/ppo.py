@@ -29,7 +29,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler, pad, shuffle_sequence_dict, split_tensor_dict, use_adapter
 
 from rsoups import rl_math
-from rsoups._errors import DatasetError, OutputError, TrainingError
+from rsoups._errors import DatasetError, OutputError, RewardError, TrainingError
 from rsoups.actor_critic import ValueHead, add_actor_critic_forward
 from rsoups.callbacks import Interrupt, PPOProgress
 from rsoups.checkpoints import finish_checkpoint, last_checkpoint, only_run_in
@@ -53,14 +53,15 @@ class PPOTrainer(GRPOTrainer):
     adapter, and a frozen copy of the adapter where `model` is a PeftModel that is trained on (the paper's Alpaca case).
 
     Metrics are means since the last log, over all processes. Of each rollout: ``reward`` (weighted score of a response,
-    penalties of length included, KL not), ``rewards/NAME`` (one reward's score), ``kl`` (k1 estimate to the reference,
-    summed over a response's tokens, in nats), ``kl_coef`` (β that the rollout was penalised with), ``entropy`` (-log p of
-    the sampled tokens, nats per token), ``explained_variance`` (of the returns by the rollout's values), ``distinct``
-    (share of the responses that differ; near 0 is a collapsed policy, or a reward that asks for one answer),
-    ``completions/...`` (tokens of a response, end token included: mean, min, max; ``clipped_ratio`` of them ended at the
-    limit; ``terminated``: of those that ended by themselves), ``num_tokens`` (prompts and responses so far). Of each step of
-    the optimizer: ``policy_loss`` and ``value_loss`` (means over its response tokens), ``clip_fraction`` (tokens whose ratio
-    was clipped), ``loss``, ``grad_norm`` (before clipping), ``learning_rate``, ``step_time`` (seconds).
+    penalties of length included, KL not), ``rewards/NAME`` (one reward's score), ``abstained/NAME`` (share of its None,
+    which the other means leave out), ``kl`` (k1 estimate to the reference, summed over a response's tokens, in nats),
+    ``kl_coef`` (β that the rollout was penalised with), ``entropy`` (-log p of the sampled tokens, nats per token),
+    ``explained_variance`` (of the returns by the rollout's values), ``distinct`` (share of the responses that differ; near
+    0 is a collapsed policy, or a reward that asks for one answer), ``completions/...`` (tokens of a response, end token
+    included: mean, min, max; ``clipped_ratio`` of them ended at the limit; ``terminated``: of those that ended by
+    themselves), ``num_tokens`` (prompts and responses so far). Of each step of the optimizer: ``policy_loss`` and
+    ``value_loss`` (means over its response tokens), ``clip_fraction`` (tokens whose ratio was clipped), ``loss``,
+    ``grad_norm`` (before clipping), ``learning_rate``, ``step_time`` (seconds).
 
     Differs by design from TRL 1.12's PPOTrainer, whose advantages, returns and losses it has on the same rollout: the critic
     is a head on the policy, not a second model, and starts at the first rollout's mean score; an episode ends at its end
@@ -212,15 +213,32 @@ class PPOTrainer(GRPOTrainer):
         start = self.accelerator.process_index * len(prompts)
         local = by_reward[start : start + len(prompts)]
         for i, name in enumerate(self.reward_func_names):
-            check_scores(name, local[:, i].tolist(), prompts, responses)
-            self._metrics["train" if self.model.training else "eval"][f"rewards/{name}"] += self._of_all(local[:, i])
+            # TRL writes a function's None, no opinion, as NaN; NaN itself `named_failures` has refused.
+            abstains = not isinstance(self.reward_funcs[i], nn.Module)
+            values = [None if abstains and math.isnan(value) else value for value in local[:, i].tolist()]
+            check_scores(name, values, prompts, responses)
+            self._log_reward(name, self._of_all(local[:, i]))
             self._logs["rewards"][name].extend(by_reward[:, i].tolist())
-        weights = self.reward_weights.to(local.device)
-        scores = (local * weights).sum(dim=1) / weights.sum()  # MORL as in the paper: Σ μ_i R_i / Σ μ_i
+        scores = rl_math.weighted_scores(local, self.reward_weights.to(local.device))
+        if (unscored := scores.isnan()).any():
+            at = int(unscored.nonzero()[0, 0])
+            raise RewardError(
+                f"none of the rewards {self.reward_func_names} has an opinion (all are None) on the response {responses[at]!r} "
+                f"to {prompts[at]!r}: leave such prompts out, or add a reward that scores every response"
+            )
         if self.args.missing_eos_penalty is not None:
             cut = [ids[-1] not in self.eos_token_ids for ids in response_ids]
             scores = scores - self.args.missing_eos_penalty * torch.tensor(cut, device=scores.device)
         return scores
+
+    def _log_reward(self, name: str, values: list[float]) -> None:
+        """A reward's scores, and the share of responses on which it has no opinion, where there are any."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        answered = [value for value in values if not math.isnan(value)]
+        if answered:
+            metrics[f"rewards/{name}"] += answered
+        if len(answered) < len(values):
+            metrics[f"abstained/{name}"].append(1 - len(answered) / len(values))
 
     def _of_all(self, values: Any) -> list:
         """What each response of all processes has; in an evaluation without those that only fill up its last batch."""

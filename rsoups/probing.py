@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsoups._errors import DatasetError, RewardError
-from rsoups._resources import load_rows, resolve
+from rsoups._errors import CheckpointError, DatasetError, RewardError
+from rsoups._resources import is_table, load_base, load_rows, resolve
 from rsoups.estimates import Estimate
 from rsoups.function_rewards import check_scores
-from rsoups.sampling import fast_sampling
-from rsoups.tasks import Task, question_of, read_jsonl
+from rsoups.tasks import Task, columns_of, question_of, read_jsonl
 
 if TYPE_CHECKING:
     from rsoups.scoring import LoadedReward
 
 _LEAST = 8  # responses that a probe needs
 _RESAMPLES = 1_000
-_BATCH = 64  # prompts answered at a time
 
 Values = NDArray[np.float64]
 
@@ -164,10 +162,15 @@ def probe(rewards: Mapping[str, LoadedReward], sample: Sample, *, seed: int = 0,
 
 def _scorer(name: str, reward: Any, columns: dict[str, list[Any]], tick: Callable[[], Any]) -> Callable[..., Values]:
     def score(prompts: list[Any], responses: list[str]) -> Values:
-        values = [float(value) for value in reward(prompts, responses, **columns)]
+        values = list(reward(prompts, responses, **columns))
+        if None in values:
+            raise RewardError(
+                f"reward {name!r} gives no score (None) for the response {responses[values.index(None)]!r}: a probe compares "
+                "scores of the same responses, so leave such rows out"
+            )
         check_scores(name, values, prompts, responses)
         tick()
-        return np.array(values)
+        return np.array(values, dtype=np.float64)
 
     return score
 
@@ -288,39 +291,54 @@ def sample_of(
     task: Task,
     dataset: str | None = None,
     *,
-    split: str = "test",
+    split: str | None = None,
     rows: int = 200,
+    kept: Collection[str] = (),
     model: str = "rsoups/tiny-llama",
     temperature: float = 0.7,
     max_new_tokens: int = 32,
     seed: int = 0,
     device: str = "cpu",
+    template: Mapping[str, Any] | None = None,
 ) -> Sample:
     """A dataset's prompts with its reference responses; where it has none, with a policy's.
 
     Args:
         task: Of the prompts; responses are cut as it says.
         dataset: As `load_rows` takes it.
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"``, ``"test"`` or ``"all"``; by default all rows of one file, the test split of other datasets.
         rows: How many, the first ones.
+        kept: Columns that the rewards read.
         model: The policy, where it is needed: folder, Hub id or ``rsoups/...``.
         temperature, max_new_tokens, seed: Of its sampling.
         device: Where it runs.
+        template: Variables of its chat template.
 
     Raises:
         DatasetError: Too few rows, a missing file or column, no usable row, or a policy that cannot be loaded.
     """
     _check_rows(rows)
-    found = load_rows(task, dataset, split, rows)
+    split = split or ("all" if is_table(task, dataset) else "test")
+    found = load_rows(task, dataset, split, rows, kept)
     with_references = [row for row in found if row["references"]]
     if with_references:
-        # The response itself is no reference, where there are others to compare it with.
-        columns = {"references": [row["references"][1:] or row["references"] for row in with_references]}
         responses = [task.cut(row["references"][0]) for row in with_references]
-        return Sample([row["prompt"] for row in with_references], responses, columns)
-    prompts = [row["prompt"] for row in found]
-    texts = _answers(model, prompts, temperature, max_new_tokens, seed, device)
-    return Sample(prompts, [task.cut(text) for text in texts])
+        # The response itself is no reference, where there are others to compare it with.
+        found = [row | {"references": row["references"][1:] or row["references"]} for row in with_references]
+    else:
+        asked = [row["prompt"] for row in found]
+        texts = answers(
+            model,
+            asked,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            device=device,
+            template=template,
+        )
+        responses = [task.cut(text) for text in texts]
+    columns = columns_of(found)
+    return Sample(columns.pop("prompt"), responses, columns)
 
 
 def sample_of_records(path: str | Path, rows: int = 200, seed: int = 0) -> Sample:
@@ -333,9 +351,10 @@ def sample_of_records(path: str | Path, rows: int = 200, seed: int = 0) -> Sampl
     if not Path(path).is_file():
         raise DatasetError(f"no records file {path}")
     try:
-        pairs = list(dict.fromkeys((record["prompt"], record["response"]) for record in read_jsonl(path)))
+        found = {json.dumps([r["prompt"], r["response"]]): (r["prompt"], r["response"]) for r in read_jsonl(path)}
     except (KeyError, TypeError):
         raise DatasetError(f"{path} holds a line without prompt or response: is it a sweep's records.jsonl?") from None
+    pairs = list(found.values())
     drawn = random.Random(seed).sample(pairs, k=min(rows, len(pairs)))
     return Sample([prompt for prompt, _ in drawn], [response for _, response in drawn])
 
@@ -345,34 +364,34 @@ def _check_rows(rows: int) -> None:
         raise DatasetError(f"a probe of {rows} responses says nothing: {_LEAST} or more are needed")
 
 
-def _answers(
-    name: str, prompts: list[Any], temperature: float, max_new_tokens: int, seed: int, device: str
+def answers(
+    name: str,
+    prompts: Sequence[Any],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int = 0,
+    device: str = "cpu",
+    template: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """A policy's responses to prompts, as a sweep would get them (`decoding.respond`).
+
+    Raises:
+        DatasetError: The policy cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    from rsoups.decoding import respond
 
     source = resolve(name)
-    dtype = torch.float32 if source != name else "auto"  # embedded weights are stored in half precision to be small
+    dtype = "float32" if source != name else "auto"  # embedded weights are stored in half precision to be small
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model: Any = load_base(name, dtype=dtype)
+    except (OSError, ValueError, CheckpointError) as error:
         raise DatasetError(f"cannot load {name!r}, who was to answer the prompts: {error}") from error
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model.eval().to(device)
-    chat = {"tokenize": False, "add_generation_prompt": True}
-    texts = [p if isinstance(p, str) else tokenizer.apply_chat_template(p, **chat) for p in prompts]
-    answers: list[str] = []
-    torch.manual_seed(seed)
-    for start in range(0, len(texts), _BATCH):
-        inputs = tokenizer(texts[start : start + _BATCH], return_tensors="pt", padding=True).to(device)
-        inputs.pop("token_type_ids", None)
-        with torch.inference_mode(), fast_sampling(model.device):
-            ids = model.generate(
-                **inputs, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
-        answers += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
+    said = respond(
+        model.eval().to(device), tokenizer, prompts,
+        temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, template=template,
+    )  # fmt: skip
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]

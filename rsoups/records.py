@@ -16,8 +16,19 @@ from rsoups._errors import OutputError
 from rsoups._files import write_whole
 
 # Settings that records of one file have in common; the others tell where things came from, and may change.
-_SAME = ("ingredients", "rewards", "temperature", "max_new_tokens", "seed", "prompts", "columns", "cut", "server")
-_GROWING = ("others", "other_hashes", "adapters")  # a later call may add to these
+_SAME: tuple[str, ...] = (
+    "ingredients",
+    "rewards",
+    "temperature",
+    "max_new_tokens",
+    "seed",
+    "prompts",
+    "columns",
+    "cut",
+    "server",
+)
+_SAME += ("chat_template_kwargs",)
+_GROWING = ("others", "other_hashes", "adapters", "trained_on")  # a later call may add to these
 _PINNED = ("base", "base_weights")  # `pin` tells them, who has seen the weights
 _BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # some readers take them for the end of a line
 Key = tuple[str, str, int]
@@ -84,7 +95,7 @@ def prepare(path: Path, settings: dict[str, Any]) -> None:
             found = json.loads(beside.read_text("utf-8"))
         except (OSError, ValueError):
             raise OutputError(f"{path} is there without its {beside.name}: move it or choose another file") from None
-        differing = sorted(key for key in _SAME if settings.get(key) != found.get(key))
+        differing = sorted(key for key in _SAME if (settings.get(key) or None) != (found.get(key) or None))
         both = found.get("other_hashes", {}).keys() & settings["other_hashes"].keys()
         differing += [f"others: {n}" for n in sorted(both) if found["other_hashes"][n] != settings["other_hashes"][n]]
         if differing:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from rsoups._errors import FrontError
 from rsoups._resources import template
 from rsoups.charts import (
     BAND,
+    CHORD,
+    Look,
     beside_look,
     chord_chart,
     chord_scatter,
@@ -23,13 +26,17 @@ from rsoups.charts import (
     lambda_chart,
     looks_of,
     parallel_chart,
+    runs_chart,
     series_of,
     spider_chart,
     swatch,
     ternary_chart,
     told_of_reach,
 )
+from rsoups.comparison import Advantage, Comparison, Reach
+from rsoups.estimates import Estimate
 from rsoups.front import MORL, Front
+from rsoups.notes import not_checked, trained_on_of, trained_prompts_of
 from rsoups.plots import draw_front
 from rsoups.points import Choice, Point, prompt_key
 from rsoups.tasks import question_of
@@ -74,48 +81,103 @@ def write_report(
     """
     import matplotlib
 
-    others = dict(others or {})
-    told = sentences(front, reference, others)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "rsoups"}):
-        draw_front(front).savefig(folder / "front.png", dpi=160)
+    others, folder = dict(others or {}), Path(folder)
     beside = folder / "records.settings.json"
     if settings is None and beside.is_file():
         settings = json.loads(beside.read_text(encoding="utf-8"))
-    page = _Page(front, _texts(records), others, settings or {})
+    front.trained_on |= trained_on_of(settings or {})
+    front.trained_prompts |= trained_prompts_of(settings or {})
+    found = _advantage(front, reference) if reference is not None else None
+    told = _sentences(front, reference, others, found)
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "rsoups"}):
+        draw_front(front).savefig(folder / "front.png", dpi=160)
+    curve = found.curve if isinstance(found, Advantage) else ()
+    page = _Page(front, _texts(records), others, settings or {}, curve)
     (folder / "report.md").write_text(_markdown(front, told), encoding="utf-8")
     (folder / "report.html").write_text(page.html(told), encoding="utf-8")
     return told
 
 
 def sentences(front: Front, reference: Mapping[str, float] | None, others: Mapping[str, Front]) -> list[str]:
-    """What there is to say, in words with figures: the chord, hypervolume, MORL, other fronts."""
+    """What there is to say, in words with figures: the chord, hypervolume, MORL, other fronts, the choice of λ."""
+    return _sentences(front, reference, others, None if reference is None else _advantage(front, reference))
+
+
+def _sentences(
+    front: Front,
+    reference: Mapping[str, float] | None,
+    others: Mapping[str, Front],
+    advantage: Advantage | str | None,
+) -> list[str]:
     found = _chord_sentences(front)
-    if reference is None:
-        return found
-    found.append(f"Hypervolume of the {'soups' if front.soups else 'points'}: {front.hypervolume(reference)}.")
-    if front.soups and any(p.name.lower().startswith(MORL.lower()) for p in front.others):
-        found.append(_advantage_sentence(front, reference))
-    for name, other in others.items():
-        result = front.compare(other, reference)
-        found.append(
-            f"Against {name} ({result.prompts or 'no'} common prompts): {result.gain} more hypervolume; IGD+ to its "
-            f"front {result.igd_plus[0]}, of it to this front {result.igd_plus[1]}; {result.coverage[0].value:.0%} of its "
-            f"points are equalled or beaten here, {result.coverage[1].value:.0%} of these by it."
-        )
-    return found
+    if reference is not None:
+        found.append(f"Hypervolume of the {'soups' if front.soups else 'points'}: {front.hypervolume(reference)}.")
+        if advantage is not None:
+            found.append(advantage if isinstance(advantage, str) else _advantage_sentence(front, advantage))
+        found += [_against(name, front.compare(other, reference)) for name, other in others.items()]
+    found += _choice_sentences(front)
+    return found + list(filter(None, [not_checked(front)]))
 
 
-def _advantage_sentence(front: Front, reference: Mapping[str, float]) -> str:
-    try:
-        found, counted = front.advantage(reference), ", the ingredients among them"
-    except FrontError:  # an end was not evaluated
-        found, counted = front.advantage(reference, with_ends=False), ""
+def _against(name: str, result: Comparison) -> str:
     return (
-        f"Soups less MORL in hypervolume: {found.gain}; per PPO run spent, soups {found.per_run[0]} ({found.runs[0]} runs), "
-        f"MORL {found.per_run[1]} ({found.runs[1]} runs{counted})."
+        f"Against {name} ({result.prompts or 'no'} common prompts): {result.gain} more hypervolume; IGD+ to its "
+        f"front {result.igd_plus[0]}, of it to this front {result.igd_plus[1]}; {result.coverage[0].value:.0%} of its "
+        f"points are equalled or beaten here, {result.coverage[1].value:.0%} of these by it."
     )
+
+
+def _advantage(front: Front, reference: Mapping[str, float]) -> Advantage | str | None:
+    """Soups against MORL; a sentence where they cannot be compared, and nothing where there is no MORL run."""
+    if not front.soups or not any(point.name.lower().startswith(MORL.lower()) for point in front.others):
+        return None
+    try:
+        return front.advantage(reference, with_ends=len(_alone(front)) == len(front.ingredients))
+    except FrontError as error:
+        if set(reference) != set(front.rewards):
+            raise
+        return f"Soups are not compared with MORL: {error}."
+
+
+def _advantage_sentence(front: Front, found: Advantage) -> str:
+    with_ends = len(found.places) > sum(point.name.lower().startswith(MORL.lower()) for point in front.others)
+    counted = ", the ingredients among them" if with_ends else ""
+    places = ", ".join(front.soups[place].label for place in found.places)
+    told = [
+        f"Soups less MORL in hypervolume, {len(found.places)} points each: {found.gain}{_verdict(found.gain)}; "
+        f"soups at {places} ({found.runs[0]} runs), MORL ({found.runs[1]} runs{counted})."
+    ]
+    if found.utility and found.utility_of_all:
+        told.append(
+            "Expected utility over all preferences, the point chosen on one half of the prompts and told on the other: these "
+            f"soups less MORL {found.utility}{_verdict(found.utility)}; all {len(front.soups)} soups less MORL "
+            f"{found.utility_of_all}{_verdict(found.utility_of_all)}."
+        )
+    soups = ", ".join(f"{reach.soups.value:.3f} with {reach.runs}" for reach in found.curve if reach.soups)
+    others = ", ".join(
+        f"{reach.others.value:.3f} (at best {reach.best:.3f}) with {reach.runs}"
+        for reach in found.curve
+        if reach.others
+    )
+    told.append(f"Hypervolume by PPO runs: soups {soups}; MORL, the mean over choices of runs, {others}.")
+    return " ".join(told)
+
+
+def _verdict(gain: Estimate) -> str:
+    if gain.low is None:
+        return ""
+    return " (more)" if gain.is_above_zero else " (less)" if gain.is_below_zero else " (no clear difference)"
+
+
+def _choice_sentences(front: Front) -> list[str]:
+    """Which soup to take where nothing else is known: what is above the base in every reward."""
+    if front.base is None or not front.soups:
+        return []
+    try:
+        return [f"Best soup above the base: {front.select(above_base=True)}."]
+    except FrontError as error:
+        return [f"{error}."]
 
 
 def _chord_sentences(front: Front) -> list[str]:
@@ -141,12 +203,13 @@ def _texts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[
     """Records by model and prompt, the first of each."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for record in records:
-        found.setdefault(_key(record["name"], record["lambdas"]), {}).setdefault(prompt_key(record["prompt"]), record)
+        key = _key(record["name"], record["lambdas"], record["method"])
+        found.setdefault(key, {}).setdefault(prompt_key(record["prompt"]), record)
     return found
 
 
-def _key(name: str, lambdas: Mapping[str, float] | None) -> str:
-    return f"{name} {lambdas}"
+def _key(name: str, lambdas: Mapping[str, float] | None, method: str | None) -> str:
+    return f"{name} {lambdas} {method}"
 
 
 def _kept(front: Front) -> list[Point]:
@@ -207,7 +270,9 @@ class _Page:
         texts: Mapping[str, Mapping[str, Mapping[str, Any]]],
         others: Mapping[str, Front],
         settings: Mapping[str, Any],
+        curve: Sequence[Reach],
     ):
+        self._curve = curve
         self._front, self._texts, self._others, self._settings = front, texts, others, settings
         self._shown = [*front.others, *front.soups]
         self._models = {point: number for number, point in enumerate(self._shown)}
@@ -219,6 +284,7 @@ class _Page:
             ("chord", "Against the chord", self._chords()),
             ("triangle", "Over the triangle of λ", self._triangles()),
             ("rewards", "All rewards at once", self._all_rewards()),
+            ("runs", "Against the number of runs", self._runs()),
             ("drift", "Drift from the base", self._drift()),
             ("choices", "Which λ?", self._choices()),
             ("figures", "Figures", self._figures()),
@@ -255,12 +321,7 @@ class _Page:
             keys.insert(0, (swatch(looks[front.soups[0]]), f"soups{weighed}"))
             keys.append((swatch(looks[front.soups[0]], hollow=True), "hollow: beaten by another point"))
         if front.has_chord:
-            keys.append(
-                (
-                    '<svg class="swatch" viewBox="-8 -8 16 16" aria-hidden="true"><path class="chord" d="M-8,0H8"/></svg>',
-                    "chord",
-                )
-            )
+            keys.append((CHORD, "chord"))
         if front.has_band:
             keys.append((BAND, f"reach of the {'soups' if front.soups else 'points'} in 95% of draws"))
         for number, name in enumerate(self._others):
@@ -309,6 +370,20 @@ class _Page:
         text += f" {left} more models are in the table." if left else ""
         return _figure(charts, text, keys)
 
+    def _runs(self) -> str:
+        if not self._curve:
+            return ""
+        keys = [
+            (swatch(Look("soup", "circle")), "soups"),
+            (swatch(Look("c1", "diamond")), "MORL, the mean over choices of runs"),
+        ]
+        keys.append((CHORD, "MORL, the best choice of runs"))
+        return _figure(
+            [runs_chart(self._curve)],
+            "Soups of some ingredients have any number of points for the price of these; here as many as there are MORL runs.",
+            keys,
+        )
+
     def _drift(self) -> str:
         front = self._front
         names = [name for name in _EXTRAS if front.soups and all(name in point.extras for point in front.soups)]
@@ -333,24 +408,35 @@ class _Page:
         front = self._front
         if len(front.soups) < 2:
             return ""
+        rows = []
+        for words, choice in self._rules():
+            sure = ("" if share is None else f"{share:.0%}" for share in (choice.share, choice.above_base))
+            cells = [choice.point.label, *sure]
+            figures = [str(choice.point.estimate(reward)) for reward in front.rewards]
+            behind = [reward for reward in front.rewards if reward in choice.behind]
+            mark = f" <small>not above the base: {escaped(', '.join(behind))}</small>" if behind else ""
+            rows.append(
+                f'<tr><th scope="row">{escaped(words)}</th><td>{escaped(cells[0])}{mark}</td>'
+                f"{''.join(f'<td>{cell}</td>' for cell in cells[1:])}{''.join(map(_cell, figures))}</tr>"
+            )
+        legend = front.legend.removeprefix("model (").removesuffix(")")
+        head = ["if", legend, "same choice in", "above the base in", *front.rewards]
+        note = (
+            "“Same choice in”: the share of bootstrap draws over prompts that choose this λ. “Above the base in”: the share in "
+            "which it is above the base in every reward. <code>rsoups select</code> takes weights, limits and votes."
+        )
+        return _scrolled("Choices of λ", head, "".join(rows)) + f'<p class="note">{note}</p>'
+
+    def _rules(self) -> list[tuple[str, Choice]]:
+        """Choices by some rules, what is above the base first, where there is something."""
+        front = self._front
         rules: list[tuple[str, Choice]] = []
+        with suppress(FrontError):  # no base, or nothing above it: the sentences tell it
+            rules.append(("above the base in every reward", front.select(above_base=True)))
         if len(front.rewards) > 1:
             rules.append(("all rewards count alike", front.select(dict.fromkeys(front.rewards, 1.0))))
             rules.append(("the knee, where the front bends", front.select(knee=True)))
-        rules += [(f"most {reward}", front.select(maximise=reward)) for reward in front.rewards]
-        rows = []
-        for words, choice in rules:
-            sure = "" if choice.share is None else f"{choice.share:.0%}"
-            figures = "".join(_cell(str(choice.point.estimate(reward))) for reward in front.rewards)
-            rows.append(
-                f'<tr><th scope="row">{escaped(words)}</th><td>{escaped(choice.point.label)}</td><td>{sure}</td>{figures}</tr>'
-            )
-        head = ["if", front.legend.removeprefix("model (").removesuffix(")"), "same choice in", *front.rewards]
-        note = (
-            "“Same choice in”: the share of bootstrap draws over prompts that choose this λ. <code>rsoups select</code> takes "
-            "weights, limits and votes."
-        )
-        return _scrolled("Choices of λ", head, "".join(rows)) + f'<p class="note">{note}</p>'
+        return rules + [(f"most {reward}", front.select(maximise=reward)) for reward in front.rewards]
 
     def _figures(self) -> str:
         head, rows = _table(self._front)
@@ -397,7 +483,7 @@ class _Page:
         """A prompt with its texts: the kept ones are read without a script, the others unfolded, or chosen by it."""
 
         def column(point: Point) -> str:
-            record = self._texts[_key(point.name, point.lambdas)][prompt]
+            record = self._texts[_key(point.name, point.lambdas, point.method)][prompt]
             scores = "".join(
                 f"<span>{escaped(name)} {score:.2f}</span>" for name, score in sorted(record["rewards"].items())
             )
@@ -414,7 +500,8 @@ class _Page:
             else ""
         )
         row = "".join(column(point) for point in kept)
-        asked = self._texts[_key(self._shown[0].name, self._shown[0].lambdas)][prompt]["prompt"]
+        first = self._shown[0]
+        asked = self._texts[_key(first.name, first.lambdas, first.method)][prompt]["prompt"]
         return f'<article><h3>{escaped(question_of(asked))}</h3><div class="row">{row}</div>{more}</article>'
 
     def _named(self, point: Point) -> str:

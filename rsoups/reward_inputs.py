@@ -103,12 +103,15 @@ def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, cut: 
     return text[: min(places[-tokens - 1][1], len(text) - 1)]
 
 
-def batches(encoded: Sequence[dict[str, list[int]]], device: Any) -> Iterator[list[int]]:
-    """Places of samples of like length, the longest first, as many at a time as suit the device."""
+def batches(encoded: Sequence[dict[str, list[int]]], device: Any, even: bool = False) -> Iterator[list[int]]:
+    """Places of samples of like length, or of one length where `even`, the longest first, as many as suit the device."""
     budget = _BATCH_TOKENS_ON_CPU if device.type == "cpu" else _BATCH_TOKENS
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]), reverse=True)
     while order:
-        size = max(1, budget // len(encoded[order[0]]["input_ids"]))
+        longest = len(encoded[order[0]]["input_ids"])
+        size = max(1, budget // longest)
+        if even:
+            size = min(size, sum(len(encoded[i]["input_ids"]) == longest for i in order))
         yield order[:size]
         order = order[size:]
 

@@ -13,6 +13,22 @@ import torch
 from torch import Tensor
 
 
+def weighted_scores(scores: Tensor, weights: Tensor) -> Tensor:
+    """Σ μi·Ri / Σ |μi| over the rewards that have an opinion: MORL as in the paper, where weights are positive.
+
+    Args:
+        scores: (B, R); NaN is no opinion.
+        weights: (R,), μ; of a negative one less is better.
+
+    Returns:
+        (B,); NaN, 0 by 0, where no reward has an opinion.
+    """
+    answered = ~scores.isnan()
+    return (scores.nan_to_num() * weights).sum(dim=1) / (answered * weights.abs()).sum(dim=1).where(
+        answered.any(dim=1), 0
+    )
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of `values` (B, T) over the real tokens; 0 where there are none."""
     mask = mask.to(values.dtype)

@@ -11,18 +11,18 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from rsoups._cards import DTYPES, check_calibration, made, read_card_file
+from rsoups._cards import DTYPES, check_calibration, check_fields, made, read_card_file
 from rsoups._errors import RewardError, RsoupsError
 from rsoups._resources import from_safetensors, resolve, shipped, why_not
 from rsoups.function_rewards import FunctionCard, FunctionReward, check_scores, imported
 from rsoups.judge import Judge, JudgeCard
 from rsoups.reward_inputs import FIELD, FIELDS, batches, encode_pairs, encode_texts, filled, padded
-from rsoups.tasks import first_sentence, question_of, response_start
+from rsoups.tasks import first_sentence, messages_of, question_of, response_start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,8 @@ _INPUTS = ("pair", "reversed_pair")
 _AVERAGES = ("weights", "scores")
 _RESPONSES: dict[str, Callable[[str], str]] = {"whole": str, "first_sentence": first_sentence}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PLACE = "_place"  # column of a dataset: where a row's other columns are, in what `reward_function` is given
+_ROUNDING = 1e-3  # of float32 logits, in a batch and alone
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class RewardCard:
 
     Attributes:
         name: Names the reward in records, logs and plots.
-        model: Hub id, folder, or ``rsoups/...`` for an embedded one: a sequence classifier.
+        model: Hub id, folder, or ``rsoups/...`` for an embedded one: a sequence classifier, or a LoRA adapter of one.
         models: Instead of one model several to be averaged, each as ``model`` or ``id@revision``.
         average: What is averaged: their ``weights`` (WARM, Ramé et al. 2024: models of one architecture and tokenizer, one
             forward for a score) or their ``scores`` (an ensemble: any models, one forward of each).
@@ -59,7 +61,8 @@ class RewardCard:
         calibration: What mean and std were measured on.
         max_length: Tokens; a longer input loses a side of its question, and only then the end of its response.
         cut: Which side of a long question is lost: ``end``, or ``start`` (of a conversation, say).
-        dtype: To load the model in: ``float32``, ``bfloat16``, ``float16``; ``auto`` is as it is stored (embedded: float32).
+        dtype: To compute in: ``float32``, which ``auto`` is too, ``bfloat16`` or ``float16``, whose scores move a little with
+            the batch (by how much is logged when the model is loaded).
         source: Where the input recipe comes from.
         licence: Of the model's weights; empty where it was not looked up.
     """
@@ -86,6 +89,7 @@ class RewardCard:
     licence: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self, f"reward card {self.name!r}")
         self._check_models()
         if self.input not in _INPUTS and "{response}" not in self.input:
             self._refuse(f"input is {self.input!r}, must be one of {list(_INPUTS)} or a template with {{response}}")
@@ -145,8 +149,22 @@ def cards() -> dict[str, Path]:
     return {path.stem: path for path in sorted(shipped("rewards").glob("*.yaml"))}
 
 
+def is_adapter(source: str, revision: str) -> bool:
+    """Whether a folder or Hub repository holds an adapter, and no whole model."""
+    from transformers.utils import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if find_adapter_config_file(source, revision=revision) is None:
+        return False
+    quiet: dict[str, Any] = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    return cached_file(source, "config.json", revision=revision, **quiet) is None
+
+
 class LoadedReward(Protocol):
-    """What `load_reward` returns, whatever its kind: prompts and responses in, one float each out.
+    """What `load_reward` returns, whatever its kind: prompts and responses in, one float each out (None: no opinion).
 
     Attributes:
         name: Of records, logs and plots.
@@ -156,14 +174,14 @@ class LoadedReward(Protocol):
     name: str
     columns: tuple[str, ...]
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]: ...
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[Any]: ...
 
 
 class Reward:
     """A loaded reward model: ``reward(prompts, responses) -> list[float]``.
 
-    Runs without gradients, in the card's precision, sorted by length into batches of equal padding; scores do not depend on
-    the batching. Models whose weights a card averages are averaged once, in float64, by way of a temporary folder.
+    Runs without gradients, in the card's precision, sorted by length into batches of equal padding. In float32 scores do not
+    depend on the batching. Models whose weights a card averages are averaged once, in float64, by way of a temporary folder.
 
     Args:
         card: What the reward is.
@@ -171,8 +189,8 @@ class Reward:
         trust_remote_code: Run Python code that comes with the model, of a kind that transformers does not know.
 
     Raises:
-        RewardError: A model that cannot be loaded, that asks for code of its own without leave, that lacks the card's
-            logits, or that cannot be averaged with the others.
+        RewardError: A model that cannot be loaded, that asks for code of its own without leave, that has no trained head, that
+            lacks the card's logits, or that cannot be averaged with the others.
     """
 
     columns: tuple[str, ...] = ()  # of a dataset: a model looks at prompt and response only
@@ -187,19 +205,18 @@ class Reward:
         else:
             with tempfile.TemporaryDirectory(prefix="rsoups-") as folder:
                 model = self._load(self._averaged(folder), trust_remote_code)
-        self._pad_id = self._padding(model.config)
         self._columns = [self._column(model.config, label) for label in (card.logit, card.minus) if label is not None]
         self._model = model.eval().requires_grad_(False).to(device)
+        self._pad_id = self._padding()
+        self._even = False
+        self._even = self._moves_with_padding()
 
+    @property
     def _dtype(self) -> Any:
-        """The torch dtype to load in; None for the one that is stored."""
+        """The torch dtype to compute in."""
         import torch
 
-        if self.card.dtype != "auto":
-            return getattr(torch, self.card.dtype)
-        # The embedded weights are stored in half precision to be small, and computed with in float32.
-        sources = [self.card.model] if self.card.model is not None else [*(self.card.models or ())]
-        return torch.float32 if all(resolve(source) != source for source in sources) else None
+        return torch.float32 if self.card.dtype == "auto" else getattr(torch, self.card.dtype)
 
     def _averaged(self, folder: str) -> str:
         from rsoups.full_weights import interpolate_checkpoints
@@ -207,54 +224,134 @@ class Reward:
         out = Path(folder) / "average"
         try:
             interpolate_checkpoints(
-                [*(self.card.models or ())], self.card.lambdas, out, dtype=self._dtype(), progress=False
+                [*(self.card.models or ())], self.card.lambdas, out, dtype=self._dtype, progress=False
             )
         except RsoupsError as error:
             raise RewardError(f"reward card {self.name!r}: its models' weights do not average: {error}") from error
         return str(out)
 
     def _load(self, source: str, trust_remote_code: bool) -> Any:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoTokenizer
 
         # Of "main", said aloud, transformers also looks for the conversion bot's safetensors where it holds a pickle only.
         revision = self.card.revision or "main"
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        load = AutoModelForSequenceClassification.from_pretrained
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            return from_safetensors(load, source, dtype=self._dtype() or "auto", **options)
-        except (OSError, ValueError) as error:
+            if is_adapter(source, revision):
+                return self._with_adapter(source, options)
+            model, missing = self._classifier(source, options)
+        except RsoupsError as error:
+            raise RewardError(f"reward {self.name!r}: {error}") from error
+        except (OSError, ValueError, RuntimeError) as error:
             what = f"reward {self.name!r}: cannot load {self.card.model or self.card.models!r}"
             if "trust_remote_code" in str(error):
                 raise RewardError(
                     f"{what}: it brings Python code of its own; read it, and allow it with trust_remote_code (in Python: =True)"
                 ) from None
             raise RewardError(f"{what}: {why_not(source, self.card.revision) or error}") from error
+        self._check_trained(missing)
+        return model
 
-    def _padding(self, config: Any) -> int | None:
-        """The id that pads; None where there is none (GPT-2)."""
-        tokenizer = self._tokenizer
+    def _classifier(self, source: str, options: dict[str, Any]) -> tuple[Any, set[str]]:
+        """A sequence classifier, and the names of those of its parameters that its files do not hold."""
+        from transformers import AutoModelForSequenceClassification
+
+        load = AutoModelForSequenceClassification.from_pretrained
+        model, found = from_safetensors(load, source, dtype=self._dtype, output_loading_info=True, **options)
+        return model, set(found["missing_keys"])
+
+    def _with_adapter(self, source: str, options: dict[str, Any]) -> Any:
+        """The base that an adapter names, with the adapter written into it."""
+        from rsoups.adapters import PREFIX
+        from rsoups.soup import Soup, interpolate
+
+        place = source if Path(source).is_dir() or not self.card.revision else f"{source}@{self.card.revision}"
+        soup = interpolate({self.name: place}, [1.0])
+        assert isinstance(soup, Soup)
+        base = soup.config.base_model_name_or_path
+        if not base:
+            raise RewardError(f"{source!r} is an adapter that does not name its base")
+        whole = {
+            name.removeprefix(PREFIX): tensor.shape for name, tensor in soup.state_dict.items() if "lora_" not in name
+        }
+        heads = [shape[0] for shape in whole.values() if len(shape) == 2]
+        options = options | {"revision": soup.config.revision or "main"} | ({"num_labels": min(heads)} if heads else {})
+
+        model, missing = self._classifier(resolve(base), options)
+        self._check_trained(missing - set(whole))
+        text_config = model.config.get_text_config()
+        if text_config.pad_token_id is None:  # TRL trains with the tokenizer's, and no adapter tells of it
+            text_config.pad_token_id = self._tokenizer.pad_token_id
+        return soup.load(model).merge_and_unload()
+
+    def _check_trained(self, missing: set[str]) -> None:
+        """Refuse a model with parameters that are in no file: they would be drawn at random."""
+        if missing:
+            raise RewardError(
+                f"reward {self.name!r}: {self.card.model or self.card.models!r} holds no trained {sorted(missing)[0]}, so its "
+                "scores would be random: name a trained sequence classifier"
+            )
+
+    def _padding(self) -> int | None:
+        """The id that pads, None for one that is in no row of a batch.
+
+        It must be the model's, not the tokenizer's: a decoder reads its score at the last token that is not this one, whoever
+        put it there. Only so a batch scores as each row alone.
+        """
+        tokenizer, config = self._tokenizer, self._model.config.get_text_config()
         if tokenizer.sep_token is None and (
             "{sep}" in self.card.input or not tokenizer.num_special_tokens_to_add(True)
         ):
             logger.info("reward %s: its tokenizer has no separator token, none is put in", self.name)
-        if tokenizer.pad_token_id is None:
-            logger.info("reward %s: its tokenizer has no pad token, a token that no input holds stands in", self.name)
-            return config.pad_token_id
-        return tokenizer.pad_token_id
+        pad = config.pad_token_id
+        if pad is None or not 0 <= pad < self._model.get_input_embeddings().num_embeddings:
+            logger.info("reward %s: its model has no pad token, a token that no input holds stands in", self.name)
+            return None
+        return int(pad)
+
+    def _moves_with_padding(self) -> bool:
+        """Whether this model may see no padding; says by how much its precision makes scores move with their batch."""
+        import torch
+
+        rows = self.encode(["a", "a"], ["a", " ".join(["a b c d"] * 8)])
+        with torch.inference_mode():
+            try:
+                alone = torch.cat([self._logits([row]) for row in rows]).double()
+            except Exception as error:
+                raise RewardError(
+                    f"reward {self.name!r}: {self.card.model or self.card.models!r} cannot read a text: "
+                    f"{str(error).partition(chr(10))[0]}"
+                ) from error
+            try:
+                apart = float((self._logits(rows).double() - alone).abs().max())
+            except Exception:  # BART, say, where its pad token is its end token too
+                apart = float("inf")
+        exact = self._dtype == torch.float32
+        if apart == float("inf") or (exact and apart > _ROUNDING * max(1.0, float(alone.abs().max()))):
+            logger.info("reward %s: padding changes its scores, batches are of equal lengths", self.name)
+            return True
+        if not exact:
+            logger.warning(
+                "reward %s: in %s its logits move with their batch, by %.2g in a test; dtype: float32 in its card is exact",
+                self.name, self.card.dtype, apart,
+            )  # fmt: skip
+        return False
 
     def _column(self, config: Any, label: int | str) -> int:
         names = {int(i): str(name) for i, name in config.id2label.items()}
-        found = [i for i, name in names.items() if label in (i, name)]
-        if not found:
+        found = [i for i, name in names.items() if label == (i if isinstance(label, int) else name)]
+        if len(found) != 1:
             models = self.card.model or self.card.models
-            raise RewardError(f"reward {self.name!r}: no logit {label!r} in {models!r}, which has {names}")
+            how_many = "no" if not found else f"{len(found)} times the"
+            raise RewardError(f"reward {self.name!r}: {how_many} logit {label!r} in {models!r}, which has {names}")
         return found[0]
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, list[int]]]:
         """The model's input for each sample, unpadded."""
         card = self.card
-        questions = [filled(card.question, question=question_of(prompt)) for prompt in prompts]
+        reads = card.input in _INPUTS or "{question}" in card.input
+        questions = [filled(card.question, question=question_of(prompt)) if reads else "" for prompt in prompts]
         said = [card.said(response) for response in responses]
         if card.input in _INPUTS:
             reverse = card.input == "reversed_pair"
@@ -294,7 +391,7 @@ class Reward:
         encoded = self.encode(prompts, responses)
         scores = [0.0] * len(encoded)
         with torch.inference_mode():
-            for batch in batches(encoded, self._model.device):
+            for batch in batches(encoded, self._model.device, self._even):
                 logits = self._logits([encoded[i] for i in batch])
                 raw = logits[:, self._columns[0]]
                 if len(self._columns) == 2:
@@ -307,14 +404,14 @@ class Reward:
     def _logits(self, rows: list[dict[str, list[int]]]) -> Tensor:
         """(B, labels), float32.
 
-        Decoders read the score at the last token that is not padding, by its id: what stands in for a missing pad token
-        must be in no row (an end-of-text token may well be the last one of a text).
+        Where the model has no pad token of its own, one that is in no row stands in: of a decoder's row the last token then
+        counts, whatever it is.
         """
         pad = self._pad_id
         if pad is None:
             used = {token for row in rows for token in row["input_ids"]}
             pad = next(token for token in range(len(used) + 1) if token not in used)
-        self._model.config.pad_token_id = pad
+            self._model.config.pad_token_id = self._model.config.get_text_config().pad_token_id = pad
         return self._model(**padded(rows, pad, self._model.device)).logits.float()
 
 
@@ -423,31 +520,62 @@ def models_of(source: str) -> list[tuple[str, str | None]]:
     return [(source, None)] if path.is_dir() or _HUB_ID.fullmatch(source) else []
 
 
+def rewards_by_name(loaded: Mapping[str, LoadedReward]) -> dict[str, LoadedReward]:
+    """Rewards by their names, none of them lost.
+
+    Args:
+        loaded: Rewards by what they were loaded from.
+
+    Raises:
+        RewardError: Two have one name.
+    """
+    sources: dict[str, str] = {}
+    for source, reward in loaded.items():
+        if reward.name in sources:
+            raise RewardError(
+                f"two rewards have the name {reward.name!r}, {sources[reward.name]} and {source}: "
+                "give each its own, in its card or as the function's name"
+            )
+        sources[reward.name] = source
+    return {name: loaded[source] for name, source in sources.items()}
+
+
 def reward_function(
-    reward: Callable[..., Any], cut: Callable[[str], str], tokenizer: PreTrainedTokenizerBase | None = None
-) -> Callable[..., list[float]]:
+    reward: Callable[..., Any],
+    cut: Callable[[str], str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Mapping[str, Sequence[Any]] | None = None,
+) -> Callable[..., list[float | None]]:
     """A reward in TRL's signature, ``f(prompts, completions, **columns)``, that sees what `cut` leaves of a response.
 
     Where the prompt holds the response's first words, it sees them too; with the policy's `tokenizer`, joined as the tokens
     say (a word that goes on has no space before it).
-    """
 
+    Args:
+        reward: A loaded reward, or a function.
+        cut: Response -> the part of it that counts.
+        tokenizer: The policy's.
+        data: Columns whose values the reward gets as they are, at the places that the dataset's column `PLACE` tells. (As
+            columns of the dataset Arrow would change them: all rows of one type, all dicts with the same keys.)
+    """
     scored = FunctionReward(reward)
 
     def whole(prompt: Any, completion: Any, ids: list[int] | None) -> str:
         if isinstance(completion, list):  # messages: a conversation's answer
-            return str(completion[-1]["content"])
+            return messages_of(completion)[-1]["content"]
         if not (start := response_start(prompt)):
-            return completion
+            return str(completion)
         if tokenizer is None or ids is None:
             return f"{start} {completion}"
         started = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         before, after = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (started, [*started, *ids]))
         return start + after[len(before) :]
 
-    def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         ids = columns.get("completion_ids") or [None] * len(prompts)
         rows = zip(prompts, completions, ids, strict=True)
+        places = columns.pop(PLACE, [])
+        columns |= {name: [values[place] for place in places] for name, values in (data or {}).items()}
         return scored(prompts, [cut(whole(*row)) for row in rows], **columns)
 
     function.__name__ = scored.name
@@ -480,6 +608,7 @@ def named_failures(reward: Any) -> Any:
                 f"reward {name!r} returned {len(scores)} scores for {len(completions)} responses; the batch begins with "
                 f"prompt {prompts[0]!r}, response {completions[0]!r}"
             )
+        check_scores(name, scores, prompts, completions)
         return scores
 
     function.__name__ = name

@@ -98,6 +98,7 @@ class Constrained:
 def knee(means: NDArray[np.float64]) -> NDArray[np.int64]:
     """The Pareto-optimal point farthest above the plane through the front's ends, rewards scaled to [0, 1] on the front.
 
+    The ends are the points with the most of each reward; above is the side of the ideal point, the most of every reward.
     Das 1999, "On characterizing the knee of the Pareto curve based on normal-boundary intersection".
     """
     from moocore import is_nondominated
@@ -106,9 +107,26 @@ def knee(means: NDArray[np.float64]) -> NDArray[np.int64]:
         return np.array([knee(draw) for draw in means])
     kept = np.flatnonzero(is_nondominated(means, maximise=True, keep_weakly=True))
     on_front = means[kept]
-    least, width = on_front.min(axis=0), np.ptp(on_front, axis=0)
-    scaled = (on_front - least) / np.where(width > 0, width, 1)
-    return kept[np.argmax(scaled.sum(axis=-1))]
+    width = np.ptp(on_front, axis=0)
+    if not width.any():  # one point, or copies of it
+        return kept[0]
+    scaled = (on_front - on_front.min(axis=0))[:, width > 0] / width[width > 0]
+    heights = np.round(scaled @ _normal_of_ends(scaled), 12)  # of ends that nothing is above, the first
+    return kept[np.argmax(heights)]
+
+
+def _normal_of_ends(scaled: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Normal of the plane through the ends of a front in [0, 1], shape (points, rewards), towards the ideal point.
+
+    Where one point is the end of several rewards, many planes hold the ends: it is the one farthest from the ideal point.
+    """
+    total = scaled.sum(axis=1)
+    ends = scaled[[int(np.argmax(np.where(column == 1, total, -np.inf))) for column in scaled.T]]
+    middle = ends.mean(axis=0)
+    across, upwards = (ends - middle).T, 1 - middle
+    normal = upwards - across @ np.linalg.lstsq(across, upwards, rcond=None)[0]
+    # Rounding alone is left where the ideal point is in the plane.
+    return normal if np.abs(normal).max(initial=0) > 1e-9 else np.ones_like(middle)
 
 
 def _known(names: Mapping[str, Any] | Sequence[str], rewards: Sequence[str]) -> None:

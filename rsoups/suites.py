@@ -26,9 +26,10 @@ from rsoups._errors import SuiteError
 from rsoups._resources import load_rows
 from rsoups.adapters import Adapter, read_adapter
 from rsoups.front import Front
+from rsoups.function_rewards import check_columns, columns_read
 from rsoups.scoring import load_reward
 from rsoups.sweeps import sweep
-from rsoups.tasks import TASKS, find_task
+from rsoups.tasks import TASKS, columns_of, find_task
 
 _RULE = re.compile(r"(?P<reward>\S+)\s*(?P<sign>>=|<=|>|<)\s*(?P<limit>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)")
 _HOLDS: dict[str, Callable[[float, float], bool]] = {
@@ -60,7 +61,8 @@ class PromptSet:
         task: A task's name, or custom.
         dataset: File, folder or Hub id; the task's own by default.
         template: Of a custom task.
-        prompts: The first so many of the test split.
+        prompts: The first so many of the split.
+        split: ``test`` (of one file its last tenth), or ``all`` rows of one file.
     """
 
     require: tuple[str, ...]
@@ -68,6 +70,7 @@ class PromptSet:
     dataset: str | None = None
     template: str | None = None
     prompts: int = 64
+    split: str = "test"
 
     @property
     def rules(self) -> list[tuple[str, str, float]]:
@@ -122,6 +125,8 @@ class Suite:
         for each in sets:
             if not isinstance(each.require, list) or not each.rules:
                 raise SuiteError(f"{path}: require is {each.require!r}, must be a list such as [coverage >= 0.2]")
+            if each.split not in ("test", "all"):
+                raise SuiteError(f"{path}: split is {each.split!r}, must be test, or all of one file")
             if each.task not in {*TASKS, "custom"}:
                 raise SuiteError(f"{path}: task is {each.task!r}, must be custom or one of {sorted(TASKS)}")
         if isinstance(suite.tolerance, bool) or not isinstance(suite.tolerance, (int, float)) or suite.tolerance < 0:
@@ -161,8 +166,12 @@ def run_suite(suite: Suite, source: Any, against: str | Path | None = None) -> l
     checks = []
     for number, each in enumerate(suite.sets, 1):
         task = find_task(each.task, each.dataset, each.template)
-        rows = load_rows(task, each.dataset, "test")
-        prompts = list({repr(row["prompt"]): row["prompt"] for row in rows}.values())[: each.prompts]
+        wanted = [rewards[name] for name, _, _ in each.rules]
+        rows = load_rows(task, each.dataset, each.split, kept=columns_read(wanted))
+        different = {repr(row["prompt"]): row for row in reversed(rows)}  # the first of those with one prompt
+        columns = columns_of(list(different.values())[::-1][: each.prompts])
+        check_columns(wanted, columns)
+        prompts = columns.pop("prompt")
         with TemporaryDirectory() as temporary:
             front = sweep(
                 base,
@@ -171,6 +180,7 @@ def run_suite(suite: Suite, source: Any, against: str | Path | None = None) -> l
                 prompts,
                 [[1.0]],
                 others=others,
+                columns=columns,
                 cut=task.cut,
                 temperature=suite.temperature,
                 max_new_tokens=suite.max_new_tokens,

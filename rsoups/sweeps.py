@@ -32,19 +32,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rsoups._errors import DatasetError, LambdasError, RewardError, RsoupsError
+from rsoups._errors import (
+    AdapterError,
+    DatasetError,
+    LambdasError,
+    RewardError,
+    RsoupsError,
+)
 from rsoups.adapters import Adapter, read_adapter
 from rsoups.checkpoints import only_run_in
 from rsoups.decoding import Prompt, encode
 from rsoups.front import Front
 from rsoups.generation import Answer, Base, Generator, Item, Model, Nats
 from rsoups.grids import largest_gap, simplex
+from rsoups.lineage import Manifest
 from rsoups.live import LiveSoup
+from rsoups.notes import trained_on_of
 from rsoups.points import BASE, SOUP
 from rsoups.records import Key, Records, gather, model_key, pin, prepare
 from rsoups.scoring import AveragedScores, FunctionReward, Reward, check_scores
 from rsoups.soup import weights_of
-from rsoups.tasks import fit_prompts, read_jsonl
+from rsoups.tasks import fit_prompts, question_of, read_jsonl
+from rsoups.training_data import chat_template_of, check_trained, manifests_of
 from rsoups.vllm_server import Server
 
 if TYPE_CHECKING:
@@ -57,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 
 def sweep(
-    base: str | PreTrainedModel | LiveSoup,
+    base: str | PreTrainedModel | LiveSoup | None,
     adapters: Mapping[str, Any] | None,
     rewards: Mapping[str, Callable[..., Any]],
     prompts: Sequence[Prompt],
@@ -75,6 +84,8 @@ def sweep(
     temperature: float = 1.0,
     max_new_tokens: int = 32,
     long_prompts: str = "refuse",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    allow_trained_prompts: bool = False,
     batch_tokens: int | str = "auto",
     server: str | None = None,
     seed: int = 0,
@@ -85,12 +96,14 @@ def sweep(
     """Evaluate every soup on every prompt with every reward.
 
     One copy of the base is loaded; soups, base and other adapters share its batches, each row with its own λ. A response's
-    random numbers depend on `seed`, its prompt and its sample alone: every model answers under the same ones, whatever the
-    batches are. Under `accelerate launch`, processes share the work. A sweep that finds records of its own in `out` goes on
-    after them, on the same base: its weights are compared.
+    random numbers depend on `seed`, its prompt and its sample alone: every model answers under the same ones. With other
+    batches, processes or interruptions the texts are the same, and KL and scores up to rounding. Under `accelerate launch`,
+    processes share the work. A sweep that finds records of its own in `out` goes on after them, on the same base: its weights
+    are compared.
 
     Args:
-        base: Model, folder, Hub id or ``rsoups/...``; or a LiveSoup, whose adapters are the ingredients.
+        base: Model, folder, Hub id or ``rsoups/...``; or a LiveSoup, whose adapters are the ingredients. With None it is the
+            base that the adapters name.
         adapters: Ingredients by name (folders, Hub ids, read Adapters); None with a LiveSoup.
         rewards: Rewards by name, each ``(prompts, responses, **columns) -> floats``, or without columns. What several models
             answer to a prompt alike is scored once.
@@ -108,6 +121,9 @@ def sweep(
         temperature: Of sampling, without top-k or top-p; 0 decodes greedily.
         max_new_tokens: Longest response, in tokens.
         long_prompts: Where prompts leave no room for a response in the context: ``refuse``, or ``drop`` them.
+        chat_template_kwargs: Variables of the chat template (``enable_thinking``, say) for prompts that are messages; by
+            default those that the adapters were trained with, as their manifests tell.
+        allow_trained_prompts: Go on where an adapter was trained on some of the prompts; the report names it.
         batch_tokens: Of a batch, padding included; halved where memory does not hold it.
         server: URL of a running vLLM server of this base, which answers instead (`rsoups.vllm_server`); records then have
             neither `kl` nor `base_nll`.
@@ -120,8 +136,10 @@ def sweep(
         The front of all records.
 
     Raises:
-        DatasetError: No prompts, the same one twice, too long ones; or responses that are all empty.
-        AdapterError, LambdasError: As `interpolate`; no λ at all; a name among `others` that is taken.
+        DatasetError: No prompts, the same one twice, one that asks nothing, too long ones; prompts that an adapter was trained
+            on; adapters that were trained with different chat_template_kwargs; or responses that are all empty.
+        AdapterError, LambdasError: As `interpolate`; no λ at all; a name among `others` that is taken; no base, or adapters
+            that name several.
         RewardError: No rewards, one that raised, or a score that is not finite.
         ServerError: The server refuses or cannot be reached.
         OutputError: `out` holds records of another sweep or base, another process is at it, or it cannot be written.
@@ -131,9 +149,13 @@ def sweep(
     grid = _grid(lambdas, len(ingredients))
     method = live.method if live else method
     beside = {name: _read(source) for name, source in (others or {}).items()}
-    _check_names(rewards, beside, held_out)
+    _check_names(rewards, ingredients, beside, held_out)
+    base = own_base(ingredients) if base is None else base
     opened = Base(base, tokenizer)
-    asked = _Asked.of(prompts, columns, opened, max_new_tokens, long_prompts)
+    manifests = {name: manifests_of(adapter) for name, adapter in {**beside, **ingredients}.items()}
+    template = _template(chat_template_kwargs, manifests, prompts)
+    asked = _Asked.of(prompts, columns, opened, max_new_tokens, long_prompts, template)
+    trained = check_trained(manifests, asked.prompts, allow_trained_prompts)
     models = [Model(BASE)]
     models += [Model(SOUP, dict(zip(ingredients, row, strict=True)), method) for row in grid]
     models += [Model(name, other=name) for name in beside]
@@ -145,12 +167,16 @@ def sweep(
         "rewards": list(rewards),
         "prompts": _digest(asked.prompts),
         "columns": _digest(asked.columns),
+        "chat_template_kwargs": template,
         "server": server is not None,
         "cut": getattr(cut, "__qualname__", type(cut).__name__),
     }
     about = {"held_out": list(held_out), "samples": samples, "method": method, **_provenance(base), **(notes or {})}
     for name, sources in (("adapters", ingredients), ("others", beside)):
         about[name] = {key: _told(source, Path(out).parent) for key, source in sources.items()}
+    trained_on = {name: _trained_on(found) for name, found in manifests.items()}
+    about["trained_on"] = {name: weights for name, weights in trained_on.items() if weights}
+    about["trained_prompts"] = trained
     processes = _Processes()
     run = _Run(models, asked, rewards, cut, samples, seed, Path(out), processes, progress)
 
@@ -312,7 +338,10 @@ class _Asked:
         opened: Base,
         new: int,
         policy: str,
+        template: Mapping[str, Any],
     ) -> _Asked:
+        for prompt in prompts:
+            question_of(prompt)  # refuses what asks nothing
         different = {json.dumps(prompt) for prompt in prompts}
         if not prompts or len(different) != len(prompts):
             raise DatasetError(
@@ -322,7 +351,7 @@ class _Asked:
         for name, column in columns.items():
             if len(column) != len(prompts):
                 raise DatasetError(f"column {name!r} has {len(column)} values for {len(prompts)} prompts")
-        ids = [encode(opened.tokenizer, prompt) for prompt in prompts]
+        ids = [encode(opened.tokenizer, prompt, template) for prompt in prompts]
         if not all(ids):
             raise DatasetError(f"prompt {prompts[ids.index([])]!r} has no tokens")
         places = list(range(len(prompts)))
@@ -368,6 +397,36 @@ def _ingredients(live: LiveSoup | None, adapters: Mapping[str, Any] | None) -> d
     return {name: _read(source) for name, source in adapters.items()}
 
 
+def own_base(adapters: Mapping[str, Adapter]) -> str:
+    """The base that adapters name.
+
+    Raises:
+        AdapterError: They name none, or several.
+    """
+    named = {name: adapter.config.base_model_name_or_path for name, adapter in adapters.items()}
+    found = {base for base in named.values() if base}
+    if len(found) > 1:
+        raise AdapterError(f"the adapters name different bases, {named}: say which one to sweep on")
+    if not found:
+        raise AdapterError(f"the adapters {list(adapters)} do not name their base: say which one to sweep on")
+    return str(found.pop())
+
+
+def _trained_on(manifests: Sequence[Manifest]) -> dict[str, float]:
+    """The rewards that an adapter's manifest names, with their weights; empty where it is not known."""
+    rewards = (manifests[0].get("rewards") or []) if manifests else []
+    return trained_on_of({"trained_on": {"it": {r.get("name"): r.get("weight", 1.0) for r in rewards}}}).get("it", {})
+
+
+def _template(
+    given: Mapping[str, Any] | None, manifests: Mapping[str, Sequence[Manifest]], prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """Variables of the chat template: those given, or those that the adapters were trained with; none for texts."""
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return {}
+    return chat_template_of(manifests) if given is None else dict(given)
+
+
 def _grid(lambdas: Sequence[Sequence[float]] | None, count: int) -> list[list[float]]:
     """Checked λ, each once."""
     rows = simplex(count) if lambdas is None else [list(row) for row in lambdas]
@@ -376,12 +435,14 @@ def _grid(lambdas: Sequence[Sequence[float]] | None, count: int) -> list[list[fl
     return [list(row) for row in dict.fromkeys(tuple(row) for row in weights_of(rows, count, False, False))]
 
 
-def _check_names(rewards: Mapping[str, Any], others: Mapping[str, Any], held_out: Sequence[str]) -> None:
+def _check_names(
+    rewards: Mapping[str, Any], ingredients: Mapping[str, Any], others: Mapping[str, Any], held_out: Sequence[str]
+) -> None:
     if not rewards:
         raise RewardError("a sweep needs at least one reward")
     if unknown := set(held_out) - set(rewards):
         raise RewardError(f"held_out names {sorted(unknown)}, the rewards are {list(rewards)}")
-    if taken := {SOUP, BASE, ENSEMBLE} & set(others):
+    if taken := ({SOUP, BASE, ENSEMBLE} | set(ingredients)) & set(others):
         raise LambdasError(f"{sorted(taken)} among others: these names are taken, choose another")
 
 

@@ -6,11 +6,13 @@ The prompt format is the paper's (Ramé et al. 2023, appendix; after Alpaca):
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
+import logging
 import random
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +23,11 @@ _T = TypeVar("_T")
 _INSTRUCTION, _INPUT, _RESPONSE = "### Instruction:", " ### Input:", " ### Response: "
 _FIELD = re.compile(r"\{(\w+)\}")  # in templates
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
+_LONGEST_FIELD = 2**30  # characters of a CSV field; Python's own limit is 131,072
+
+logger = logging.getLogger(__name__)
 
 
 def format_prompt(instruction: str, input: str | None = None) -> str:
@@ -34,21 +41,137 @@ def format_prompt(instruction: str, input: str | None = None) -> str:
 def question_of(prompt: str | list[dict[str, Any]]) -> str:
     """The part of a policy prompt that a reward model is asked about: the input, or the instruction where there is none.
 
-    A text that is not in the prompt format is its own question. The question is never empty by construction: the
-    paper's code looked for an input that its assistant prompts do not have, and scored answers to nothing.
+    A text that is not in the prompt format is its own question; of messages the question is the user's last turn.
+
+    Raises:
+        DatasetError: An empty question (the paper's code looked for an input that its assistant prompts do not have, and
+            scored answers to nothing), or messages as `messages_of` refuses them.
     """
-    if isinstance(prompt, list):  # messages: the last one of the user
-        return str(next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")).strip()
-    if not prompt.startswith(_INSTRUCTION) or _RESPONSE.strip() not in prompt:
-        return prompt.strip()
-    body = prompt[len(_INSTRUCTION) : prompt.rindex(_RESPONSE.strip())]
-    instruction, _, input = body.partition(_INPUT)
-    return (input or instruction).strip()
+    if not isinstance(prompt, str):
+        question = _last_turn(messages_of(prompt))
+    elif not prompt.startswith(_INSTRUCTION) or _RESPONSE.strip() not in prompt:
+        question = prompt
+    else:
+        body = prompt[len(_INSTRUCTION) : prompt.rindex(_RESPONSE.strip())]
+        instruction, _, input = body.partition(_INPUT)
+        question = input.strip() or instruction
+
+    if not question.strip():
+        raise DatasetError(f"the prompt {shown(prompt)} asks nothing: its question is empty")
+    return question.strip()
+
+
+def _last_turn(messages: list[dict[str, str]]) -> str:
+    """The text of the user's last message, in a conversation that waits for an answer."""
+    if messages and messages[-1]["role"] == "assistant":
+        raise DatasetError(
+            f"the prompt {shown(messages)} ends with an assistant's message, so there is nothing to answer: leave it out"
+        )
+    return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+
+
+def messages_of(value: Any) -> list[dict[str, str]]:
+    """Messages as ``{"role", "content"}`` with one text each.
+
+    Text parts of a content are joined, and ShareGPT's turns (``{"from": "human", "value": ...}``) get their roles' usual names.
+
+    Raises:
+        DatasetError: No list of messages, an unknown role, or a content that is not a text or parts of text.
+    """
+    if not isinstance(value, (list, tuple)):
+        raise DatasetError(f"a prompt is a text or a list of messages, not {type(value).__name__}: {shown(value)}")
+    return [_message(each) for each in value]
+
+
+def _message(value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise DatasetError(f"a message is {{'role': ..., 'content': ...}}, not {shown(value)}")
+    role, content = value.get("role"), value.get("content")
+    if role is None and "from" in value:
+        role, content = _SHAREGPT.get(str(value["from"])), value.get("value")
+
+    if role not in _ROLES:
+        raise DatasetError(f"the message {shown(value)} has no known role; the roles are {', '.join(_ROLES)}")
+    if value.get("tool_calls"):
+        raise DatasetError(f"the message {shown(value)} calls tools, which rsoups does not: leave such rows out")
+    parts = [content] if isinstance(content, str) else content
+    texts = [_part(part) for part in parts] if isinstance(parts, (list, tuple)) else [None]
+    if None in texts:
+        raise DatasetError(f"the content of the message {shown(value)} must be a text, or a list of text parts")
+    return {"role": role, "content": "".join(map(str, texts))}
+
+
+def _part(part: Any) -> str | None:
+    """The text of one part of a content; None of an image and the like."""
+    if isinstance(part, Mapping) and str(part.get("type", "text")).endswith("text"):
+        part = part.get("text")
+    return part if isinstance(part, str) else None
+
+
+def template_kwargs(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Variables of a chat template (``enable_thinking``, say), of a JSON object or as they are; none where none are given.
+
+    Raises:
+        DatasetError: Not an object.
+    """
+    try:
+        found = json.loads(given) if isinstance(given, str) else given or {}
+    except ValueError:
+        found = None
+    if not isinstance(found, Mapping):
+        raise DatasetError(
+            f'chat_template_kwargs is {given!r}, must be a JSON object such as {{"enable_thinking": false}}'
+        )
+    return dict(found)
+
+
+def prompt_of(value: Any) -> str | list[dict[str, str]]:
+    """A dataset's prompt, checked: a text as it is, or messages as `messages_of` gives them.
+
+    Raises:
+        DatasetError: Neither of them, or one that asks nothing.
+    """
+    prompt = value if isinstance(value, str) else messages_of(value)
+    question_of(prompt)
+    return prompt
+
+
+def pair_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Question, chosen and rejected response of a preference pair, texts or messages.
+
+    The prompt may be a column of its own, or what both conversations begin with.
+
+    Raises:
+        DatasetError: A column is missing, or the two are not answers to one question.
+    """
+    if missing := [name for name in ("chosen", "rejected") if not row.get(name)]:
+        raise DatasetError(
+            f"a preference pair has prompt, chosen and rejected; {missing} of {shown(dict(row))} are empty"
+        )
+    sides = [row["chosen"], row["rejected"]]
+    prompt = row.get("prompt")
+    if all(isinstance(side, str) for side in sides):
+        if not prompt:
+            raise DatasetError(f"the pair {shown(dict(row))} has no prompt: give it as a column, or write messages")
+        return question_of(prompt), sides[0], sides[1]
+
+    (*asked, chosen), (*asked_too, rejected) = map(messages_of, sides)
+    if asked != asked_too or {chosen["role"], rejected["role"]} != {"assistant"}:
+        raise DatasetError(f"chosen and rejected are not two answers to one conversation: {shown(dict(row))}")
+    if isinstance(prompt, str) and not asked:
+        return question_of(prompt), chosen["content"], rejected["content"]
+    return question_of([*messages_of(prompt or []), *asked]), chosen["content"], rejected["content"]
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, shortened."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def response_start(prompt: str | list[dict[str, Any]]) -> str:
     """What a policy prompt already holds of the response: the text after its last ``### Response:``, if any."""
-    if isinstance(prompt, list):
+    if not isinstance(prompt, str):
         return ""
     marker = _RESPONSE.strip()
     return prompt.rpartition(marker)[2].strip() if marker in prompt else ""
@@ -64,9 +187,16 @@ def with_prefixes(
         rows: ``{"prompt", "references"}``; one without references keeps its prompt.
         tokenize, decode: Of the policy's tokenizer, without special tokens.
         shortest, longest: Tokens; how many is drawn for each row from `seed` and its place.
+
+    Raises:
+        DatasetError: A prompt of messages: a chat template has no place for the beginning of an answer.
     """
     prompts = []
     for place, row in enumerate(rows):
+        if not isinstance(row["prompt"], str):
+            raise DatasetError(
+                f"--prefix_tokens goes with prompts that are texts, not with messages ({shown(row['prompt'])}): leave it out"
+            )
         draw = random.Random(f"{seed} {place}")
         if references := row["references"]:
             ids = tokenize(_one_line(draw.choice(references)))[: draw.randint(shortest, longest)]
@@ -131,25 +261,39 @@ class Task:
             DatasetError: A column is missing (those present are listed), or no row is left.
         """
         out: list[dict[str, Any]] = []
-        seen = set()
-        for row in dataset:
+        seen, filtered = set(), 0
+        for number, row in enumerate(dataset, 1):
             if most is not None and len(out) >= most:
                 break
-            missing = [c for c in self.columns if c not in row]
-            if missing:
-                raise DatasetError(
-                    f"task {self.name!r} needs the column(s) {missing}, the dataset has {sorted(row)}; "
-                    f"rename them, or choose another --task"
-                )
+            self._check_columns(number, row)
             key = self.key(row) if self.key else None
-            if (key is not None and key in seen) or (prompt := self.prompt(row)) is None:
+            if key is not None and key in seen:
+                continue
+            try:
+                prompt = self.prompt(row)
+                references = [] if prompt is None else self.references(row)
+            except DatasetError as error:
+                raise DatasetError(f"row {number}: {error}") from None
+            if prompt is None:
+                filtered += 1
                 continue
             seen.add(key)
             further = {name: row[name] for name in kept if name in row}
-            out.append(further | {"prompt": prompt, "references": [text for text in self.references(row) if text]})
+            out.append(further | {"prompt": prompt, "references": [text for text in references if text]})
         if not out:
             raise DatasetError(f"the dataset holds no row that task {self.name!r} can use")
+        if filtered and self.name == "custom":  # the paper's tasks filter by design
+            logger.warning("%d of %d rows have nothing in %s and are left out", filtered, number, list(self.columns))
         return out
+
+    def _check_columns(self, number: int, row: Any) -> None:
+        if not isinstance(row, Mapping):
+            raise DatasetError(f"row {number} is {shown(row)}, not an object of columns")
+        if missing := [c for c in self.columns if c not in row]:
+            raise DatasetError(
+                f"task {self.name!r} needs the column(s) {missing}, the dataset has {sorted(map(str, row))}; "
+                f"rename them, or choose another --task"
+            )
 
 
 def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -212,15 +356,39 @@ def custom_task(dataset: str, template: str | None = None) -> Task:
         raise DatasetError(f"the template {template!r} names no column: write one in braces, as in {{article}}")
 
     def prompt(row: dict[str, Any]) -> Any:
+        if any(_is_empty(row[name]) for name in names):
+            return None
         if template is None:
-            return row["prompt"] or None
-        return _FIELD.sub(lambda match: str(row[match[1]]), template) if all(row[name] for name in names) else None
+            return prompt_of(row["prompt"])
+        if wrong := [name for name in names if not isinstance(row[name], (str, int, float))]:
+            raise DatasetError(f"the template's columns are texts or numbers, {wrong[0]!r} is {shown(row[wrong[0]])}")
+        return _FIELD.sub(lambda match: str(row[match[1]]), template)
 
-    def references(row: dict[str, Any]) -> list[str]:
-        found: Any = next((row[name] for name in ("references", "reference", "response") if row.get(name)), [])
-        return [found] if isinstance(found, str) else list(found)
+    return Task("custom", dataset, names, prompt, _own_references, cut=str.strip)
 
-    return Task("custom", dataset, names, prompt, references, cut=str.strip)
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _own_references(row: dict[str, Any]) -> list[str]:
+    """Reference responses of a custom task: the texts, or the last message's, of the first such column that has any.
+
+    A column ``reference`` or ``response`` of other values is a column for rewards to read, and no reference.
+    """
+    for name in ("references", "reference", "response"):
+        if _is_empty(value := row.get(name)):
+            continue
+        try:
+            if isinstance(value, str):
+                return [value]
+            if isinstance(value, list) and all(text is None or isinstance(text, str) for text in value):
+                return [text for text in value if text]
+            return [messages_of(value)[-1]["content"]]
+        except DatasetError:
+            if name == "references":
+                raise DatasetError(f"references are texts, this row has {shown(value)}: rename the column") from None
+    return []
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -238,8 +406,44 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """Rows of a CSV file. Every value is the text that the file has: "007", "NA" and "null" are no numbers and not nothing.
+
+    Raises:
+        DatasetError: No header, a name in it twice, a row of another number of fields, or a file that is not UTF-8.
+    """
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            if not header or len(set(header)) < len(header):
+                raise DatasetError(f"{path}: the first line names the columns, each once; it is {header}")
+            rows = []
+            for values in reader:
+                if values and len(values) != len(header):
+                    raise DatasetError(
+                        f"{path}, line {reader.line_num}: {len(values)} fields, the header has {len(header)}: {shown(values)}"
+                    )
+                if values:
+                    rows.append(dict(zip(header, values, strict=True)))
+            return rows
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path} is not CSV in UTF-8: {error}") from None
+    finally:
+        csv.field_size_limit(before)
+
+
 def _concepts_prompt(row: dict[str, Any]) -> str:
-    return format_prompt("Write one sentence that uses these words.", ", ".join(row["concepts"]))
+    concepts = row["concepts"]
+    return format_prompt(
+        "Write one sentence that uses these words.", concepts if isinstance(concepts, str) else ", ".join(concepts)
+    )
+
+
+def _concepts_references(row: dict[str, Any]) -> list[str]:
+    sentences = row.get("sentences") or []
+    return [sentences] if isinstance(sentences, str) else list(sentences)
 
 
 _SUMMARISE = "Generate a one-sentence summary of this post."
@@ -292,7 +496,7 @@ TASKS: dict[str, Task] = {
             dataset="rsoups/concepts",
             columns=("concepts",),
             prompt=_concepts_prompt,
-            references=lambda row: list(row.get("sentences", [])),
+            references=_concepts_references,
             cut=first_sentence,
         ),
         Task(

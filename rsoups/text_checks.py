@@ -22,7 +22,7 @@ CheckReward = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 def length(target: int) -> CheckReward:
     """How near the response is to a number of words: ``-|words - target| / target``; 0 at best, -1 for nothing said."""
-    if not isinstance(target, int) or target < 1:
+    if type(target) is not int or target < 1:
         raise RewardError(f"length: target is {target!r}, must be a number of words, 1 or more")
     return _reward("length", lambda response: 0.0 - abs(len(response.split()) - target) / target)
 
@@ -38,6 +38,10 @@ def matches(pattern: str) -> CheckReward:
 
 def valid_json(keys: Sequence[str] = ()) -> CheckReward:
     """1 where the response is JSON (RFC 8259: no NaN) and, where `keys` are asked for, an object that has them; else 0."""
+    if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
+        raise RewardError(
+            f"valid_json: keys is {keys!r}, must be a list of texts, in quotes where YAML reads them otherwise"
+        )
 
     def score(response: str) -> float:
         try:
@@ -84,7 +88,7 @@ def readability(grade: float) -> CheckReward:
     textstat's Automated Readability Index, 4.71 characters a word + 0.5 words a sentence - 21.43: about the US school grade
     that can read it. (textstat's indices of syllables, Flesch's among them, fetch a dictionary.) No text has index 0.
     """
-    if not isinstance(grade, (int, float)):
+    if isinstance(grade, bool) or not isinstance(grade, (int, float)):
         raise RewardError(f"readability: grade is {grade!r}, must be a number")
     index = library("textstat").automated_readability_index
     return _reward("readability", lambda response: 0.0 - abs(index(response) - grade))

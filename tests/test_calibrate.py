@@ -32,6 +32,8 @@ def test_a_calibrated_card_scores_its_references_0_with_a_deviation_of_1(tmp_pat
         str(tmp_path / "rows.jsonl"),
         "--out",
         str(tmp_path / "new"),
+        "--split",
+        "all",
     ]
     monkeypatch.setattr(sys, "argv", ["calibrate.py", *arguments])
     runpy.run_path(RECIPE, run_name="__main__")
@@ -40,7 +42,7 @@ def test_a_calibrated_card_scores_its_references_0_with_a_deviation_of_1(tmp_pat
     reward = rsoups.load_reward(made)
     scores = reward([row["prompt"] for row in rows], [row["response"] for row in rows])
     assert fmean(scores) == pytest.approx(0, abs=1e-5) and pstdev(scores) == pytest.approx(1, abs=1e-5)
-    assert reward.card.calibration == "15 reference responses of custom, rows.jsonl, train"
+    assert reward.card.calibration == "15 reference responses of custom, rows.jsonl, all"
     assert (reward.card.sign, reward.card.minus, reward.card.licence) == (-1, 0, "mit")
     before = rsoups.load_reward(card)([row["prompt"] for row in rows], [row["response"] for row in rows])
     assert sorted(range(15), key=scores.__getitem__) == sorted(range(15), key=before.__getitem__)
@@ -54,6 +56,7 @@ def calibrate(tmp_path, monkeypatch, *flags):
     lines = [*ROWS, {"concepts": ["cat"], "sentences": ["a cat"]}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments = ["--task", "concepts", "--dataset", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "new")]
+    arguments += ["--split", "all"]
     monkeypatch.setattr(sys, "argv", ["calibrate.py", *arguments, *flags])
     runpy.run_path(RECIPE, run_name="__main__")
 
@@ -65,7 +68,7 @@ def test_references_are_compared_with_the_rows_others(tmp_path, monkeypatch):
     scores = reward(["p"] * 6, said, references=others)
     assert fmean(scores) == pytest.approx(0, abs=1e-9) and pstdev(scores) == pytest.approx(1, abs=1e-9)
     assert (
-        reward.card.calibration == "6 reference responses of concepts, rows.jsonl, train, each against the row's others"
+        reward.card.calibration == "6 reference responses of concepts, rows.jsonl, all, each against the row's others"
     )
     assert reward.card.arguments == {"score": "fmeasure"}
     assert rsoups.load_reward(tmp_path / "new" / "length.yaml").card.calibration.startswith("7 reference responses")

@@ -2,14 +2,16 @@
 
 import json
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
 
 import rsoups
 from rsoups import Front
-from rsoups.comparison import volume_of
+from rsoups.comparison import advantage, volume_of, with_utilities
 from rsoups.estimates import hypervolumes, means_with_draws, resampling
+from rsoups.selection import knee
 
 GRID = [1.0, 0.75, 0.5, 0.25, 0.0]
 
@@ -260,26 +262,116 @@ def test_fronts_that_cannot_be_compared():
         front.compare(front, {"a": 0})
 
 
-def test_the_advantage_over_morl_is_a_difference_of_areas_also_per_run():
+def test_the_advantage_over_morl_is_a_difference_of_areas_with_as_many_points():
     front = Front.from_records(noisy())
     morl, ends = [p for p in front.others if "MORL" in p.name], list(front.ends.values())
     found = front.advantage({"a": -1, "b": -1})
+    assert found.runs == (2, 4)  # an ingredient is the MORL run of one reward alone
+    assert found.places == (0, 1, 3, 4)  # of five soups from λ 1 / 0 to 0 / 1, whatever their rewards
+    four = [front.soups[place] for place in found.places]
     gains = [
-        staircase(draw[:5], (-1, -1)) - staircase(draw[5:], (-1, -1))
-        for draw in resampled(front, [*front.soups, *morl, *ends])
+        staircase(draw[:4], (-1, -1)) - staircase(draw[4:], (-1, -1))
+        for draw in resampled(front, [*four, *morl, *ends])
     ]
     assert found.gain.value == pytest.approx(found.soups.value - found.others.value)
+    assert found.soups.value == pytest.approx(staircase([p.values.mean(axis=0) for p in four], (-1, -1)))
     assert (found.gain.low, found.gain.high) == pytest.approx(2 * found.gain.value - np.quantile(gains, [0.975, 0.025]))
-    assert found.runs == (2, 4)  # an ingredient is the MORL run of one reward alone
-    assert found.per_run[0].value == pytest.approx(found.soups.value / 2)
-    assert found.per_run[1].high == pytest.approx(found.others.high / 4)
     alone = front.advantage({"a": -1, "b": -1}, ["MORL 0.5/0.5"], runs=(2, 1), with_ends=False)
     assert alone.others.value == pytest.approx(staircase([morl[0].values.mean(axis=0)], (-1, -1)))
-    assert "MORL" in str(alone) and "(1 runs)" in str(alone)
+    assert alone.places == (2,) and "(1 points each)" in str(alone) and "with 1 run: soups" in str(alone)
     with pytest.raises(rsoups.FrontError, match="compared with MORL runs"):
         Front.from_records([r for r in noisy(n=2) if "MORL" not in r["name"]]).advantage({"a": 0, "b": 0})
     with pytest.raises(rsoups.FrontError, match="counted from 1"):
         front.advantage({"a": 0, "b": 0}, runs=(2, 0))
+    few = [r for r in noisy(n=2) if r["lambdas"] is None or r["lambdas"]["A"] in (0, 1)]
+    with pytest.raises(rsoups.FrontError, match="2 soups for 4 MORL runs .*sweep more λ"):
+        Front.from_records(few).advantage({"a": 0, "b": 0})
+
+
+def test_hypervolume_against_the_number_of_runs():
+    """Without noise: of each choice of runs the area of its staircase, then their mean and the largest."""
+    front = Front.from_records(records(n=2, bulge=0.1, noise=0.0)[0])
+    curve = front.advantage({"a": -1, "b": -1}).curve
+    runs = [(0.5, 0.5), (1.0, 0.0), (0.0, 1.0)]  # MORL and the two ingredients
+    for size, reach in enumerate(curve, 1):
+        areas = [staircase(some, (-1, -1)) for some in combinations(runs, size)]
+        assert reach.runs == size and reach.others.value == pytest.approx(np.mean(areas))
+        assert reach.best == pytest.approx(max(areas))
+    assert [reach.runs for reach in curve] == [1, 2, 3]
+    ends = [staircase([end], (-1, -1)) for end in runs[1:]]
+    assert curve[0].soups.value == pytest.approx(np.mean(ends))
+    assert curve[1].soups.value == pytest.approx(staircase([(0.6, 0.6), *runs[1:]], (-1, -1)))  # three points, as MORL
+    assert curve[2].soups is None
+
+
+def told_by_the_other_half(values, weights, pick, tell):
+    """Expected utility, one preference after the other."""
+    means, told = values[pick].mean(axis=0), values[tell].mean(axis=0)
+    return np.mean([told[max(range(len(means)), key=lambda i: means[i] @ weight)] @ weight for weight in weights])
+
+
+def test_expected_utility_is_of_points_chosen_on_one_half_and_told_by_the_other():
+    front = Front.from_records(noisy())
+    found = front.advantage({"a": -1, "b": -1})
+    weights = [(x, 1 - x) for x in np.linspace(0, 1, 21)]
+    order = np.random.default_rng(0).permutation(60)
+    others = [*(p for p in front.others if "MORL" in p.name), *front.ends.values()]
+    for points, gain in ((front.soups, found.utility_of_all), ([front.soups[i] for i in found.places], found.utility)):
+        sets = [np.stack([p.values for p in some], axis=1) for some in (points, others)]
+        both = [
+            [told_by_the_other_half(values, weights, pick, tell) for values in sets]
+            for pick, tell in ((order[:30], order[30:]), (order[30:], order[:30]))
+        ]
+        assert gain.value == pytest.approx(np.mean([first - second for first, second in both]))
+        assert gain.low < gain.value < gain.high
+    better = records(n=40, bulge=0.3)[
+        0
+    ]  # all prompts alike but for a noise that cancels: soups are better by a sure margin
+    gain = Front.from_records(better).advantage({"a": -9, "b": -9}, with_ends=False).utility
+    assert gain.is_above_zero and gain.high - gain.low < 1e-9
+
+
+def simulated(repeats, prompts, noise, draws, kind):
+    """How often intervals of soups less MORL miss the truth, which is 0: (too high, too low) of hypervolume and utility.
+
+    ``copies``: eleven soups that are copies of the five MORL runs. ``own``: five of each, at the same places. The ends are the
+    same runs in both sets, as they are in a sweep.
+    """
+    at = np.linspace(1, 0, 5)
+    five = np.stack([at + at * (1 - at) / 4, 1 - at + at * (1 - at) / 4], axis=-1)
+    soups = five[[0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4]] if kind == "copies" else five
+    missed = np.zeros((2, 2))
+    for repeat in range(repeats):
+        random = np.random.default_rng([repeat, prompts])
+        own = random.normal(size=(prompts, len(soups) + 5, 2)) * noise
+        own[:, [len(soups), -1]] = own[:, [0, len(soups) - 1]]
+        values = np.concatenate([soups, five])[None] + own + random.normal(size=(prompts, 1, 2)) * 0.8
+        shares = resampling(prompts, repeat)[:draws]
+        stack = means_with_draws(values, shares)
+        sets = (stack[:, : len(soups)], stack[:, len(soups) :])
+        found = advantage(*sets, (2, 5), ["a", "b"], [-0.5, -0.5])
+        found = with_utilities(found, values[:, : len(soups)], values[:, len(soups) :], shares)
+        for figure, gain in enumerate((found.gain, found.utility)):
+            missed[figure] += gain.low > 0, gain.high < 0
+    return missed / repeats
+
+
+@pytest.mark.parametrize("kind", ["copies", "own"])
+def test_intervals_of_an_advantage_that_is_none_miss_it_seldom(kind, monkeypatch):
+    """5% of both tails together, within three standard errors. Eleven points against five were above it in 11 to 14%."""
+    monkeypatch.setattr("rsoups.comparison._curve", lambda *_: ())
+    missed = simulated(250, 40, 0.8, 200, kind).sum(axis=1)
+    assert ((missed >= 0.012) & (missed <= 0.092)).all(), missed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["copies", "own"])
+@pytest.mark.parametrize(("prompts", "noise"), [(60, 0.8), (200, 0.8)])
+def test_intervals_of_an_advantage_hold_what_they_say(kind, prompts, noise, monkeypatch):
+    """Each tail, nominally 2.5%, is between 1 and 4%."""
+    monkeypatch.setattr("rsoups.comparison._curve", lambda *_: ())
+    missed = simulated(2000, prompts, noise, 500, kind)
+    assert ((missed >= 0.01) & (missed <= 0.04)).all(), missed
 
 
 def test_attainment_surfaces_over_seeds_hold_what_that_share_of_the_fronts_reaches():
@@ -353,10 +445,102 @@ def test_the_knee_is_where_the_front_bends():
     assert choice.point.lambdas == {"A": 0.5, "B": 0.5} and choice.share == 1
 
 
+@pytest.mark.parametrize("rewards", [2, 3, 4, 5])
+def test_the_knee_is_the_farthest_above_the_plane_through_the_ends(rewards):
+    """Das's definition in his words: the plane's equation solved, distances measured, on fronts whose ends differ."""
+    tried = 0
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        means = random.dirichlet(np.ones(rewards), 20) ** 0.6 * random.uniform(1, 100, rewards)
+        front = [i for i, x in enumerate(means) if not any((y >= x).all() and (y > x).any() for y in means)]
+        scaled = (means[front] - means[front].min(axis=0)) / np.ptp(means[front], axis=0)
+        ends = scaled.argmax(axis=0)
+        if len(set(ends)) < rewards:
+            continue
+        normal = np.linalg.solve(scaled[ends], np.ones(rewards))  # the plane is normal·x = 1
+        heights = (
+            (scaled @ normal - 1) / np.linalg.norm(normal) * np.sign(normal.sum() - 1)
+        )  # the ideal point is above it
+        if heights.max() > 1e-9:
+            tried += 1
+            assert knee(means) == front[int(heights.argmax())]
+    assert tried > 30
+
+
+def test_a_knee_where_one_point_is_the_end_of_two_rewards():
+    points = np.array([[1, 1, 0], [0, 0, 1], [0.6, 0.6, 0.6], [0.2, 0.3, 0.9]])
+    assert knee(points) == 2 and knee(points[:1]) == 0 and knee(np.stack([points, points])).tolist() == [2, 2]
+
+
+def above(gains, n=400, noise=0.1):
+    """A base at 0, and soups with these gains of a and b over it; each with a noise of its own."""
+    random, rows = np.random.default_rng(3), []
+    for i in range(n):
+        for place, gain in enumerate([(0.0, 0.0), *gains]):
+            a, b = gain + random.normal(size=2) * noise
+            x = (place - 1) / (len(gains) - 1)
+            rows.append(
+                record("soup", {"A": 1 - x, "B": x}, f"p{i}", a=a, b=b)
+                if place
+                else record("base", None, f"p{i}", a=a, b=b)
+            )
+    return rows
+
+
+def test_what_is_above_the_base_in_every_reward_is_recommended():
+    """The largest sum is at λ 1 / 0, which is below the base in b."""
+    front = Front.from_records(above([(1.0, -0.2), (0.6, 0.1), (0.3, 0.3), (-0.1, 0.5)]))
+    equal = front.select({"a": 1, "b": 1})
+    assert equal.point.lambdas["A"] == 1 and equal.above_base == 0 and list(equal.behind) == ["b"]
+    assert equal.behind["b"] == front.difference(equal.point, front.base)["b"]
+    assert "Not above the base in b, by -0.194 [" in str(equal)
+    best = front.select(above_base=True)
+    assert best.point is front.soups[1] and best.behind == {} and best.above_base == 1 and best.share > 0.9
+    assert "above the base in every reward, with 95% confidence" in str(best)
+    assert front.select({"b": 1}, above_base=True).point is front.soups[2]
+    gains = [draw[1] - draw[0] for draw in resampled(front, [front.base, front.soups[3]])]
+    assert front.share_above_base(front.soups[3]) == np.mean([(gain > 0).all() for gain in gains])
+
+
+def test_a_choice_that_is_not_sure_and_one_that_is_not_good_are_told():
+    """One soup is above the base in both rewards, hardly; then none is."""
+    unsure = Front.from_records(above([(1.0, -0.2), (0.01, 0.01), (-0.1, 0.5)], noise=1.0))
+    best = unsure.select(above_base=True)
+    assert (
+        best.point is unsure.soups[1] and "though not with 95% confidence" in best.rule and 0.1 < best.above_base < 0.9
+    )
+    none = Front.from_records(above([(1.0, -0.2), (0.4, -0.1), (-0.3, 0.5)]))
+    with pytest.raises(
+        rsoups.FrontError, match=r"no good choice.*the nearest is λ 0\.5 / 0\.5 .*Not above the base in b, by -0\.097"
+    ):
+        none.select(above_base=True)
+    with pytest.raises(rsoups.FrontError, match="above_base compares points with the base"):
+        Front.from_records([r for r in noisy(n=3) if r["name"] != "base"]).select(above_base=True)
+    assert Front.from_records([r for r in noisy(n=3) if r["name"] != "base"]).select({"a": 1}).above_base is None
+
+
+def test_soups_of_two_methods_are_told_apart():
+    rows = [record("soup", {"A": 0.5, "B": 0.5}, "p", a=1.0) | {"method": method} for method in ("exact", "factors")]
+    assert [p.label for p in Front.from_records(rows).points] == ["λ 0.5 / 0.5", "λ 0.5 / 0.5 (factors)"]
+
+
+def test_equal_points_are_all_on_the_front():
+    rows = [record(name, None, "p", a=a, b=0.0) for name, a in (("x", 1.0), ("y", 1.0), ("z", 0.0))]
+    assert [p.name for p in Front.from_records(rows).pareto()] == ["x", "y"]
+
+
+def test_the_distance_is_to_the_points_that_nothing_beats():
+    mine = Front.from_records([record("x", None, "p", a=1.0, b=1.0)])
+    other = [record("y", None, "p", a=2.0, b=1.0), record("z", None, "p", a=-5.0, b=-5.0)]
+    assert mine.igd_plus(Front.from_records(other)).value == 1.0  # (1 + 0) / 2 with the beaten one
+
+
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
         ({}, "one rule"),
+        ({"above_base": True, "knee": True}, "one rule"),
+        ({"preference": {"c": 1}, "above_base": True}, r"no reward \['c'\]"),
         ({"preference": {"a": 1}, "knee": True}, "one rule"),
         ({"subject_to": {"a": "> 0"}, "knee": True}, "one rule"),
         ({"preference": {"c": 1}}, r"no reward \['c'\]; there are \['a', 'b'\]"),

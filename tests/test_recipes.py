@@ -235,7 +235,18 @@ def test_from_adapters_to_the_report(runs, tmp_path):
         "def said(prompts, responses, references): return [float(len(r)) for r in references]"
     )
     own = {"exact": ["--ensemble", "true", "--held_out_reward", "rating"]}
-    own["factors"] = ["--task", "custom", "--dataset", "rows.jsonl", "--template", "Use {words}:", "--samples", "2"]
+    own["factors"] = [
+        "--task",
+        "custom",
+        "--dataset",
+        "rows.jsonl",
+        "--template",
+        "Use {words}:",
+        "--samples",
+        "2",
+        "--split",
+        "all",
+    ]
     own["factors"] += ["--held_out_reward", "mine:said"]
     for method in ("exact", "factors"):
         out = tmp_path / method
@@ -297,7 +308,7 @@ def test_rewards_read_references_and_columns_of_the_data(tmp_path):
         "    assert all(f'word{n}' in p and r == [f'a word{n}.'] for n, p, r in zip(number, prompts, references))\n"
         "    return [0.0] * len(prompts)\n"
     )
-    rows = [{"prompt": f"word{i}", "references": [f"a word{i}."], "number": i} for i in range(64)]
+    rows = [{"prompt": f"word{i}", "references": [f"a word{i}."], "number": i} for i in range(80)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ["--task", "custom", "--dataset", "rows.jsonl", "--eval_prompts", 4, *SHORT]
     for algorithm, config in (("ppo", "embedded"), ("grpo", "embedded-grpo")):

@@ -17,6 +17,7 @@ from rsoups.tasks import (
     first_sentence,
     fit_prompts,
     format_prompt,
+    pair_of,
     question_of,
     read_jsonl,
     response_start,
@@ -252,13 +253,156 @@ def test_what_is_held_out_is_not_trained_on(tmp_path):
     rows = [{"prompt": f"Why {i}?"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     one = custom_task(str(tmp_path / "rows.jsonl"))
-    for asked, held_out in ((64, 4), (3, 3), (0, 0)):
+    for asked, held_out in ((64, 4), (3, 3), (0, 0)):  # however many are looked at, the last tenth is not trained on
         train, rest = ([row["prompt"] for row in part] for part in train_and_held_out(one, None, asked))
-        assert len(rest) == held_out and train + rest == [row["prompt"] for row in rows]
+        assert train == [f"Why {i}?" for i in range(36)] and rest == [f"Why {i}?" for i in range(36, 40)][:held_out]
     (tmp_path / "train.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
     (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "Other?"}))
     train, rest = train_and_held_out(custom_task(str(tmp_path)), None, 64)
     assert len(train) == 40 and [row["prompt"] for row in rest] == ["Other?"]
+
+
+def test_one_split_of_a_file_by_its_different_prompts(tmp_path):
+    """Rows of one prompt are on one side, wherever they are; every recipe reads the same split."""
+    texts = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "a", "j", "k"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text, "number": i}) for i, text in enumerate(texts)))
+    task = custom_task(str(path))
+
+    def prompts(split, **more):
+        return [row["prompt"] for row in load_rows(task, None, split, **more)]
+
+    assert prompts("test") == ["k"] and prompts("train") == texts[:-1] and prompts("all") == texts
+    assert prompts("train", limit=2) == ["a", "b"]
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in texts[:-1]))
+    assert prompts("test") == ["j", "j"] and not {"j"} & set(prompts("train"))
+    path.write_text("\n".join(json.dumps({"prompt": f"{i}"}) for i in range(12_000)))
+    assert len(prompts("test")) == 1_000
+    path.write_text(json.dumps({"prompt": "one"}))
+    with pytest.raises(DatasetError, match="holds one prompt only"):
+        prompts("train")
+    with pytest.raises(DatasetError, match="split all is of one file"):
+        load_rows(TASKS["concepts"], None, "all")
+
+
+def test_every_field_of_a_csv_is_a_text(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('\ufeffprompt,id,answer\n"Why, ""so""?",007,NA\n12,null,1.0\n"two\nlines",None,\n', "utf-8")
+    rows = load_rows(custom_task(str(path)), None, "all", kept=["id", "answer"])
+    assert [(row["prompt"], row["id"], row["answer"]) for row in rows] == [
+        ('Why, "so"?', "007", "NA"),
+        ("12", "null", "1.0"),
+        ("two\nlines", "None", ""),
+    ]
+    path.write_text('concepts\n"dog, run"\n')
+    assert ": dog, run ###" in load_rows(TASKS["concepts"], str(path), "test")[0]["prompt"]
+    for text, words in (
+        ("prompt,x\na,b,c\n", "line 2: 3 fields, the header has 2"),
+        ("prompt,prompt\na,b\n", "names the columns, each once"),
+        ("", "names the columns"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DatasetError, match=words):
+            load_rows(custom_task(str(path)), None, "all")
+    path.write_bytes(b"prompt\n\xff\n")
+    with pytest.raises(DatasetError, match="is not CSV in UTF-8"):
+        load_rows(custom_task(str(path)), None, "all")
+
+
+def test_numbers_in_a_template_are_texts_and_0_is_one():
+    task = custom_task("x", "Count to {n}.")
+    rows = [{"n": 0}, {"n": 2.5}, {"n": None}, {"n": " "}]
+    assert [row["prompt"] for row in task.rows(rows)] == ["Count to 0.", "Count to 2.5."]
+    with pytest.raises(DatasetError, match=r"row 1: the template's columns are texts or numbers, 'n' is \[1\]"):
+        task.rows([{"n": [1]}])
+
+
+def test_references_are_texts_or_messages():
+    task = custom_task("x")
+
+    def references(**columns):
+        return task.rows([{"prompt": "p"} | columns])[0]["references"]
+
+    assert references(references=["a", None, ""]) == ["a"] and references(response="b") == ["b"]
+    assert references(reference=[{"role": "assistant", "content": "c"}]) == ["c"]
+    assert references(reference=42, response={"x": 1}) == []  # columns for rewards
+    with pytest.raises(DatasetError, match="references are texts"):
+        references(references=[1, 2])
+
+
+PARTS = [{"type": "text", "text": "dog, "}, {"type": "text", "text": "run"}]
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+@pytest.mark.parametrize(
+    ("messages", "question"),
+    [
+        ([SYSTEM, {"role": "user", "content": PARTS}], "dog, run"),
+        ([{"role": "user", "content": ["dog", ", run"]}], "dog, run"),
+        ([{"from": "system", "value": "s"}, {"from": "human", "value": "dog, run"}], "dog, run"),
+        (
+            [
+                {"role": "user", "content": "A?"},
+                {"role": "assistant", "content": "B"},
+                {"role": "user", "content": "C?"},
+            ],
+            "C?",
+        ),
+        ([{"role": "human", "content": "dog"}], "{'role': 'human', 'content': 'dog'} has no known role"),
+        ([{"from": "narrator", "value": "dog"}], "has no known role"),
+        ([{"role": "user", "content": None}], "must be a text, or a list of text parts"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "must be a text, or a list of text parts"),
+        ([{"role": "user", "content": {"text": "x"}}], "must be a text, or a list of text parts"),
+        (["dog"], "a message is .*, not 'dog'"),
+        (5, "not int: 5"),
+        ({"role": "user", "content": "x"}, "not dict"),
+        (
+            [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B"}],
+            "ends with an assistant's message",
+        ),
+        ([{"role": "user", "content": "A", "tool_calls": [1]}], "calls tools"),
+        ([SYSTEM], "asks nothing"),
+        ([], "asks nothing"),
+        ("  ", "asks nothing"),
+        ("### Instruction:  ### Response: ", "asks nothing"),
+    ],
+    ids=str,
+)
+def test_messages_are_read_or_refused(messages, question):
+    if question in ("dog, run", "C?"):
+        assert question_of(messages) == question
+        (row,) = custom_task("x").rows([{"prompt": messages}])
+        assert question_of(row["prompt"]) == question
+        assert all(
+            isinstance(m["content"], str) and m["role"] in ("system", "user", "assistant") for m in row["prompt"]
+        )
+    else:
+        with pytest.raises(DatasetError, match=question):
+            question_of(messages)
+        if not isinstance(messages, str) and messages:  # an empty prompt is left out, and counted
+            with pytest.raises(DatasetError, match=f"row 1: .*{question}"):
+                custom_task("x").rows([{"prompt": messages}])
+
+
+def test_the_parts_of_a_paper_prompt_are_never_an_empty_question():
+    assert question_of("### Instruction: Name it. ### Input:  ### Response: ") == "Name it."
+
+
+def test_preference_pairs_of_texts_and_conversations():
+    ask, good, bad = ({"role": r, "content": c} for r, c in (("user", "A?"), ("assistant", "B"), ("assistant", "C")))
+    expected = ("A?", "B", "C")
+    assert pair_of({"prompt": "A?", "chosen": "B", "rejected": "C"}) == expected
+    assert pair_of({"prompt": [ask], "chosen": [good], "rejected": [bad]}) == expected
+    assert pair_of({"prompt": "A?", "chosen": [good], "rejected": [bad]}) == expected
+    assert pair_of({"chosen": [SYSTEM, ask, good], "rejected": [SYSTEM, ask, bad]}) == expected
+    for row, words in (
+        ({"chosen": "B", "rejected": "C"}, "has no prompt"),
+        ({"prompt": "A?", "chosen": "B"}, r"\['rejected'\] of .* are empty"),
+        ({"chosen": [ask, good], "rejected": [SYSTEM, bad]}, "not two answers to one conversation"),
+        ({"prompt": [ask], "chosen": [good], "rejected": [ask]}, "not two answers"),
+    ):
+        with pytest.raises(DatasetError, match=words):
+            pair_of(row)
 
 
 def test_embedded_names_are_known_or_refused():
