@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from rsoups import RewardError, load_reward
+from rsoups._errors import in_one_line
 from rsoups._resources import load_rows
 from rsoups.function_rewards import check_columns, columns_read
 from rsoups.probing import answers
@@ -109,4 +110,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

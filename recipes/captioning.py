@@ -22,6 +22,7 @@ from pathlib import Path
 
 import rsoups
 from demo import RECIPES, run, train_all
+from rsoups._errors import in_one_line
 from rsoups.tasks import TASKS, read_jsonl
 
 REWARDS = ("bleu-1", "rouge-l-recall", "meteor", "cider")
@@ -101,4 +102,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with in_one_line():
+        sys.exit(main())

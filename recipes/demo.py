@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from rsoups._errors import in_one_line
+
 RECIPES = Path(__file__).parent
 REWARDS = ("naturalness", "coverage")
 # The trainer's own bar: step, steps, and the figures behind its rate.
@@ -144,4 +146,5 @@ def choose(out: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

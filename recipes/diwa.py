@@ -28,6 +28,7 @@ import yaml
 
 import rsoups
 from demo import RECIPES, train_all
+from rsoups._errors import in_one_line
 from rsoups._resources import load_rows
 from rsoups.front import Estimate
 from rsoups.tasks import TASKS, question_of, read_jsonl
@@ -271,4 +272,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

@@ -32,6 +32,7 @@ import rsoups
 from demo import train_all
 from ppo_reward import ASKED, policy, prompts, task_of
 from ppo_reward import parse as parse_ppo
+from rsoups._errors import in_one_line
 from rsoups._files import whole_folder
 from rsoups._resources import resolve
 from rsoups.decoding import encode, respond
@@ -269,4 +270,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main()
+    with in_one_line():
+        main()

@@ -17,6 +17,7 @@ run's own seed.
 
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Collection
@@ -42,14 +43,17 @@ from trl import (
 from trl.trainer.utils import use_adapter
 
 from rsoups import PPOConfig, PPOTrainer, load_reward
+from rsoups._errors import OutputError, SettingsError, in_one_line
 from rsoups._files import hub_commit
 from rsoups._resources import LAST_TENTH, base_config, is_table, load_base, resolve, train_and_held_out
 from rsoups.adapters import read_adapter
+from rsoups.checkpoints import last_checkpoint
 from rsoups.convert import conversion_of, convert, holds_only_pickles
 from rsoups.decoding import encode
+from rsoups.first_step import sample_purely
 from rsoups.function_rewards import check_columns, columns_read
 from rsoups.hub import push_adapter, reserve
-from rsoups.lineage import fingerprint, settings_of, write_manifest
+from rsoups.lineage import MANIFEST_FILE, fingerprint, settings_of, write_manifest
 from rsoups.ppo import reset_adapter
 from rsoups.run_plan import GB, run_plan
 from rsoups.scoring import PLACE, models_of, reward_function
@@ -91,6 +95,10 @@ class ScriptArguments:
     )
     resume: bool = field(
         default=False, metadata={"help": "Go on from the newest complete checkpoint in output_dir, if there is one."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Replace what another run left in output_dir: its adapter and its checkpoints."},
     )
     long_prompts: str = field(
         default="refuse",
@@ -135,6 +143,29 @@ def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, GRPOConfig | 
     if training.output_dir in (None, "trainer_output"):
         training.output_dir = f"runs/{name}-" + "-".join(Path(name).stem for name in script.reward)
     return script, training, model
+
+
+def clear_folder(script: ScriptArguments, training: GRPOConfig | RLOOConfig) -> None:
+    """Refuse a folder in which a run finished, or was interrupted, unless it is gone on with or may be replaced."""
+    folder = Path(str(training.output_dir))
+    finished, checkpoint = (folder / MANIFEST_FILE).is_file(), last_checkpoint(folder)
+    resumes = script.resume or training.resume_from_checkpoint
+    if script.overwrite_output_dir and not resumes:
+        with training.main_process_first(desc="removal of another run"):
+            (folder / MANIFEST_FILE).unlink(missing_ok=True)
+            for path in folder.glob("checkpoint-*"):
+                shutil.rmtree(path, ignore_errors=True)
+        return
+    if finished and not (resumes and checkpoint):
+        raise OutputError(
+            f"{folder} holds a finished run{' without checkpoints' if resumes else ''}: choose another --output_dir, or pass "
+            "--overwrite_output_dir true"
+        )
+    if checkpoint and not resumes:
+        raise OutputError(
+            f"{folder} holds an interrupted run ({checkpoint.name}): pass --resume to go on with it, or "
+            "--overwrite_output_dir true"
+        )
 
 
 def task_of(script: ScriptArguments) -> Task:
@@ -274,6 +305,7 @@ def summary(trainer: GRPOTrainer) -> dict[str, Any]:
 
 
 def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig) -> None:
+    clear_folder(script, training)
     # The adapter is pushed whole and alone, in the end; its repository is asked for now, since a token may be no good.
     hub, training.push_to_hub = training.push_to_hub and training.process_index == 0, False
     options = {"private": training.hub_private_repo, "token": training.hub_token}
@@ -302,6 +334,12 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     }
     actor, lora = policy(script, model, trusted)
     _, kind = ALGORITHMS[script.algorithm]
+    weights = training.reward_weights
+    if weights is not None and not any(weights):
+        raise SettingsError(f"reward_weights are {weights}: one at least must not be 0")
+    if kind is not PPOTrainer:  # which does so itself
+        left_out = sample_purely(actor.get_base_model() if isinstance(actor, PeftModel) else actor)
+        print(f"not inherited from the base's generation_config: {', '.join(left_out) or 'nothing to leave out'}")
     trainer = kind(
         model=actor,
         reward_funcs=[reward_function(reward, task_of(script).cut, tokenizer, columns) for reward in rewards],
@@ -337,4 +375,5 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main(*parse())
+    with in_one_line():
+        main(*parse())

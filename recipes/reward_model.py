@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
 
+from rsoups._errors import in_one_line
 from rsoups._resources import resolve
 from rsoups.reward_inputs import encode_pairs
 from rsoups.tasks import pair_of, read_jsonl
@@ -92,4 +93,5 @@ def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) ->
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main(*TrlParser((ScriptArguments, RewardConfig, ModelConfig)).parse_args_and_config())
+    with in_one_line():
+        main(*TrlParser((ScriptArguments, RewardConfig, ModelConfig)).parse_args_and_config())

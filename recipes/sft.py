@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
+from rsoups._errors import in_one_line
 from rsoups._files import hub_commit
 from rsoups._resources import is_table, load_rows, resolve
 from rsoups.lineage import fingerprint, settings_of, write_manifest
@@ -115,4 +116,5 @@ def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> No
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main(*TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config())
+    with in_one_line():
+        main(*TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config())

@@ -19,6 +19,7 @@ import torch
 from trl import TrlParser
 
 from rsoups import load_reward, simplex, sweep, write_report
+from rsoups._errors import in_one_line
 from rsoups._resources import is_table, load_rows, named_sources
 from rsoups.function_rewards import check_columns, columns_read
 from rsoups.grids import edges
@@ -143,4 +144,5 @@ def main(script: ScriptArguments) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main(*TrlParser((ScriptArguments,)).parse_args_and_config())
+    with in_one_line():
+        main(*TrlParser((ScriptArguments,)).parse_args_and_config())

@@ -22,6 +22,7 @@ import numpy as np
 
 import rsoups
 from demo import RECIPES, train_all
+from rsoups._errors import in_one_line
 from rsoups.tasks import read_jsonl
 
 LEARNING_RATES = (0.5, 0.7, 1.0)  # mild factors, drawn for each run
@@ -168,4 +169,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

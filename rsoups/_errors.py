@@ -17,6 +17,22 @@ RsoupsError
 └── HubError              publishing to or reading from the Hub
 """
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """A context for scripts: an error that rsoups raises on purpose is one line on stderr, and exit code 2."""
+    try:
+        yield
+    except RsoupsError as error:
+        print(f"rsoups: {error}", file=sys.stderr)
+        sys.exit(2)
+
 
 class RsoupsError(Exception):
     """Base of all errors that rsoups raises on purpose."""

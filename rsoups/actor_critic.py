@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+_PROBE = 8  # tokens in each of the two rows that tell whether a head is all there is
+# Config keys of models that change their logits after the head: no probe is needed where one is set.
+_CHANGES_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _CHUNK = 4_096  # response tokens whose logits exist at one time
 
 
@@ -35,39 +38,67 @@ def add_actor_critic_forward(causal_lm: Any, temperature: float) -> None:
     """Let ``causal_lm(..., response_length=T)`` return ``(log-probabilities, values)``, each (B, T) float32.
 
     Both belong to the last T tokens of `input_ids`; masked tokens get 0. The LM head runs on real response tokens only,
-    in chunks whose logits are recomputed in the backward pass, so the whole batch's logits never exist. Inside
+    in chunks whose logits are recomputed in the backward pass, so the whole batch's logits never exist. A model that does more
+    to its logits than its head (soft caps, scales, multipliers) keeps its own, which a probe of a few tokens tells. Inside
     ``forward`` so that DDP, FSDP and autocast see one ordinary call. Any other call is untouched.
-
-    Raises:
-        ValueError: A model that transforms its logits after the head, which this forward does not know.
     """
-    text_config = causal_lm.config.get_text_config()
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
-        if getattr(text_config, key, None) not in (None, 1, 1.0):
-            raise ValueError(f"PPOTrainer does not support {key} in the base's config ({type(causal_lm).__name__})")
     original = causal_lm.forward
     takes_positions = "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters
+    keeps_logits = "logits_to_keep" in inspect.signature(original).parameters
+    own_logits = not _head_is_all(causal_lm, original)
 
     def forward(*args: Any, response_length: int | None = None, **kwargs: Any) -> Any:
         if response_length is None:
             return original(*args, **kwargs)
         ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-        # As generate() counts them: from each row's first real token, so that a left padding changes nothing.
-        positions = {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)} if takes_positions else {}
-        hidden = causal_lm.base_model(
-            input_ids=ids, attention_mask=mask, use_cache=False, **positions
-        ).last_hidden_state
-        states = hidden[:, -response_length - 1 : -1]  # the state before each response token
+        asked = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if takes_positions:  # as generate() counts them: from each row's first real token, whatever the left padding
+            asked["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        before = slice(-response_length - 1, -1)  # the state before each response token
+        if own_logits:
+            keep = {"logits_to_keep": response_length + 1} if keeps_logits else {}
+            out = original(**asked, **keep, output_hidden_states=True)
+            hidden, head = out.hidden_states[-1], None
+        else:
+            hidden, head = causal_lm.base_model(**asked).last_hidden_state, causal_lm.get_output_embeddings()
+        states = hidden[:, before]
         real = mask[:, -response_length:].bool()
         with torch.autocast(states.device.type, enabled=False):  # values are float32, whatever the policy computes in
             values = causal_lm.value_head(states.float()).squeeze(-1) * real
-        head = causal_lm.get_output_embeddings()
-        picked = _token_logps(head, states[real], ids[:, -response_length:][real], temperature)
+        tokens = ids[:, -response_length:][real]
+        if head is None:
+            picked = _token_logps(lambda logits: logits, out.logits[:, before][real], tokens, temperature)
+        else:
+            picked = _token_logps(head, states[real], tokens, temperature)
         return torch.zeros_like(values).masked_scatter(real, picked), values
 
     # generate() validates its arguments against this signature
     forward.__wrapped__ = getattr(original, "__wrapped__", original)  # type: ignore[attr-defined]
     causal_lm.forward = forward
+
+
+@torch.no_grad()
+def _head_is_all(causal_lm: Any, original: Callable[..., Any]) -> bool:
+    """Whether a model's logits are its head on its last states and nothing else, on a few tokens."""
+    text_config = causal_lm.config.get_text_config()
+    if any(getattr(text_config, key, None) not in (None, 1, 1.0) for key in _CHANGES_LOGITS):
+        return False
+    if any(parameter.is_meta or not parameter.numel() for parameter in causal_lm.parameters()):
+        return True  # in pieces elsewhere: the first step's check of the sampler has the last word
+    was_training = causal_lm.training
+    causal_lm.eval()
+    try:
+        device = causal_lm.get_input_embeddings().weight.device
+        ids = torch.arange(2, 2 + 2 * _PROBE, device=device).view(2, _PROBE) % text_config.vocab_size
+        asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        expected = original(**asked).logits.float()
+        found = causal_lm.get_output_embeddings()(causal_lm.base_model(**asked).last_hidden_state).float()
+    finally:
+        causal_lm.train(was_training)
+    rounding = 1e-5 if causal_lm.dtype == torch.float32 else 1e-2
+    return found.shape == expected.shape and float((found - expected).abs().max()) <= rounding * max(
+        1e-6, float(expected.abs().max())
+    )
 
 
 def _token_logps(head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor, temperature: float) -> Tensor:

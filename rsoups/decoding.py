@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ _DROPPED = 1 / 8  # rows leave a batch when so large a part of it has ended: the
 _RESPONSES = 64  # at a time, of `respond`
 _READ_TOKENS = 1_024  # of a batch, where finished responses are read again: few, for little padding and few logits
 _REMEMBERED = 2**30  # bytes of keys and values of prompts
+_TRIMMED: set[int] = set()  # tokenizers of which it was said
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -284,7 +288,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping
         DatasetError: Messages as `messages_of` refuses them, or a tokenizer without a chat template.
     """
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
+        return trimmed(tokenizer, prompt, list(tokenizer(prompt)["input_ids"]))
     messages = messages_of(prompt)
     if not tokenizer.chat_template:
         raise DatasetError(
@@ -294,7 +298,30 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping
     found: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, **(template or {})
     )
-    return list(found["input_ids"])
+    return trimmed(tokenizer, prompt, list(found["input_ids"]))
+
+
+def trimmed(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int]) -> list[int]:
+    """A prompt's tokens without a second token for the beginning, and without the end token that some tokenizers put behind
+    each text: a response would begin after the end. Says so once for each tokenizer."""
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    found = []
+    if begin is not None and ids[:2] == [begin, begin]:
+        ids, found = ids[1:], [f"a second {tokenizer.bos_token}"]
+    ends_itself = isinstance(prompt, str) and prompt.rstrip().endswith(str(tokenizer.eos_token))
+    if (
+        end is not None
+        and end != begin
+        and len(ids) > 1
+        and ids[-1] == end
+        and isinstance(prompt, str)
+        and not ends_itself
+    ):
+        ids, found = ids[:-1], [*found, f"the {tokenizer.eos_token} behind each prompt"]
+    if found and id(tokenizer) not in _TRIMMED:
+        _TRIMMED.add(id(tokenizer))
+        logger.warning("the tokenizer of %s adds %s: left out", tokenizer.name_or_path, " and ".join(found))
+    return ids
 
 
 @torch.inference_mode()

@@ -28,11 +28,12 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler, pad, shuffle_sequence_dict, split_tensor_dict, use_adapter
 
-from rsoups import rl_math
-from rsoups._errors import DatasetError, OutputError, RewardError, TrainingError
+from rsoups import first_step, rl_math
+from rsoups._errors import DatasetError, OutputError, RewardError, SettingsError, TrainingError
 from rsoups.actor_critic import ValueHead, add_actor_critic_forward
 from rsoups.callbacks import Interrupt, PPOProgress
 from rsoups.checkpoints import finish_checkpoint, last_checkpoint, only_run_in
+from rsoups.decoding import trimmed
 from rsoups.ppo_config import PPOConfig
 from rsoups.sampling import fast_sampling
 from rsoups.scoring import check_scores, named_failures
@@ -41,6 +42,7 @@ _VALUE_HEAD = "value_head.safetensors"
 _STATE = "ppo_state.json"
 _PARTIAL = ".partial"  # where a checkpoint is written
 _ROLLOUT = "rollout-{}.safetensors"  # one for each process
+_PROBED_TOKENS = 8  # of each of two responses that are looked at before the first step
 _COLLAPSED = 0.05  # share of distinct responses below which a warning is due
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,11 @@ class PPOTrainer(GRPOTrainer):
         super().__init__(model, [named_failures(reward) for reward in rewards], args, **kwargs)
         if not isinstance(self.model, PeftModel):
             raise ValueError("PPOTrainer trains a LoRA adapter: pass a peft_config, or a PeftModel to train on")
+        self._check_rewards()
         causal_lm: Any = self.model.get_base_model()
+        self._not_inherited = first_step.sample_purely(causal_lm)
+        if args.disable_dropout:
+            first_step.silence_noise(self.model)  # TRL switches nn.Dropout off and leaves dropout in functions on
         if kwargs.get("peft_config") is not None:
             reset_adapter(self.model, args.adapter_init_seed)
         # On the base, where the adapter's own files never include it; checkpoints hold it beside them.
@@ -92,10 +98,22 @@ class PPOTrainer(GRPOTrainer):
         if self.use_vllm:
             hide_value_head(self.vllm_generation)
         self._saving = False
+        self._checked = False
+        self._watch: first_step.Sampler | None = None
+        self._ended: list[bool] = []  # whether each response of the last rollout ended by itself
+        self._rollout: dict[str, Any] | None = None
         self.kl_controller = rl_math.KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(PPOProgress())
+
+    def _check_rewards(self) -> None:
+        names = self.reward_func_names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise SettingsError(f"several rewards are called {twice[0]!r}, and their logs would be mixed: rename one")
+        weights = self.reward_weights.tolist()
+        if not all(map(math.isfinite, weights)) or not any(weights):
+            raise SettingsError(f"reward_weights are {weights}: they must be finite, and one at least must not be 0")
 
     # --- rollout -----------------------------------------------------------------------------------------------------
 
@@ -112,9 +130,7 @@ class PPOTrainer(GRPOTrainer):
         checkpointing: Any = self.args.activation_checkpointing_kwargs
         with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
             logps, values = self._actor_critic(self.model, batch, chunk)
-            policy = self.accelerator.unwrap_model(self.model)
-            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-                ref_logps, _ = self._actor_critic(self.model, batch, chunk)
+            ref_logps = self._reference_logps(batch, chunk)
 
         scores = self._scores(inputs, prompts, responses, response_ids)
         if self._first_rollout and mode == "train":
@@ -138,15 +154,75 @@ class PPOTrainer(GRPOTrainer):
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
-        """This process's rows of the next pass; a new rollout first where the last one was gone through."""
+        """This process's rows of the next pass: of a new rollout where the last one was gone through.
+
+        Each PPO epoch draws the minibatches of the rollout anew, as TRL 1.12 does.
+        """
         if not self.model.training:
             return self._generate_and_score_completions(generation_batch)
+        if not self._checked:
+            self._checked = True
+            self._check_first_step([row["prompt"] for row in generation_batch])
         passes = int(self.args.steps_per_generation or 1)
-        if self._step % (passes * self.num_iterations) == 0 or self._buffered_inputs is None:
-            rollout: Any = self._generate_and_score_completions(generation_batch)
-            rollout = shuffle_sequence_dict(rollout)
-            self._buffered_inputs = self._rows_of_passes(rollout)
+        if self._rollout is None or self._step % (passes * self.num_iterations) == 0:
+            self._rollout, self._buffered_inputs = self._generate_and_score_completions(generation_batch), None
+        if self._buffered_inputs is None or self._step % passes == 0:
+            rollout: Any = shuffle_sequence_dict(self._rollout)  # type: ignore[arg-type]
+            self._rollout, self._buffered_inputs = rollout, self._rows_of_passes(rollout)
         return self._buffered_inputs[self._step % passes]
+
+    def _check_first_step(self, prompts: list) -> None:
+        """Refuse a run that would optimize another policy than the one that writes; one line where all is well.
+
+        Looks at the first two prompts, and leaves all random numbers as they were.
+
+        Raises:
+            TrainingError: Two forwards differ, the sampler has other log-probabilities, or the policy is not its reference.
+        """
+        config: Any = getattr(self, "generation_config", None)
+        prompts = prompts[:2]
+        watches = config is not None and not (self.use_vllm or self.args.use_transformers_continuous_batching)
+        sampler = self._watch = first_step.Sampler() if watches else None
+        limit = config.max_new_tokens if watches else None
+        with first_step.same_random_numbers(), torch.no_grad():
+            try:
+                if watches:
+                    config.max_new_tokens = min(int(limit or 1), _PROBED_TOKENS)
+                prompt_ids = self._tokenize_prompts(prompts)[0]
+                responses, _ = self._generate_single_turn(prompt_ids, None, {}, 1)
+            finally:
+                self._watch = None
+                if watches:
+                    config.max_new_tokens = limit
+            responses = [ids[:_PROBED_TOKENS] for ids in responses]
+            batch = self._rollout_tensors(prompt_ids, responses)
+            logps = self._actor_critic(self.model, batch)[0]
+            if self.args.disable_dropout:
+                first_step.check_no_noise(self.model, lambda: self._actor_critic(self.model, batch)[0])
+            ref_logps = self._reference_logps(batch)
+
+        told = []
+        half = self.args.bf16 or self.args.fp16 or logps.dtype != torch.float32 or self.model.dtype != torch.float32
+        sampled = sampler.of(responses) if sampler else []
+        if sampled:
+            apart = first_step.check_sampler(sampled, list(logps), half)
+            told.append(f"log p of sampler and update agree (to {apart:.0e} nats)")
+        if self.state.global_step == 0 and self.args.disable_dropout:
+            kl = float(
+                ((logps - ref_logps) * batch["completion_mask"]).sum() / batch["completion_mask"].sum().clamp(min=1)
+            )
+            first_step.check_references(
+                kl, "the base" if "ref" not in self.model.peft_config else "the adapter's start"
+            )
+            told += ["KL to the reference is 0", "no dropout"]
+        if self._not_inherited:
+            told.append(f"not inherited from the base's generation_config: {', '.join(self._not_inherited)}")
+        self.accelerator.print(f"checked  {'; '.join(told)}")
+
+    def _reference_logps(self, batch: dict[str, Tensor], chunk: int | None = None) -> Tensor:
+        policy = self.accelerator.unwrap_model(self.model)
+        with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+            return self._actor_critic(self.model, batch, chunk)[0]
 
     def _rows_of_passes(self, rollout: dict[str, Any]) -> list[dict[str, Any]]:
         """A process's rows of each pass. Where processes take turns, its rows of the other steps have no tokens."""
@@ -162,17 +238,23 @@ class PPOTrainer(GRPOTrainer):
     def _value_head(self) -> ValueHead:
         return self.accelerator.unwrap_model(self.model).get_base_model().value_head
 
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        ids, *others = super()._tokenize_prompts(prompts)
+        return [trimmed(self._tokenizer, *pair) for pair in zip(prompts, ids, strict=True)], *others
+
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        size = len(prompt_ids) if self.use_vllm else self.args.local_rollout_forward_batch_size or len(prompt_ids)
+        at_once = self.use_vllm or self._watch is not None
+        size = len(prompt_ids) if at_once else self.args.local_rollout_forward_batch_size or len(prompt_ids)
         # Prompts of one length together, where they are not all generated from at one time: less padding.
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i])) if size < len(prompt_ids) else None
         queue = prompt_ids if order is None else [prompt_ids[i] for i in order]
         responses: list[list[int]] = []
-        with fast_sampling(self.accelerator.device):
+        with fast_sampling(self.accelerator.device, self._watch):
             for start in range(0, len(queue), size):
                 responses += super()._generate_single_turn(queue[start : start + size], *args, **kwargs)[0]
         if order is not None:
             responses = [ids for _, ids in sorted(zip(order, responses, strict=True), key=lambda pair: pair[0])]
+        self._ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in responses]
         if (shortest := self.args.min_completion_length) is not None:
             limits = torch.randint(shortest, int(self.args.max_completion_length or 0) + 1, (len(responses),)).tolist()
             responses = [ids[:limit] for ids, limit in zip(responses, limits, strict=True)]
@@ -227,8 +309,9 @@ class PPOTrainer(GRPOTrainer):
                 f"to {prompts[at]!r}: leave such prompts out, or add a reward that scores every response"
             )
         if self.args.missing_eos_penalty is not None:
-            cut = [ids[-1] not in self.eos_token_ids for ids in response_ids]
-            scores = scores - self.args.missing_eos_penalty * torch.tensor(cut, device=scores.device)
+            # Of responses that would have ended but for their own limit, drawn below the longest, none is punished.
+            endless = [not ended for ended in self._ended]
+            scores = scores - self.args.missing_eos_penalty * torch.tensor(endless, device=scores.device)
         return scores
 
     def _log_reward(self, name: str, values: list[float]) -> None:
@@ -271,14 +354,29 @@ class PPOTrainer(GRPOTrainer):
         returns, errors = batch["returns"], batch["returns"] - batch["old_values"]
         mean, square, error, squared_error = self._token_means(mask, returns, returns**2, errors, errors**2)
         metrics["explained_variance"].append(1 - (squared_error - error**2) / max(square - mean**2, 1e-8))
-        self._logs["prompt"].extend(prompts)
-        self._logs["completion"].extend(responses)
-        self._logs["advantages"].extend((batch["advantages"] * mask).sum(dim=1).tolist())
+        # Of all processes, in the order of their rewards.
+        self._logs["prompt"].extend(gather_object(prompts))
+        self._logs["completion"].extend(gather_object(responses))
+        self._logs["advantages"].extend(self.accelerator.gather((batch["advantages"] * mask).sum(dim=1)).tolist())
+        self._flush_pending(mode, len(prompts))
         every = self._of_all(responses)
         metrics["distinct"].append(len(set(map(str, every))) / len(every))
         if mode == "train":
             self.kl_controller.update(kl, len(every))
             self._stop_in_vain(kl, metrics["distinct"][-1])
+
+    def _flush_pending(self, mode: str, count: int) -> None:
+        """What rewards told TRL's `log_metric` and `log_extra`, of all processes, in one order on all of them."""
+        for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
+            values = self._pending_extra_logs.get(column, [None] * count)
+            self._logs["extra"][column].extend(gather_object(values))
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):
+            values = self._pending_metrics.get(name, [])
+            told = torch.tensor([sum(values), len(values)], dtype=torch.float64, device=self.accelerator.device)
+            total, number = self._sum_over_processes(told).tolist()
+            self._metrics[mode][name].append(total / number)
+        self._pending_extra_logs.clear()
+        self._pending_metrics.clear()
 
     def _stop_in_vain(self, kl: float, distinct: float) -> None:
         """Warn of a policy that runs away or collapses, and stop it at the limits of the config."""
@@ -336,6 +434,13 @@ class PPOTrainer(GRPOTrainer):
             checkpoint = last_checkpoint(folder)
         with only_run_in(folder) if self.args.should_save else nullcontext(), self._interruptible():
             return super().train(checkpoint and str(checkpoint), trial, ignore_keys_for_eval)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; in the middle of a training the random numbers of the training go on as if it had not been."""
+        if not self.is_in_train:
+            return super().evaluate(*args, **kwargs)
+        with first_step.same_random_numbers():
+            return super().evaluate(*args, **kwargs)
 
     def _check_prompts(self, dataset: Any) -> None:
         needed = int(self.args.generation_batch_size or 0) // int(self.num_generations or 1)
@@ -404,17 +509,16 @@ class PPOTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
 
     def _save_rollout(self, folder: Path) -> None:
-        """The critic, the KL controller, and the rollout that is being gone through with the place in it."""
-        buffered = self._buffered_inputs or []
-        rollout = {f"{i}.{key}": value for i, part in enumerate(buffered) for key, value in part.items()}
+        """The critic, the KL controller, and this process's rows of the rollout that is being gone through."""
         save_file(
-            {key: value.detach().cpu().contiguous().clone() for key, value in rollout.items()},
+            {key: value.detach().cpu().contiguous().clone() for key, value in (self._rollout or {}).items()},
             folder / _ROLLOUT.format(self.accelerator.process_index),
         )
         if self.args.should_save:
             head = {key: value.detach().cpu().contiguous() for key, value in self._value_head.state_dict().items()}
             save_file(head, folder / _VALUE_HEAD)
             state = {"kl_coef": self.kl_controller.coef, "step": self._step, "value_start": self._value_head.start}
+            state["processes"] = self.accelerator.num_processes
             (folder / _STATE).write_text(json.dumps(state))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -424,12 +528,17 @@ class PPOTrainer(GRPOTrainer):
         state = json.loads((folder / _STATE).read_text())
         self.kl_controller.coef, self._step = state["kl_coef"], state["step"]
         self._value_head.start, self._first_rollout = state["value_start"], False
-        rollout = load_file(folder / _ROLLOUT.format(self.accelerator.process_index), str(self.accelerator.device))
-        parts: dict[int, dict[str, Tensor]] = {}
-        for key, value in rollout.items():
-            number, name = key.split(".", 1)
-            parts.setdefault(int(number), {})[name] = value
-        self._buffered_inputs = [parts[i] for i in sorted(parts)] or None
+        now = self.accelerator.num_processes
+        if (before := state.get("processes", now)) != now:
+            raise SettingsError(
+                f"{folder} was written by {before} processes, each with its part of a rollout, and {now} would go on: resume "
+                f"with --num_processes {before}"
+            )
+        # safetensors takes no device "cpu:0", which is what a process of several on a CPU has.
+        rollout = load_file(folder / _ROLLOUT.format(self.accelerator.process_index))
+        self._rollout = {key: value.to(self.accelerator.device) for key, value in rollout.items()} or None
+        # The rows are as the epoch in progress has them, and its later minibatches follow from that.
+        self._buffered_inputs = self._rows_of_passes(self._rollout) if self._rollout else None
 
 
 class EpochSampler(RepeatSampler):
@@ -453,8 +562,23 @@ def reset_adapter(model: PeftModel, seed: int) -> None:
     own seed for data and sampling.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(
+            seed
+        )  # the CPU's alone: torch.manual_seed would seed every GPU's sampling too
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 for name in module.active_adapters:
-                    module.reset_lora_parameters(name, init_lora_weights=True)
+                    _reset(module, name)
+
+
+def _reset(module: LoraLayer, name: str) -> None:
+    """Reset one adapter's factors on the CPU, so that every device starts from the same numbers."""
+    factors = [kind[name] for kind in (module.lora_A, module.lora_B) if name in kind]
+    parameters = [parameter for factor in factors for parameter in factor.parameters()]
+    parameters += [kind[name] for kind in (module.lora_embedding_A, module.lora_embedding_B) if name in kind]
+    devices = [parameter.device for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.cpu()
+    module.reset_lora_parameters(name, init_lora_weights=True)
+    for parameter, device in zip(parameters, devices, strict=True):
+        parameter.data = parameter.data.to(device)

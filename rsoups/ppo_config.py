@@ -10,6 +10,14 @@ from trl import GRPOConfig
 from rsoups._errors import SettingsError
 
 _ROLLOUT, _MINI_BATCH = 128, 4  # the paper's batch and mini-batch
+_HARMLESS = {
+    "cache_implementation",
+    "cache_config",
+    "use_cache",
+    "disable_compile",
+    "compile_config",
+    "prefill_chunk_size",
+}
 # Where launchers tell the number of processes: torch's and accelerate's, and MPI's, in accelerate's order.
 _WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 
@@ -227,6 +235,16 @@ class PPOConfig(GRPOConfig):
                 f"min_completion_length is {self.min_completion_length}, must be between 1 and max_completion_length "
                 f"({self.max_completion_length})"
             )
+        changed = {"top_k": self.top_k or 0, "top_p": self.top_p - 1, "min_p": self.min_p or 0}
+        changed |= {"repetition_penalty": self.repetition_penalty - 1}
+        changed |= {name: True for name in self.generation_kwargs or {} if name not in _HARMLESS}
+        if named := [name for name, value in changed.items() if value]:
+            raise SettingsError(
+                f"{', '.join(named)}: PPO samples from the whole softmax at a temperature, since its log-probabilities are of "
+                "that; leave out what changes the sampling (top_k 0, top_p 1, repetition_penalty 1)"
+            )
+        if self.temperature <= 0:
+            raise SettingsError(f"temperature is {self.temperature}, must be above 0")
         if self.use_transformers_continuous_batching and (self.bf16 or self.fp16):
             raise SettingsError(
                 "use_transformers_continuous_batching casts the adapter to 16 bit in TRL: leave one of them out"

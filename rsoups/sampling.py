@@ -11,23 +11,41 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-def fast_sampling(device: torch.device | str) -> AbstractContextManager[Any]:
+def fast_sampling(
+    device: torch.device | str, watch: Callable[[Tensor, Tensor], None] | None = None
+) -> AbstractContextManager[Any]:
     """A context for `generate()`, in which a CPU draws tokens by inverting their distribution function.
 
     `torch.multinomial` draws an exponential number for every token of the vocabulary instead, one after the other: a fifth
     of the time of a whole PPO run with the embedded policy. Other devices draw in parallel and are left alone.
+
+    Args:
+        device: Where tokens are drawn.
+        watch: Is told of each draw: probabilities (or weights), (B, V), and the drawn tokens, (B, 1).
     """
-    return _InverseTransform() if torch.device(device).type == "cpu" else nullcontext()
+    if torch.device(device).type != "cpu" and watch is None:
+        return nullcontext()
+    return _Draws(draw if torch.device(device).type == "cpu" else None, watch)
 
 
-class _InverseTransform(TorchFunctionMode):
+class _Draws(TorchFunctionMode):
     """Answers `torch.multinomial(probabilities, num_samples=1)`, of this thread, in this context; all else as ever."""
+
+    def __init__(
+        self, own: Callable[[Tensor], Tensor] | None, watch: Callable[[Tensor, Tensor], None] | None = None
+    ) -> None:
+        super().__init__()
+        self.own, self.watch = own, watch
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.multinomial and kwargs.keys() <= {"num_samples"} and (*args[1:], *kwargs.values()) == (1,):
-            return draw(args[0])
-        return func(*args, **kwargs)
+        is_draw = func is torch.multinomial and kwargs.keys() <= {"num_samples"}
+        if not is_draw or (*args[1:], *kwargs.values()) != (1,):
+            return func(*args, **kwargs)
+        drawn = self.own(args[0]) if self.own is not None else func(*args, **kwargs)
+        if self.watch is not None:
+            self.watch(args[0], drawn)
+        return drawn
 
 
 def draw(probabilities: Tensor, uniform: Tensor | None = None) -> Tensor:

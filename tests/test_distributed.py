@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rsoups import SettingsError
+
 TESTS = Path(__file__).parent
 CPU = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 SCRIPT = """
@@ -140,3 +142,84 @@ def test_the_adapters_end_alike(runs, name):
     (_, _, one), (_, _, two) = runs[name]
     for key, tensor in one.items():
         assert torch.allclose(tensor, two[key], rtol=1e-3, atol=1e-5), key
+
+
+# --- two processes that really sample -----------------------------------------------------------------------------------
+
+SAMPLING = """
+import json, shutil, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from accelerate.utils import gather_object
+from test_ppo import pays_for_one_word, trainer
+
+torch.set_num_threads(1)
+root = Path(sys.argv[2])
+bare = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None, "steps_per_generation": None}
+sizes = {"generation_batch_size": 16, "mini_batch_size": 4, "max_steps": 16, "save_strategy": "steps", "save_steps": 6}
+
+
+def run(name, checkpoint=None):
+    made = trainer(root / name, log_completions=True, num_completions_to_print=1, **bare, **sizes)
+    generate, texts = made._generate_single_turn, []
+
+    def seen(*arguments, **options):
+        found = generate(*arguments, **options)
+        texts.extend(map(tuple, found[0]))
+        return found
+
+    made._generate_single_turn = seen
+    made.train(checkpoint)
+    return made, texts
+
+
+whole, texts = run("whole")
+by_process = gather_object([texts])
+if whole.accelerator.is_main_process:
+    shutil.copytree(root / "whole" / "run" / "checkpoint-6", root / "again" / "run" / "checkpoint-6")
+whole.accelerator.wait_for_everyone()
+again, _ = run("again", str(root / "again" / "run" / "checkpoint-6"))
+if whole.accelerator.is_main_process:
+    logged = [list(whole._logs[name]) for name in ("prompt", "completion")]
+    logged.append(list(whole._logs["rewards"]["pays_for_one_word"]))
+    scores = pays_for_one_word(logged[0], logged[1])
+    parameters = dict(again.model.named_parameters())
+    told = {
+        "lengths": [len(values) for values in logged],
+        "paired": max(abs(a - b) for a, b in zip(scores, logged[2])) < 1e-6,
+        "alike": len(set(by_process[0]) & set(by_process[1])) / len(set(by_process[0])),
+        "resumed": all(torch.equal(value, parameters[name]) for name, value in whole.model.named_parameters()),
+        "moved": float(max(value.abs().max() for name, value in whole.model.named_parameters() if "lora_B" in name)),
+    }
+    (root / "told.json").write_text(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def sampling(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sampling")
+    (root / "script.py").write_text(SAMPLING)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(free_port()), str(root / "script.py"), str(TESTS), str(root)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=CPU)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return root, json.loads((root / "told.json").read_text())
+
+
+def test_processes_draw_different_responses_and_logs_pair_each_with_its_reward(sampling):
+    told = sampling[1]
+    assert told["lengths"] == [16, 16, 16] and told["paired"]
+    assert told["alike"] < 0.5
+
+
+def test_two_processes_resume_to_the_bit(sampling):
+    assert sampling[1]["resumed"] and sampling[1]["moved"] > 1e-3
+
+
+def test_another_number_of_processes_is_told_what_the_checkpoint_needs(sampling, tmp_path):
+    from test_ppo import trainer
+
+    with pytest.raises(SettingsError, match="written by 2 processes, .* resume with --num_processes 2"):
+        trainer(tmp_path, max_steps=16).train(str(sampling[0] / "whole" / "run" / "checkpoint-6"))

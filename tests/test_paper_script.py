@@ -42,7 +42,8 @@ def run(place, task, expect=0, **variables):
 def test_two_rewards_and_morl_between_them(place):
     done, calls = run(place, "news", PROCESSES="1", MORL=".25 .5")
     launch = "accelerate launch --config_file accelerate_config.yaml --num_processes 1 recipes/"
-    start = f"{launch}ppo_reward.py --config recipes/configs/llama7b-news.yaml --convert_pickles --resume --output_dir runs/news"
+    start = f"{launch}ppo_reward.py --config recipes/configs/llama7b-news.yaml --convert_pickles --resume"
+    start += " --output_dir runs/news"
     both = "--reward gpt2-summarization bart-faithful"
     assert calls == [
         f"{start}/gpt2-summarization --reward gpt2-summarization",

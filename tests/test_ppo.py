@@ -12,7 +12,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl.generation.vllm_generation import VLLMGeneration
 
-from rsoups import DatasetError, PPOConfig, PPOTrainer, RewardError, TrainingError
+from rsoups import DatasetError, PPOConfig, PPOTrainer, RewardError, SettingsError, TrainingError
 from rsoups.actor_critic import _token_logps, add_actor_critic_forward
 from rsoups.checkpoints import last_checkpoint
 from rsoups.ppo import hide_value_head
@@ -186,8 +186,8 @@ def test_a_rollout_can_be_generated_in_parts(tmp_path):
             tmp_path / str(part),
             local_rollout_forward_batch_size=part,
             max_steps=1,
-            generation_kwargs={"do_sample": False},
         )
+        run.generation_config.do_sample, run._checked = False, True  # texts that no random number changes
         run.train_dataset = Dataset.from_dict(prompts)
         found.append({tuple(a): b for ids, said, _ in rollouts(run) for a, b in zip(ids, said, strict=True)})
     assert found[0] == found[1] and len(set(map(tuple, found[0].values()))) > 4
@@ -217,13 +217,6 @@ def test_chunked_log_probabilities_have_the_gradient_of_the_whole(monkeypatch):
         _token_logps(head, part, tokens, 1.0).pow(2).sum().backward()
         grads.append(part.grad)
     assert torch.allclose(*grads, rtol=1e-5, atol=1e-7)
-
-
-def test_models_with_unknown_logit_transforms_are_refused():
-    model = tiny_llama()
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
-        add_actor_critic_forward(model, 1.0)
 
 
 def adapter_after(run):
@@ -456,23 +449,18 @@ def test_a_dataset_smaller_than_a_rollout_is_refused(tmp_path):
         run.train()
 
 
-def test_settings_that_contradict_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="rollout of one response"):
-        config(tmp_path, per_device_train_batch_size=1, steps_per_generation=1)
-    with pytest.raises(ValueError, match="kl_coef"):
-        config(tmp_path, kl_coef=-1.0)
-    with pytest.raises(ValueError, match="continuous_batching"):
+def test_continuous_batching_in_16_bit_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="continuous_batching"):
         config(tmp_path, bf16=True, use_transformers_continuous_batching=True)
-    assert config(tmp_path).num_generations == 1
 
 
 def test_a_policy_that_runs_away_is_warned_of_and_then_stopped(tmp_path, caplog):
     run = trainer(
-        tmp_path, max_steps=200, learning_rate=3e-2, kl_coef=0.0, kl_limit=4.0, save_strategy="steps", save_steps=4
+        tmp_path, max_steps=400, learning_rate=1e-2, kl_coef=0.0, kl_limit=4.0, save_strategy="steps", save_steps=4
     )
     with pytest.raises(TrainingError, match=r"KL is \d+\.\d nats per response, above kl_limit 4: raise kl_coef"):
         run.train()
-    assert history(run, "kl")[-1] <= 4 and run.state.global_step < 200
+    assert history(run, "kl")[-1] <= 4 and run.state.global_step < 400
     assert "and stops the run at 4" in caplog.text
     assert last_checkpoint(tmp_path / "run").name == f"checkpoint-{run.state.global_step}"
 
@@ -500,14 +488,15 @@ def rollouts(run):
         seen.append((prompt_ids, response_ids, batch))
         return batch
 
-    run._rollout_tensors = spy
+    run._rollout_tensors, run._checked = spy, True  # without the two responses that are looked at before the first step
     run.train()
     return seen
 
 
 def test_lengths_are_drawn_for_each_response(tmp_path):
     settings = {"max_steps": 8, "min_completion_length": 3, "max_completion_length": 6}
-    run = trainer(tmp_path, generation_kwargs={"suppress_tokens": [2]}, **settings)
+    run = trainer(tmp_path, **settings)
+    run.generation_config.suppress_tokens, run._checked = [2], True  # no response ends by itself
     lengths = [len(ids) for _, responses, _ in rollouts(run) for ids in responses]
     assert set(lengths) == {3, 4, 5, 6}
     assert max(lengths.count(n) for n in (3, 4, 5, 6)) < len(lengths) / 2

@@ -369,7 +369,7 @@ def test_a_dry_run_in_llama_7bs_shape(tmp_path):
     config |= {
         "load_in_8bit": False,
         "reward": ["naturalness"],
-        "steps_per_generation": 2,
+        "generation_batch_size": 8,
         "max_steps": 2,
         "lora_r": 16,
     }

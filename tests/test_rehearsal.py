@@ -177,7 +177,7 @@ def test_the_soup_on_the_hub_is_whole(world, told):
         assert ingredient["revision"] == world.repositories[ingredient["source"]].refs["main"]
         assert manifest["history"][ingredient["sha256"]]["kind"] == "ppo"
     tree = run(world, "rsoups log pulled")
-    assert tree.count("PPO on ") == 4 and tree.count("original (tloen/alpaca-lora-7b@") == 4
+    assert tree.count("PPO on ") == 4 and "original (tloen/alpaca-lora-7b@" in tree
     card = files["README.md"].decode()
     assert "base_model: huggyllama/llama-7b" in card and "rewarded-soups" in card
 
