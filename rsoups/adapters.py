@@ -171,7 +171,8 @@ class Adapter:
     def copies(self) -> list[str]:
         """Those of `full` that were saved with it: the base's own embeddings and head, which a LoRA leaves as they are."""
         trained = tuple(f".{name}.weight" for name in self.config.modules_to_save or ())
-        return [name for name in self.full if name.endswith((BASE_EMBEDDING, *EMBEDDINGS)) and not name.endswith(trained)]
+        weights = [name for name in self.full if name.endswith(".weight") and not name.endswith(trained)]
+        return [name for name in weights if name.endswith(EMBEDDINGS) or path_of(name) in self.modules]
 
     def renamed(self, names: Mapping[str, str]) -> Adapter:
         """The adapter with other names of its tensors.
@@ -545,12 +546,6 @@ def check_compatible(
 
 
 def _check_modules(one: Adapter, other: Adapter) -> None:
-    for path in one.modules.keys() & other.modules.keys():
-        a, b = one.modules[path], other.modules[path]
-        if (a.shape, a.embedding, a.experts) != (b.shape, b.embedding, b.experts):
-            raise AdapterError(
-                f"module {path} has shape {_size(a)} in the base of {one.source} and {_size(b)} in the base of {other.source}"
-            )
     if (theirs := _parameters_of(other)) and (ours := _parameters_of(one)):
         for path in ours.keys() & theirs.keys():
             if ours[path] != theirs[path]:
@@ -559,6 +554,12 @@ def _check_modules(one: Adapter, other: Adapter) -> None:
                     f"({other.source}); PEFT tells the parameters of a module apart by their order, so no one adapter can hold "
                     "both"
                 )
+    for path in one.modules.keys() & other.modules.keys():
+        a, b = one.modules[path], other.modules[path]
+        if (a.shape, a.embedding, a.experts) != (b.shape, b.embedding, b.experts):
+            raise AdapterError(
+                f"module {path} has shape {_size(a)} in the base of {one.source} and {_size(b)} in the base of {other.source}"
+            )
     _check_one_naming(one, other)
 
 
@@ -612,12 +613,12 @@ def _check_whole(one: Adapter, other: Adapter, with_base: bool) -> None:
                 )
     for a, b in ((one, other), (other, one)):
         for key in set(a.full) - set(a.copies):
-            if path_of(key) in b.modules and key.endswith(".weight"):
+            if path_of(key) in b.modules and key.endswith(".weight"):  # biases stay beside factors
                 raise AdapterError(
                     f"{path_of(key)} was trained as a whole in {a.source} and has factors in {b.source}: PEFT cannot hold both in "
                     "one adapter"
                 )
-    own = {key for adapter in (one, other) for key in adapter.copies if key.endswith(BASE_EMBEDDING)}
+    own = {key for adapter in (one, other) for key in adapter.copies if path_of(key) in adapter.modules}
     if not with_base and (difference := (set(one.full) ^ set(other.full)) - own):
         raise AdapterError(
             f"{sorted(difference)[0]} was trained as a whole in only one of {one.source} and {other.source}: whole parameters "

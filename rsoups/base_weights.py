@@ -140,7 +140,7 @@ class BaseWeights:
             if max(rows, default=0) >= len(weight):
                 raise AdapterError(f"token {max(rows)} was trained, and the base {self.source} has {len(weight)} tokens")
             return weight[rows]
-        return self.tensor(path.replace(".base_layer.", "."))
+        return self.tensor(path)
 
 
 def of_one_base(adapters: Mapping[str, Adapter], base: BaseWeights | None = None) -> dict[str, Adapter]:
@@ -171,7 +171,7 @@ def _without_copies(adapter: Adapter, names: set[str], base: BaseWeights) -> Ada
 
 
 def _is_own(tensor: Tensor, name: str, base: BaseWeights) -> bool:
-    own = base.tensor(name.removeprefix(PREFIX).replace(".base_layer.", "."))
+    own = base.tensor(name.removeprefix(PREFIX))
     return own.shape == tensor.shape and torch.equal(own, tensor.to(own.dtype))
 
 

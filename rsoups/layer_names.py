@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
@@ -39,6 +39,7 @@ _PARALLEL = re.compile(r"^(module\.)+|(?<=^base_model\.model\.)(module\.)+")  # 
 # PEFT leaves the adapter's name out of a file; of this one it also reads names that hold it.
 _ADAPTER_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB]|\.modules_to_save|\.trainable_tokens_delta)\.default(?=\.|$)")
 EXPERT = re.compile(r"\.experts\.\d+\.")  # PEFT itself fuses adapters of single experts when it loads them
+_WHOLE = re.compile(r"\.base_layer(\.(?:weight|bias))$")  # beside the factors of an adapted module
 _PART = re.compile(r"\.(lora_|base_layer\.|token_adapter\.).*")  # what follows a module's path in the name of a tensor
 
 
@@ -66,7 +67,29 @@ def plain_names(source: str, names: Iterable[str]) -> dict[str, str]:
             found.setdefault(trained, found[name])
         if trained != name or (frozen != name and frozen in found):
             del found[name]
+    return _without_base_layers(source, found)
+
+
+def _without_base_layers(source: str, names: dict[str, str]) -> dict[str, str]:
+    """Whole parameters of adapted modules by the base's names: `written_name` undoes it."""
+    found: dict[str, str] = {}
+    for name, there in names.items():
+        plain = _WHOLE.sub(r"\1", name)
+        if (other := found.setdefault(plain, there)) != there:
+            raise AdapterError(f"{source}: tensors {other} and {there} are both {plain} of the base")
     return found
+
+
+def written_name(name: str, adapted: Container[str]) -> str:
+    """The name that PEFT gives a whole parameter.
+
+    Args:
+        name: Name of any tensor, as `plain_names` gives it.
+        adapted: Paths of the modules that have factors.
+    """
+    if path_of(name) not in adapted or _PART.search(name):
+        return name
+    return f"{PREFIX}{path_of(name)}.base_layer.{name.rpartition('.')[2]}"
 
 
 def _plain(name: str) -> str:

@@ -39,6 +39,7 @@ from rsoups.adapters import (
     read_modules,
 )
 from rsoups.base_weights import BaseWeights, of_one_base
+from rsoups.layer_names import as_loaded, current_names
 from rsoups.lineage import SOUP_FILE, Ingredient, command, history_of, parents_of, published
 from rsoups.soup_config import as_written, check_written
 from rsoups.stacking import Blend, Kept, check_factors, pieces_of
@@ -136,7 +137,7 @@ class Soup:
             ],
             "method": self.method,
             "rank": max(
-                (module.rank for module in read_modules("the soup", self.config, self._layout).values()), default=0
+                (module.rank for module in read_modules("the soup", self.config, self.layout).values()), default=0
             ),
             "svd_error": self.svd_error,
             "factors_distance": self.factors_distance,
@@ -152,7 +153,7 @@ class Soup:
             OutputError: The folder holds something other than a soup, or cannot be written.
             AdapterError: An ingredient's file was written to since it was opened; PEFT would not load all tensors.
         """
-        check_written(self.config, self._layout)
+        check_written(self.config, self.layout)
         order = sorted(self.tensors, key=lambda name: (-self.tensors[name].dtype.itemsize, name))  # safetensors' own
         layout = {name: (tensor_files.NAMES[self.tensors[name].dtype], self.tensors[name].shape) for name in order}
         with whole_folder(folder, SOUP_FILE) as partial:
@@ -163,7 +164,7 @@ class Soup:
             self._check_unchanged()
 
     @cached_property
-    def _layout(self) -> dict[str, Tensor]:
+    def layout(self) -> dict[str, Tensor]:
         """Names, shapes and dtypes of the tensors."""
         return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in self.tensors.items()}
 
@@ -219,6 +220,7 @@ class Soup:
         """
         if isinstance(base, PeftModel):
             raise AdapterError("the base already carries an adapter; load the soup on the plain model")
+        state = self._state_for(base)
         config = deepcopy(self.config)
         config.base_model_name_or_path = None  # PEFT puts this base's in, and warns where there was another
         try:
@@ -232,19 +234,24 @@ class Soup:
         saved = self.config.modules_to_save or ()
         with_embeddings = any(
             key.endswith(BASE_EMBEDDING) or (key.endswith(EMBEDDINGS) and key.split(".")[-2] not in saved)
-            for key in self.state_dict
+            for key in state
         )
         try:
-            tensors = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings)
-            self._check_fit({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-            set_peft_model_state_dict(model, dict(self.state_dict))
-            for key, loaded in get_peft_model_state_dict(model, save_embedding_layers=with_embeddings).items():
-                if not torch.equal(loaded.cpu(), self.state_dict[key].to(loaded.dtype)):
+            tensors = _loaded(model, with_embeddings, state)
+            _check_fit(state, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+            set_peft_model_state_dict(model, dict(state))
+            for key, loaded in _loaded(model, with_embeddings, state).items():
+                if not torch.equal(loaded.cpu(), state[key].to(loaded.dtype)):
                     raise AdapterError(f"PEFT did not load tensor {key} as it is in the soup")
         except AdapterError:
             model.unload()
             raise
         return model
+
+    def _state_for(self, base: PreTrainedModel) -> dict[str, Tensor]:
+        """The tensors as PEFT has them once it has converted them for a base: named, and fused, as its layers are."""
+        names = current_names(base, self.state_dict)
+        return as_loaded(base, self.config, {new: self.state_dict[name] for new, name in names.items()})[1]
 
     @contextmanager
     def attached(self, base: PreTrainedModel) -> Iterator[PeftModel]:
@@ -273,21 +280,6 @@ class Soup:
                 parameter.requires_grad_(trainable[name])
                 if name in overwritten:
                     parameter.data.copy_(overwritten[name])
-
-    def _check_fit(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        if absent := sorted(self.state_dict.keys() - wanted.keys()):
-            raise AdapterError(
-                f"the base has no module for {len(absent)} tensor(s) of the soup, the first is {absent[0]}"
-            )
-        if extra := sorted(wanted.keys() - self.state_dict.keys()):
-            raise AdapterError(
-                f"the base has {len(extra)} targeted module(s) more than the soup, the first is {extra[0]}: is it deeper?"
-            )
-        for key, shape in wanted.items():
-            if shape != tuple(self.state_dict[key].shape):
-                raise AdapterError(
-                    f"tensor {key} is {tuple(self.state_dict[key].shape)} in the soup, the base needs {shape}"
-                )
 
     def push_to_hub(
         self,
@@ -319,6 +311,25 @@ class Soup:
             dry_run=dry_run,
             token=token,
         )
+
+
+def _loaded(model: PeftModel, with_embeddings: bool, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's tensors on a model, without biases of the base that a soup leaves as they are."""
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings)
+    return {key: t for key, t in tensors.items() if key in state or ".lora_" in key or not key.endswith(".bias")}
+
+
+def _check_fit(state: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Whether the soup's tensors are those that a base needs."""
+    if absent := sorted(state.keys() - wanted.keys()):
+        raise AdapterError(f"the base has no module for {len(absent)} tensor(s) of the soup, the first is {absent[0]}")
+    if extra := sorted(wanted.keys() - state.keys()):
+        raise AdapterError(
+            f"the base has {len(extra)} targeted module(s) more than the soup, the first is {extra[0]}: is it deeper?"
+        )
+    for key, shape in wanted.items():
+        if shape != tuple(state[key].shape):
+            raise AdapterError(f"tensor {key} is {tuple(state[key].shape)} in the soup, the base needs {shape}")
 
 
 def interpolate(

@@ -19,6 +19,7 @@ from torch import Tensor
 from rsoups import low_rank
 from rsoups._errors import AdapterError
 from rsoups.adapters import PREFIX, Adapter, LoraModule
+from rsoups.layer_names import written_name
 from rsoups.soup_config import faithful_config, stacked_config
 from rsoups.tensor_files import in_blocks, is_finite, rows_of_pieces
 
@@ -134,7 +135,7 @@ def _times(block: Tensor, factor: float) -> Tensor:
 def alone(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, Any]:
     """An adapter as it is."""
     tensors = {
-        key: Blend(_below, [Part(adapter, key)], tuple(like.shape), dtype or like.dtype)
+        written_name(key, adapter.modules): Blend(_below, [Part(adapter, key)], tuple(like.shape), dtype or like.dtype)
         for key, like in adapter.layout.items()
     }
     return {"tensors": fitting(tensors), "config": faithful_config(adapter)}
@@ -144,7 +145,7 @@ def exact(kept: Kept, dtype: torch.dtype | None, base: Adapter | None = None) ->
     """Δ = Σ λi·si·Bi·Ai as one pair of stacked factors per module, λi·si in B."""
     dtype = dtype or torch.float32
     modules, tensors = _stacked(kept, dtype)
-    tensors |= _full(kept, dtype, base)
+    tensors |= _full(kept, dtype, base, modules)
     return {"tensors": fitting(tensors), "config": stacked_config([adapter for adapter, _ in kept], modules)}
 
 
@@ -193,7 +194,7 @@ def svd(
         modules[path] = replace(module, rank=A.shape[1])
         errors[path] = math.sqrt(lost / total) if total else 0.0
         all_lost, all_total = all_lost + lost, all_total + total
-    tensors |= _full(kept, dtype, base)
+    tensors |= _full(kept, dtype, base, modules)
     return {
         "tensors": fitting(tensors),
         "config": stacked_config([adapter for adapter, _ in kept], modules),
@@ -208,7 +209,7 @@ def factors(rows: list[Kept], dtype: torch.dtype | None) -> list[dict[str, Any]]
     adapters = list(dict.fromkeys(adapter for kept in rows for adapter, _ in kept))
     starts = cosines_of_starts(adapters) if len(adapters) > 1 else []
     for kept in rows:
-        tensors = _sums(kept, list(kept[0][0].layout), dtype or torch.float32)
+        tensors = _sums(kept, dtype or torch.float32)
         distance = None
         places = [adapters.index(adapter) for adapter, _ in kept]
         if any(starts[i][j] < _ONE_START for i, j in combinations(places, 2)):
@@ -264,40 +265,41 @@ def _distance(kept: Kept, tensors: Mapping[str, Blend]) -> float:
     return math.sqrt(max(apart, 0) / total) if total else 0.0
 
 
-def _sums(kept: Kept, names: Sequence[str], dtype: torch.dtype) -> dict[str, Blend]:
-    """Σ λi·Ti of each named tensor."""
-    layout = kept[0][0].layout
+def _sums(kept: Kept, dtype: torch.dtype) -> dict[str, Blend]:
+    """Σ λi·Ti of each tensor."""
+    first = kept[0][0]
     return {
-        name: Blend(
-            _summed, [Part(adapter, name, weight) for adapter, weight in kept], tuple(layout[name].shape), dtype
+        written_name(name, first.modules): Blend(
+            _summed, [Part(adapter, name, weight) for adapter, weight in kept], tuple(like.shape), dtype
         )
-        for name in names
+        for name, like in first.layout.items()
     }
 
 
-def _full(kept: Kept, dtype: torch.dtype, base: Adapter | None) -> dict[str, Blend]:
+def _full(
+    kept: Kept, dtype: torch.dtype, base: Adapter | None, modules: Mapping[str, LoraModule]
+) -> dict[str, Blend]:
     """Σ λi·θi of each whole parameter, and of the base's own where an ingredient lacks it, or where Σλ is not 1."""
-    found: dict[str, Blend] = {}
-    for name in dict.fromkeys(name for adapter, _ in kept for name in adapter.full):
-        parts = [Part(adapter, name, weight) for adapter, weight in kept if name in adapter.layout]
-        if all(name in part.adapter.copies for part in parts) and base is None and len(parts) < len(kept):
-            found[name] = Blend(_below, [parts[0]._replace(factor=1.0)], *_like(parts[0]))
-            continue
-        rest = 1 - math.fsum(part.factor for part in parts)
-        if abs(rest) > _SUM_TOLERANCE:
-            if base is None:
-                raise AdapterError(
-                    f"{name} was trained as a whole, and the weights of the ingredients that have it sum to {1 - rest:g}, not 1: "
-                    "the rest is the base's own, pass base= (--base)"
-                )
-            parts.append(Part(base, name, rest))
-        found[name] = Blend(_summed, parts, tuple(parts[0].adapter.layout[name].shape), dtype)
-    return found
+    names = dict.fromkeys(name for adapter, _ in kept for name in adapter.full)
+    return {written_name(name, modules): _whole(kept, name, dtype, base) for name in names}
 
 
-def _like(part: Part) -> tuple[tuple[int, ...], torch.dtype]:
-    tensor = part.adapter.layout[part.name]
-    return tuple(tensor.shape), tensor.dtype
+def _whole(kept: Kept, name: str, dtype: torch.dtype, base: Adapter | None) -> Blend:
+    parts = [Part(adapter, name, weight) for adapter, weight in kept if name in adapter.layout]
+    like = parts[0].adapter.layout[name]
+    rest = 1 - math.fsum(part.factor for part in parts)
+    if abs(rest) > _SUM_TOLERANCE and base is not None:
+        parts.append(Part(base, name, rest))
+    elif abs(rest) > _SUM_TOLERANCE:
+        first, *others = (part.adapter.tensor(name) for part in parts)
+        own = all(name in part.adapter.copies for part in parts)
+        if own and all(torch.equal(first, other) for other in others):  # the base's, whatever λ are
+            return Blend(_below, [parts[0]._replace(factor=1.0)], tuple(like.shape), like.dtype)
+        raise AdapterError(
+            f"{name} was saved as a whole, and the weights of the ingredients that have it sum to {1 - rest:g}, not 1: the rest "
+            "is the base's own, pass base= (--base)"
+        )
+    return Blend(_summed, parts, tuple(like.shape), dtype)
 
 
 def fitting(tensors: Mapping[str, Blend | Tensor]) -> Mapping[str, Blend | Tensor]:
