@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from rsoups._errors import AdapterError
 from rsoups._files import READING, from_hub
+from rsoups.bases import OVERRIDE, same_base
 from rsoups.tensor_files import Scan, TensorFile, largest, rows_of_pieces
 
 CONFIG_FILE = "adapter_config.json"
@@ -59,6 +60,14 @@ _REFUSED = {
 }
 # Initialisations that subtract the adapter's start from the base: B·A is then not the change from the published base.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal", "mica")
+
+
+_COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
+
+
+def is_copy(name: str, names: Collection[str]) -> bool:
+    """Whether a tensor is one of those that PEFT writes beside a whole trained one of the same name: a copy, or the base's."""
+    return _COPY.sub("", name) != name and _COPY.sub("", name) in names
 
 
 @dataclass(frozen=True)
@@ -270,7 +279,8 @@ def _from_files(source: str, hold: bool) -> Adapter:
         except OSError as error:
             raise corrupt(error) from None
 
-    return Adapter(source, config, file.layout, read, READING.submit(scan), revision, (weights, file.found_as))
+    layout = {name: like for name, like in file.layout.items() if not is_copy(name, file.layout)}
+    return Adapter(source, config, layout, read, READING.submit(scan), revision, (weights, file.found_as))
 
 
 def _read_config(path: Path) -> LoraConfig:
@@ -437,13 +447,8 @@ def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = Fa
     """
     first, *others = adapters
     for other in others:
-        for field in () if allow_base_mismatch else ("base_model_name_or_path", "revision"):
-            ours, theirs = getattr(first.config, field), getattr(other.config, field)
-            if ours and theirs and ours != theirs:
-                raise AdapterError(
-                    f"{field} differs: {ours!r} ({first.source}) and {theirs!r} ({other.source}); adapters of different bases "
-                    "do not add up. If they are the same weights, say allow_base_mismatch=True"
-                )
+        if not allow_base_mismatch:
+            _check_one_base(first, other)
         for path in first.modules.keys() & other.modules.keys():
             one, two = first.modules[path], other.modules[path]
             if one.shape != two.shape or one.embedding != two.embedding:
@@ -454,6 +459,17 @@ def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = Fa
         if first.config.fan_in_fan_out != other.config.fan_in_fan_out:
             raise AdapterError(f"fan_in_fan_out differs between {first.source} and {other.source}")
         _check_full(first, other)
+
+
+def _check_one_base(first: Adapter, other: Adapter) -> None:
+    same = {"base_model_name_or_path": same_base, "revision": lambda one, two: not one or not two or one == two}
+    for field, are_same in same.items():
+        ours, theirs = getattr(first.config, field), getattr(other.config, field)
+        if not are_same(ours, theirs):
+            raise AdapterError(
+                f"{field} differs: {ours!r} ({first.source}) and {theirs!r} ({other.source}); adapters of different bases "
+                f"do not add up. {OVERRIDE}"
+            )
 
 
 def _check_full(first: Adapter, other: Adapter) -> None:
