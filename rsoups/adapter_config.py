@@ -107,7 +107,15 @@ def _check_types(path: Path, data: dict[str, Any]) -> None:
 
     kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
         **dict.fromkeys(
-            ("use_rslora", "lora_bias", "fan_in_fan_out", "use_dora", "use_qalora", "inference_mode", "ensure_weight_tying"),
+            (
+                "use_rslora",
+                "lora_bias",
+                "fan_in_fan_out",
+                "use_dora",
+                "use_qalora",
+                "inference_mode",
+                "ensure_weight_tying",
+            ),
             (lambda value: isinstance(value, bool), "true or false"),
         ),
         **dict.fromkeys(

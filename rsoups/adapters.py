@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -30,6 +30,7 @@ from torch import Tensor
 from rsoups._errors import AdapterError
 from rsoups._files import READING, from_hub
 from rsoups.adapter_config import CONFIG_FILE, by_pattern, check_kind, check_linear, read_config
+from rsoups.bases import OVERRIDE, same_base
 from rsoups.layer_names import PREFIX, current_names, path_of, plain_names, recorded_base
 from rsoups.tensor_files import Scan, TensorFile, largest, rows_of_pieces
 
@@ -41,6 +42,14 @@ _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor
 # PEFT tells the parameters of one module apart by how their wrappers are nested: the first one defined is innermost.
 _DEFINED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 _Read = Callable[[str, slice], Tensor]  # some rows of a tensor, or with slice(None) all of it
+
+
+_COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
+
+
+def is_copy(name: str, names: Collection[str]) -> bool:
+    """Whether a tensor is one of those that PEFT writes beside a whole trained one of the same name: a copy, or the base's."""
+    return _COPY.sub("", name) != name and _COPY.sub("", name) in names
 
 
 @dataclass(frozen=True)
@@ -371,7 +380,6 @@ def _check_full(adapter: Adapter) -> None:
         if not accounted:
             raise AdapterError(f"{source}: tensor {key} is one that {CONFIG_FILE} does not account for")
 
-
     if config.trainable_token_indices and not any(key.endswith(TOKENS) for key in adapter.layout):
         raise AdapterError(f"{source}: trainable_token_indices is set in {CONFIG_FILE}, and no tensor holds their rows")
 
@@ -425,9 +433,7 @@ class _Told(NamedTuple):
     parameter: str | None
 
 
-def _told(
-    source: str, config: LoraConfig, path: str, wrappers: int, shape: Sequence[int], old_path: str
-) -> _Told:
+def _told(source: str, config: LoraConfig, path: str, wrappers: int, shape: Sequence[int], old_path: str) -> _Told:
     """Rank, alpha and parameter of a module of some wrappers, found as PEFT finds them.
 
     Raises:
@@ -463,7 +469,9 @@ def _parameters(config: LoraConfig, path: str, wrappers: int) -> list[str]:
     if not config.target_parameters or (path == module and wrappers == 1 and _is_plain(config, path)):
         return []
     targets = [target.rpartition(".") for target in sorted(config.target_parameters)]
-    names = list(dict.fromkeys(name for place, _, name in targets if f".{module}".endswith(f".{place}" if place else "")))
+    names = list(
+        dict.fromkeys(name for place, _, name in targets if f".{module}".endswith(f".{place}" if place else ""))
+    )
     if len(names) == wrappers and set(names) <= set(_DEFINED):
         depth = path.removeprefix(module).count(".base_layer")
         return [sorted(names, key=_DEFINED.index)[wrappers - 1 - depth]]
@@ -517,9 +525,7 @@ def _check_experts(source: str, modules: Mapping[str, LoraModule]) -> None:
             raise AdapterError(f"{source}: the parameters of {unwrapped(path)} do not have the ranks of {CONFIG_FILE}")
 
 
-def check_compatible(
-    adapters: Iterable[Adapter], allow_base_mismatch: bool = False, with_base: bool = False
-) -> None:
+def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = False, with_base: bool = False) -> None:
     """Refuse adapters that are not of one base.
 
     Args:
@@ -533,16 +539,22 @@ def check_compatible(
     """
     first, *others = adapters = list(adapters)
     for other in others:
-        for name in () if allow_base_mismatch else ("base_model_name_or_path", "revision"):
-            ours, theirs = getattr(first.config, name), getattr(other.config, name)
-            if ours and theirs and ours != theirs:
-                raise AdapterError(
-                    f"{name} differs: {ours!r} ({first.source}) and {theirs!r} ({other.source}); adapters of different bases "
-                    "do not add up. If they are the same weights, say allow_base_mismatch=True"
-                )
+        if not allow_base_mismatch:
+            _check_one_base(first, other)
     for one, other in combinations(adapters, 2):
         _check_modules(one, other)
         _check_whole(one, other, with_base)
+
+
+def _check_one_base(first: Adapter, other: Adapter) -> None:
+    same = {"base_model_name_or_path": same_base, "revision": lambda one, two: not one or not two or one == two}
+    for name, are_same in same.items():
+        ours, theirs = getattr(first.config, name), getattr(other.config, name)
+        if not are_same(ours, theirs):
+            raise AdapterError(
+                f"{name} differs: {ours!r} ({first.source}) and {theirs!r} ({other.source}); adapters of different bases "
+                f"do not add up. {OVERRIDE}"
+            )
 
 
 def _check_modules(one: Adapter, other: Adapter) -> None:

@@ -138,7 +138,9 @@ class BaseWeights:
             rows = trained_tokens(config, path_of(name)) or []
             weight = self.tensor(f"{path_of(name)}.weight")
             if max(rows, default=0) >= len(weight):
-                raise AdapterError(f"token {max(rows)} was trained, and the base {self.source} has {len(weight)} tokens")
+                raise AdapterError(
+                    f"token {max(rows)} was trained, and the base {self.source} has {len(weight)} tokens"
+                )
             return weight[rows]
         return self.tensor(path)
 

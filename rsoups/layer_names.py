@@ -35,7 +35,9 @@ PREFIX = "base_model.model."
 _WRAPPER = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module|_forward_module|_module)\."
 )
-_PARALLEL = re.compile(r"^(module\.)+|(?<=^base_model\.model\.)(module\.)+")  # DDP and DeepSpeed: around the whole model
+_PARALLEL = re.compile(
+    r"^(module\.)+|(?<=^base_model\.model\.)(module\.)+"
+)  # DDP and DeepSpeed: around the whole model
 # PEFT leaves the adapter's name out of a file; of this one it also reads names that hold it.
 _ADAPTER_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB]|\.modules_to_save|\.trainable_tokens_delta)\.default(?=\.|$)")
 EXPERT = re.compile(r"\.experts\.\d+\.")  # PEFT itself fuses adapters of single experts when it loads them

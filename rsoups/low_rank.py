@@ -36,9 +36,7 @@ def truncate(A: Tensor, B: Tensor, rank: int | float) -> tuple[Tensor, Tensor, f
     return root[:, None] * (vh[:k] @ q_a.T), (q_b @ u[:, :k]) * root, float(lost[k]), total
 
 
-def truncate_all(
-    factors: Sequence[tuple[Tensor, Tensor]], rank: int | float
-) -> tuple[Tensor, Tensor, float, float]:
+def truncate_all(factors: Sequence[tuple[Tensor, Tensor]], rank: int | float) -> tuple[Tensor, Tensor, float, float]:
     """`truncate` of several changes to one rank: the largest that any of them needs.
 
     Returns:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -20,16 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import ModulesToSaveWrapper
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from rsoups import stacking, tensor_files
+from rsoups import attaching, stacking, tensor_files
 from rsoups._errors import AdapterError, LambdasError
 from rsoups._files import whole_folder
 from rsoups.adapters import (
     BASE_EMBEDDING,
-    EMBEDDINGS,
     PREFIX,
     WEIGHTS_FILE,
     Adapter,
@@ -38,9 +36,10 @@ from rsoups.adapters import (
     read_adapter,
     read_modules,
 )
+from rsoups.base_files import tokenizer_folder
 from rsoups.base_weights import BaseWeights, of_one_base
-from rsoups.layer_names import as_loaded, current_names
-from rsoups.lineage import SOUP_FILE, Ingredient, command, history_of, parents_of, published
+from rsoups.bases import check_base
+from rsoups.lineage import SOUP_FILE, Ingredient, command, history_of, parents_of, pinned, published
 from rsoups.soup_config import as_written, check_written
 from rsoups.stacking import Blend, Kept, check_factors, pieces_of
 
@@ -193,93 +192,80 @@ class Soup:
         assert isinstance(soup, Soup)
         return replace(soup, lambdas=self.lambdas) if self._adapters else soup
 
-    def merge(self, base: str | Path | PreTrainedModel, out: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the whole model, θ0 + Σ λi·Δi, as transformers saves it, with the base's tokenizer where there is one.
+    def merge(
+        self,
+        base: str | Path | PreTrainedModel,
+        out: str | Path,
+        dtype: torch.dtype | None = None,
+        *,
+        allow_base_mismatch: bool = False,
+    ) -> None:
+        """Write the whole model, θ0 + Σ λi·Δi, with the names of tensors that the base's own files have.
+
+        The tokenizer is the one that came with the adapter, or else the base's.
 
         Args:
             base: Hub id or folder, or a loaded model, which is left as it was found. One in 4 or 8 bit cannot take Δ
                 in: its full-precision weights are read again from where it came.
             out: The folder.
             dtype: Of the result; the base's own by default. Sums are in float32, rounded once.
+            allow_base_mismatch: Accept a base of another name than the adapters'; recorded in the model's soup.json.
 
         Raises:
-            AdapterError: The soup does not fit the base.
+            AdapterError: The soup does not fit the base, or the base's kind of model cannot hold what the soup changes.
             OutputError: The folder holds something other than a merged soup, or cannot be written.
         """
         from rsoups.merging import merge
 
-        merge(self, base, out, dtype)
+        merge(self, base, out, dtype, allow_base_mismatch)
 
-    def load(self, base: PreTrainedModel) -> PeftModel:
+    def load(self, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False) -> PeftModel:
         """Attach the soup to its base; `attached` does so for a while.
 
         Every tensor is checked to have arrived: PEFT only warns where a base is deeper or a module is missing.
 
-        Raises:
-            AdapterError: `base` already carries an adapter, or lacks a module of the soup, or has more or other-shaped ones.
-        """
-        if isinstance(base, PeftModel):
-            raise AdapterError("the base already carries an adapter; load the soup on the plain model")
-        state = self._state_for(base)
-        config = deepcopy(self.config)
-        config.base_model_name_or_path = None  # PEFT puts this base's in, and warns where there was another
-        try:
-            model = get_peft_model(base, config)
-        except ValueError as error:
-            raise AdapterError(f"the soup does not fit this base: {error}") from None
-        finally:
-            if getattr(base, "peft_config", None) is not None:
-                del base.peft_config  # PEFT leaves it behind and would warn at the next load
-        model.peft_config["default"].base_model_name_or_path = self.config.base_model_name_or_path
-        saved = self.config.modules_to_save or ()
-        with_embeddings = any(
-            key.endswith(BASE_EMBEDDING) or (key.endswith(EMBEDDINGS) and key.split(".")[-2] not in saved)
-            for key in state
-        )
-        try:
-            tensors = _loaded(model, with_embeddings, state)
-            _check_fit(state, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
-            set_peft_model_state_dict(model, dict(state))
-            for key, loaded in _loaded(model, with_embeddings, state).items():
-                if not torch.equal(loaded.cpu(), state[key].to(loaded.dtype)):
-                    raise AdapterError(f"PEFT did not load tensor {key} as it is in the soup")
-        except AdapterError:
-            model.unload()
-            raise
-        return model
-
-    def _state_for(self, base: PreTrainedModel) -> dict[str, Tensor]:
-        """The tensors as PEFT has them once it has converted them for a base: named, and fused, as its layers are."""
-        names = current_names(base, self.state_dict)
-        return as_loaded(base, self.config, {new: self.state_dict[name] for new, name in names.items()})[1]
-
-    @contextmanager
-    def attached(self, base: PreTrainedModel) -> Iterator[PeftModel]:
-        """A context in which the soup is on its base, which is left exactly as it was found (PEFT's `unload` leaves whole
-        parameters of the adapter behind).
+        Args:
+            base: The loaded base. Where it is refused, it is as it was.
+            resize: Give the base as many tokens as the soup has, if the soup holds the embeddings and the head of all of them.
+            allow_base_mismatch: Accept a base of another name than the adapters'.
 
         Raises:
-            AdapterError: As `load`.
+            AdapterError: `base` already carries an adapter, or lacks a module of the soup, or has more or other-shaped ones, or is not the
+                one that the adapters name.
         """
-        trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
-        names = [key.removeprefix(PREFIX).replace(BASE_EMBEDDING, ".weight") for key in self.state_dict]
-        overwritten = {name: base.get_parameter(name).detach().clone() for name in names if name in trainable}
-        model = self.load(base)
-        originals = {
-            name: module.original_module
-            for name, module in base.named_modules()
-            if isinstance(module, ModulesToSaveWrapper)
-        }
-        try:
-            yield model
-        finally:
-            model.unload()
-            for name, module in originals.items():
-                base.set_submodule(name, module)
-            for name, parameter in base.named_parameters():
-                parameter.requires_grad_(trainable[name])
-                if name in overwritten:
-                    parameter.data.copy_(overwritten[name])
+        return attaching.load(self, base, resize, allow_base_mismatch)
+
+    def attached(
+        self, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False
+    ) -> AbstractContextManager[PeftModel]:
+        """A context in which the soup is on its base, which comes back exactly as it was, however the context ends.
+
+        Args:
+            base, resize, allow_base_mismatch: As `load`.
+
+        Raises:
+            AdapterError: As `load`; and within the context, where PEFT would merge the soup into the base.
+        """
+        return attaching.attached(self, base, resize, allow_base_mismatch)
+
+    @property
+    def whole(self) -> dict[str, Blend | Tensor]:
+        """Whole parameters of the soup, by the base's names."""
+        names = [key for key in self.tensors if ".lora_" not in key and not key.endswith(BASE_EMBEDDING)]
+        return {name.removeprefix(PREFIX): self.tensors[name] for name in names}
+
+    def tokenizer_folder(self) -> Path | None:
+        """Where the tokenizer that came with the ingredients is; None where none brings one."""
+        for adapter in [*self._adapters.values(), *([self._file] if self._file else [])]:
+            if (found := tokenizer_folder(pinned(adapter.source, adapter.revision))) is not None:
+                return found
+        return None
+
+    @property
+    def named_configs(self) -> list[tuple[str, LoraConfig]]:
+        """Where each ingredient is from, with its config; of a soup that was read, the soup's own."""
+        adapters = list(self._adapters.values()) or [self._file]
+        return [(a.source, a.config) for a in adapters if a is not None] or [("the soup", self.config)]
 
     def push_to_hub(
         self,
@@ -311,25 +297,6 @@ class Soup:
             dry_run=dry_run,
             token=token,
         )
-
-
-def _loaded(model: PeftModel, with_embeddings: bool, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter's tensors on a model, without biases of the base that a soup leaves as they are."""
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings)
-    return {key: t for key, t in tensors.items() if key in state or ".lora_" in key or not key.endswith(".bias")}
-
-
-def _check_fit(state: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
-    """Whether the soup's tensors are those that a base needs."""
-    if absent := sorted(state.keys() - wanted.keys()):
-        raise AdapterError(f"the base has no module for {len(absent)} tensor(s) of the soup, the first is {absent[0]}")
-    if extra := sorted(wanted.keys() - state.keys()):
-        raise AdapterError(
-            f"the base has {len(extra)} targeted module(s) more than the soup, the first is {extra[0]}: is it deeper?"
-        )
-    for key, shape in wanted.items():
-        if shape != tuple(state[key].shape):
-            raise AdapterError(f"tensor {key} is {tuple(state[key].shape)} in the soup, the base needs {shape}")
 
 
 def interpolate(
@@ -389,6 +356,8 @@ def interpolate(
         name: source if isinstance(source, Adapter) else read_adapter(source, hold) for name, source in named.items()
     }
     weights = BaseWeights(base) if base is not None else None
+    if base is not None:
+        check_base([(adapter.source, adapter.config) for adapter in read.values()], base, allow_base_mismatch)
     read = of_one_base(read, weights)
     check_compatible(read.values(), allow_base_mismatch, with_base=weights is not None)
     if method == "factors":
@@ -419,9 +388,7 @@ def named_adapters(adapters: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any
     return dict(zip(names, adapters, strict=True))
 
 
-def weights_of(
-    lambdas: Any, count: int, normalize: bool, extrapolate: bool, any_sum: bool = True
-) -> list[list[float]]:
+def weights_of(lambdas: Any, count: int, normalize: bool, extrapolate: bool, any_sum: bool = True) -> list[list[float]]:
     """Checked weights, K rows of `count`.
 
     Args:
@@ -532,7 +499,9 @@ def _own(rows: list[Kept], base: BaseWeights | None) -> Adapter | None:
     own = base.like(names, config)
     for name, adapter in names.items():
         if (ours := tuple(own.layout[name].shape)) != (theirs := tuple(adapter.layout[name].shape)):
-            raise AdapterError(f"{name} is {theirs} in {adapter.source} and {ours} in the base {base.source}: of other sizes")
+            raise AdapterError(
+                f"{name} is {theirs} in {adapter.source} and {ours} in the base {base.source}: of other sizes"
+            )
     return own
 
 

@@ -48,7 +48,9 @@ def stacked_config(adapters: Sequence[Adapter], modules: Mapping[str, LoraModule
     config.bias = max((one.bias for one in configs), key=_BIASES.index)
     saved = [name for one in configs for name in one.modules_to_save or ()]
     config.modules_to_save = list(dict.fromkeys(saved)) or None
-    config.trainable_token_indices = next((one.trainable_token_indices for one in configs if one.trainable_token_indices), None)
+    config.trainable_token_indices = next(
+        (one.trainable_token_indices for one in configs if one.trainable_token_indices), None
+    )
     config.auto_mapping = next((one.auto_mapping for one in configs if one.auto_mapping), None)
     _write_patterns(config, modules, {path: module.rank for path, module in modules.items()})
     _select(config, adapters, modules)
@@ -103,7 +105,9 @@ def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[st
 def _selects(config: LoraConfig, paths: Sequence[str]) -> bool:
     if config.target_modules == "all-linear":
         return True
-    return config.target_modules is None and not paths or all(check_target_module_exists(config, path) for path in paths)
+    return (
+        config.target_modules is None and not paths or all(check_target_module_exists(config, path) for path in paths)
+    )
 
 
 def _tells(config: LoraConfig, layout: Mapping[str, Tensor], modules: Mapping[str, LoraModule]) -> bool:

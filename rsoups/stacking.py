@@ -174,9 +174,7 @@ def _best_told(parts: Sequence[tuple[Adapter, LoraModule, float]]) -> LoraModule
     return max((module for _, module, _ in parts), key=lambda module: bool(module.parameter))
 
 
-def svd(
-    kept: Kept, rank: int | float | None, dtype: torch.dtype | None, base: Adapter | None = None
-) -> dict[str, Any]:
+def svd(kept: Kept, rank: int | float | None, dtype: torch.dtype | None, base: Adapter | None = None) -> dict[str, Any]:
     """The exact Δ, truncated to a rank, by default the largest among the ingredients, or within a relative error."""
     dtype = dtype or torch.float32
     if rank is None:
@@ -276,9 +274,7 @@ def _sums(kept: Kept, dtype: torch.dtype) -> dict[str, Blend]:
     }
 
 
-def _full(
-    kept: Kept, dtype: torch.dtype, base: Adapter | None, modules: Mapping[str, LoraModule]
-) -> dict[str, Blend]:
+def _full(kept: Kept, dtype: torch.dtype, base: Adapter | None, modules: Mapping[str, LoraModule]) -> dict[str, Blend]:
     """Σ λi·θi of each whole parameter, and of the base's own where an ingredient lacks it, or where Σλ is not 1."""
     names = dict.fromkeys(name for adapter, _ in kept for name in adapter.full)
     return {written_name(name, modules): _whole(kept, name, dtype, base) for name in names}

@@ -1,0 +1,87 @@
+"""Names of bases: whether two of them are one base, and what others are told of a base that is a folder of this disk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rsoups._errors import AdapterError
+from rsoups._resources import embedded_name, resolve
+from rsoups.lineage import is_disk_path, published
+
+OVERRIDE = "If they are the same weights, pass allow_base_mismatch=True (on the command line --allow_base_mismatch)"
+
+
+def same_base(one: str | None, other: str | None) -> bool:
+    """Whether two names can be of one base; a missing name says nothing.
+
+    Hub ids are compared as they are. A folder has no fixed name: a copy in another place, or on another machine, is the same base where
+    its last part is the same.
+    """
+    if not one or not other or one == other:
+        return True
+    ours, theirs = Path(resolve(one)).expanduser(), Path(resolve(other)).expanduser()
+    if ours.is_dir() and theirs.is_dir():
+        return ours.samefile(theirs)
+    if all(_is_hub_id(name) for name in (one, other)):
+        return False
+    return ours.name == theirs.name
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name is ``user/name`` and no folder of this disk. (A name without a user is what is left of a folder's path.)"""
+    return name.count("/") == 1 and not is_local(name)
+
+
+def is_local(name: str) -> bool:
+    """Whether a base is a folder of this disk, and no embedded one."""
+    return embedded_name(name) is None and (is_disk_path(name) or Path(name).expanduser().is_dir())
+
+
+def check_base(
+    named: Iterable[tuple[str, Any]], base: Any, allow_base_mismatch: bool = False, revision: str | None = None
+) -> None:
+    """Refuse a base that is not the one which adapters were trained on, as far as their names tell.
+
+    Args:
+        named: (Where an adapter is from, its PEFT config) of each.
+        base: Name of the base that is to be used, or the loaded base itself.
+        allow_base_mismatch: Accept it all the same.
+        revision: The base's, where it is known.
+
+    Raises:
+        AdapterError: Another name, or another revision of the same name.
+    """
+    if allow_base_mismatch:
+        return
+    name = base if isinstance(base, (str, Path)) else getattr(base, "name_or_path", None)
+    for source, config in named:
+        wanted, version = config.base_model_name_or_path, config.revision
+        if not same_base(wanted, str(name or "")):
+            raise AdapterError(f"{source} was trained on the base {wanted!r}, this base is {str(name)!r}. {OVERRIDE}")
+        if name and wanted and version and revision and version != revision:
+            raise AdapterError(
+                f"{source} was trained on revision {version!r} of {wanted!r}, this base is revision {revision!r}. {OVERRIDE}"
+            )
+
+
+def public_name(name: str | None, given: str | None = None) -> str | None:
+    """What others are told of a base: `given`, or the name itself, or the last part of a folder's path.
+
+    A folder's last part names no model that others can load, so that it is warned of.
+    """
+    if given or not name:
+        return given or name
+    if (embedded := embedded_name(name)) is not None:
+        return embedded
+    if not is_local(name):
+        return name
+    short = published(str(Path(name).expanduser().resolve()))
+    warnings.warn(
+        f"the base is a folder of this disk: it is published as {short!r}, which nobody else can load. Pass "
+        "base='user/name' (on the command line --base user/name) to publish the name of the model on the Hub",
+        stacklevel=2,
+    )
+    return short
