@@ -62,8 +62,8 @@ def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alpha
     of_experts = {(module.rank, alphas[path]) for path, module in modules.items() if EXPERT.search(path)}
     if len(of_experts) > 1:
         raise AdapterError(
-            f"experts have unlike ranks or alphas, {sorted(of_experts)}: PEFT fuses adapters of single experts when it loads them, "
-            "which needs one; no one adapter can hold this soup"
+            f"experts have unlike ranks, {sorted(rank for rank, _ in of_experts)}: PEFT, which fuses the factors of single experts when "
+            "it loads them, needs one rank; pass base= (--base), so that they are fused before"
         )
     counts = Counter((module.rank, alphas[path]) for path, module in modules.items())
     config.r, config.lora_alpha = next(iter(of_experts), counts.most_common(1)[0][0])
