@@ -106,9 +106,7 @@ def _check_plain_model(base: Any) -> None:
         raise AdapterError("the base already carries an adapter; load the soup on the plain model")
 
 
-def _put_on(
-    soup: Soup, base: PreTrainedModel, found: AsFound, resize: bool, allow_base_mismatch: bool
-) -> PeftModel:
+def _put_on(soup: Soup, base: PreTrainedModel, found: AsFound, resize: bool, allow_base_mismatch: bool) -> PeftModel:
     """Attach, with every tensor checked: PEFT only warns where a base is deeper or a module is missing."""
     check_base(soup.named_configs, base, allow_base_mismatch)
     _fit_vocabulary(soup, base, resize)
@@ -159,7 +157,9 @@ def _check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         )
     for key, tensor in wanted.items():
         if tensor.shape != state[key].shape:
-            raise AdapterError(f"tensor {key} is {tuple(state[key].shape)} in the soup, the base needs {tuple(tensor.shape)}")
+            raise AdapterError(
+                f"tensor {key} is {tuple(state[key].shape)} in the soup, the base needs {tuple(tensor.shape)}"
+            )
 
 
 # --- new tokens ------------------------------------------------------------------------------------------------------
@@ -177,7 +177,9 @@ def _fit_vocabulary(soup: Soup, base: PreTrainedModel, resize: bool) -> None:
     whole = {key.replace(BASE_EMBEDDING, ".weight"): tensor for key, tensor in soup.state_dict.items()}
     keys = [f"{PREFIX}{names.get(id(layer))}.weight" for layer in layers]
     held = {key: whole[key] for key in keys if key in whole}
-    unlike = [key for key, layer in zip(keys, layers, strict=True) if key in held and len(held[key]) != len(layer.weight)]
+    unlike = [
+        key for key, layer in zip(keys, layers, strict=True) if key in held and len(held[key]) != len(layer.weight)
+    ]
     if not unlike:
         return
     sizes, ours = tuple(held[unlike[0]].shape), tuple(layers[0].weight.shape)
@@ -202,7 +204,9 @@ def output_scale(layer: nn.Module, path: str, model: nn.Module) -> float:
     if not isinstance(layer, _PLAIN):
         raise AdapterError(f"{path} is a {type(layer).__name__}: a live soup covers linear layers and embeddings")
     if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention):
-        raise AdapterError(f"{path} is read inside torch's MultiheadAttention, where no change can be added to its output")
+        raise AdapterError(
+            f"{path} is read inside torch's MultiheadAttention, where no change can be added to its output"
+        )
     scale = float(getattr(layer, "embed_scale", 1.0)) if isinstance(layer, nn.Embedding) else 1.0
     if type(layer).forward not in {kind.forward for kind in _PLAIN} and not _is_linear(layer, scale):
         raise AdapterError(

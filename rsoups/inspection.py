@@ -72,8 +72,12 @@ class Inspection:
         return "\n".join(lines)
 
 
-def inspect_adapters(adapters: Mapping[str, Adapter]) -> Inspection:
+def inspect_adapters(adapters: Mapping[str, Adapter], *, allow_base_mismatch: bool = False) -> Inspection:
     """Compare adapters that were read.
+
+    Args:
+        adapters: By name.
+        allow_base_mismatch: As `interpolate`.
 
     Raises:
         AdapterError: A tensor that is not finite.
@@ -82,10 +86,11 @@ def inspect_adapters(adapters: Mapping[str, Adapter]) -> Inspection:
         adapter.check_values()
     several = list(adapters.values())
     refusals: dict[str, str | None] = {}
-    for method, checks in (("exact", (check_compatible,)), ("factors", (check_compatible, check_factors))):
+    for method in ("exact", "factors"):
         try:
-            for check in checks:
-                check(several)
+            check_compatible(several, allow_base_mismatch)
+            if method == "factors":
+                check_factors(several)
             refusals[method] = None
         except AdapterError as error:
             refusals[method] = str(error)

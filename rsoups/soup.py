@@ -202,9 +202,7 @@ class Soup:
 
         merge(self, base, out, dtype, allow_base_mismatch)
 
-    def load(
-        self, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False
-    ) -> PeftModel:
+    def load(self, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False) -> PeftModel:
         """Attach the soup to its base; `attached` does so for a while.
 
         Every tensor is checked to have arrived: PEFT only warns where a base is deeper or a module is missing.
