@@ -8,58 +8,40 @@ needs no memory for them.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import Tensor
 
 from rsoups._errors import AdapterError
 from rsoups._files import READING, from_hub
+from rsoups.adapter_config import CONFIG_FILE, by_pattern, check_kind, check_linear, read_config
 from rsoups.bases import OVERRIDE, same_base
+from rsoups.layer_names import PREFIX, current_names, path_of, plain_names, recorded_base
 from rsoups.tensor_files import Scan, TensorFile, largest, rows_of_pieces
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 BASE_EMBEDDING = ".base_layer.weight"  # PEFT saves an adapted embedding's own weights beside its factors
 EMBEDDINGS = tuple(f".{name}.weight" for name in EMBEDDING_LAYER_NAMES)  # saved whole where the vocabulary was resized
+TOKENS = ".token_adapter.trainable_tokens_delta"  # rows of an embedding that were trained alone, as they are afterwards
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<kind>weight|bias))?")
-_LONGEST_CONFIG = 2**24  # bytes; real ones have a few thousand
+# PEFT tells the parameters of one module apart by how their wrappers are nested: the first one defined is innermost.
+_DEFINED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 _Read = Callable[[str, slice], Tensor]  # some rows of a tensor, or with slice(None) all of it
-
-# Fields that make an adapter more than θ0 + s·B·A, and why no soup can be made of it.
-_REFUSED = {
-    "use_dora": "DoRA rescales the columns of the base's weights, so its change is not linear in the adapter",
-    "use_qalora": "QA-LoRA pools its inputs by quantisation group",
-    "use_bdlora": "block-diagonal LoRA is not a plain B·A",
-    "kasa_config": "KaSA also changes the base's weights",
-    "velora_config": "VeLoRA is not a plain B·A",
-    "monteclora_config": "Monte Carlo LoRA samples its factors",
-    "arrow_config": "Arrow routes between adapters token by token",
-    "alora_invocation_tokens": "an activated LoRA is switched on by its prompt",
-    "trainable_token_indices": "single trained token embeddings are not supported",
-    "layer_replication": "layer replication changes the shape of the base",
-    "target_parameters": "adapters on bare parameters are not supported",
-    "megatron_config": "Megatron's parallel layers are not supported",
-    "ensure_weight_tying": "adapters that are shared by tied layers are not supported",
-}
-# Initialisations that subtract the adapter's start from the base: B·A is then not the change from the published base.
-_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal", "mica")
 
 
 _COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
@@ -82,6 +64,9 @@ class LoraModule:
         scaling: alpha / r, or alpha / √r for rsLoRA.
         bias: Name of what `lora_bias` adds (times `scaling`), shape (out,), or None.
         embedding: Whether A and B are those of an embedding.
+        experts: How many weights of this shape one parameter holds, each with its own change. Then A is (experts · r, in),
+            one expert below the other, and B (out, r · experts), one direction beside the other.
+        parameter: Its name in the module, where PEFT's `target_parameters` names it; "" where several would do.
     """
 
     A: str
@@ -91,6 +76,15 @@ class LoraModule:
     scaling: float
     bias: str | None = None
     embedding: bool = False
+    experts: int = 1
+    parameter: str | None = None
+
+    def factors(self, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The (r, in) and (out, r) of each expert, of all that a convolution multiplies flattened."""
+        a, b = a.flatten(1), b.flatten(1)
+        if self.experts == 1:
+            return [(a, b)]
+        return list(zip(a.unflatten(0, (self.experts, -1)), b.unflatten(1, (-1, self.experts)).unbind(2), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +105,8 @@ class Adapter:
     _scan: Future[Scan]  # of all values, beside the other work
     revision: str | None = None
     _file: tuple[Path, os.stat_result] | None = None  # of the weights, as it was found
+    _names: Mapping[str, str] = field(default_factory=dict)  # of tensors in the file, where they differ
+    _old_paths: Mapping[str, str] = field(default_factory=dict)  # of modules in the config, where they differ
 
     @property
     def sha256(self) -> str:
@@ -123,7 +119,11 @@ class Adapter:
         Raises:
             AdapterError: The file is not what it was.
         """
-        return self._read(name, slice(None))
+        return self._read(self._names.get(name, name), slice(None))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, as `tensor` gives it."""
+        return self._read(self._names.get(name, name), slice(start, stop))
 
     def pieces(self, name: str, rows: int | None = None) -> Iterator[Tensor]:
         """One tensor as `tensor` gives it, some rows at a time, as many as `rows_of_pieces` says by default."""
@@ -133,7 +133,7 @@ class Adapter:
             yield self.tensor(name).view(shape or (1,))
             return
         for start in range(0, shape[0], rows):
-            yield self._read(name, slice(start, min(start + rows, shape[0])))
+            yield self.rows(name, start, min(start + rows, shape[0]))
 
     def check_values(self) -> None:
         """Wait until every tensor was read.
@@ -169,15 +169,33 @@ class Adapter:
     @cached_property
     def modules(self) -> dict[str, LoraModule]:
         """The adapted modules by their path in the base."""
-        try:
-            return _modules(self.source, self.config, self.layout)
-        except re.error as error:
-            raise AdapterError(f"{self.source}: a pattern in {CONFIG_FILE} is no regular expression: {error}") from None
+        return read_modules(self.source, self.config, self.layout, self._old_paths)
 
     @cached_property
     def full(self) -> list[str]:
         """Names of whole parameters that were trained beside the LoRA (`modules_to_save`, biases), or saved with it."""
         return [name for name in self.layout if not _FACTOR.fullmatch(name)]
+
+    @cached_property
+    def copies(self) -> list[str]:
+        """Those of `full` that were saved with it: the base's own embeddings and head, which a LoRA leaves as they are."""
+        trained = tuple(f".{name}.weight" for name in self.config.modules_to_save or ())
+        weights = [name for name in self.full if name.endswith(".weight") and not name.endswith(trained)]
+        return [name for name in weights if name.endswith(EMBEDDINGS) or path_of(name) in self.modules]
+
+    def renamed(self, names: Mapping[str, str]) -> Adapter:
+        """The adapter with other names of its tensors.
+
+        Args:
+            names: New name -> present name, of all tensors that it should have.
+        """
+        old = {path_of(new): path_of(name) for new, name in names.items() if path_of(new) != path_of(name)}
+        return replace(
+            self,
+            layout={new: self.layout[name] for new, name in names.items()},
+            _names={new: self._names.get(name, name) for new, name in names.items()},
+            _old_paths=old | {path: self._old_paths[there] for path, there in old.items() if there in self._old_paths},
+        )
 
 
 def read_adapter(source: Any, hold: bool = False) -> Adapter:
@@ -200,16 +218,57 @@ def read_adapter(source: Any, hold: bool = False) -> Adapter:
         adapter = _from_files(str(source), hold)
     else:
         raise AdapterError(f"an adapter is a folder, a Hub id or a PeftModel, not {type(source).__name__}")
+    return checked(adapter)
+
+
+def checked(adapter: Adapter) -> Adapter:
+    """The adapter with its layers named as transformers names them today, and all checked but its values.
+
+    Raises:
+        AdapterError: As `read_adapter`.
+    """
+    adapter = adapter.renamed(plain_names(adapter.source, adapter.layout))
+    if (base := recorded_base(adapter.config)) is not None:
+        adapter = named_as(adapter, base)
     _check(adapter)
     return adapter
+
+
+def named_as(adapter: Adapter, base: Any) -> Adapter:
+    """The adapter with its layers named as those of a model (or of a skeleton of it).
+
+    Raises:
+        AdapterError: Two names that lead to one.
+    """
+    try:
+        names = current_names(base, adapter.layout)
+    except AdapterError as error:
+        raise AdapterError(f"{adapter.source}: {error}") from None
+    return adapter if all(new == name for new, name in names.items()) else adapter.renamed(names)
+
+
+def in_one_naming(adapters: Mapping[str, Adapter], base: Any = None) -> dict[str, Adapter]:
+    """Adapters of one base, their layers named as that base names them.
+
+    Args:
+        adapters: By name.
+        base: The loaded base or a skeleton of it; by default what one of the adapters records.
+    """
+    if base is None:
+        base = next((found for a in adapters.values() if (found := recorded_base(a.config)) is not None), None)
+    return dict(adapters) if base is None else {name: named_as(adapter, base) for name, adapter in adapters.items()}
 
 
 def _from_model(model: PeftModel, name: str) -> Adapter:
     if name not in model.peft_config:
         raise AdapterError(f"the model has no adapter {name!r}; it has {sorted(model.peft_config)}")
     config = model.peft_config[name]
-    _check_kind(f"adapter {name!r}", config.peft_type)
+    check_kind(f"adapter {name!r}", config.peft_type)
     assert isinstance(config, LoraConfig)
+    if config.task_type is None:  # as PEFT does where it saves
+        kind = type(model.get_base_model())
+        config = deepcopy(config)
+        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     embeddings = any("lora_embedding_" in key for key, _ in model.named_parameters())
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
     tensors = {key: tensor.detach().cpu().clone() for key, tensor in state.items()}
@@ -245,7 +304,7 @@ def _from_files(source: str, hold: bool) -> Adapter:
                 f"no adapter folder {source!r}, and it is no Hub id (user/name, user/name/subfolder, user/name@revision) either"
             )
         folder, revision = found
-    config = _read_config(folder / CONFIG_FILE)
+    config = read_config(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
@@ -279,209 +338,301 @@ def _from_files(source: str, hold: bool) -> Adapter:
         except OSError as error:
             raise corrupt(error) from None
 
-    layout = {name: like for name, like in file.layout.items() if not is_copy(name, file.layout)}
-    return Adapter(source, config, layout, read, READING.submit(scan), revision, (weights, file.found_as))
-
-
-def _read_config(path: Path) -> LoraConfig:
-    try:
-        if path.stat().st_size > _LONGEST_CONFIG:
-            raise AdapterError(f"{path} has {path.stat().st_size} bytes: that is no adapter's config")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{path.parent} holds no {CONFIG_FILE}: is this the folder of a PEFT adapter?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise AdapterError(f"{path} holds a {type(data).__name__}, not an object of fields")
-    _check_kind(str(path), data.get("peft_type"))
-    known = {field.name for field in fields(LoraConfig)}
-    if unknown := sorted(key for key in set(data) - known if data[key]):
-        raise AdapterError(f"{path}: unknown field(s) {unknown}, perhaps of a newer PEFT: upgrade rsoups and PEFT")
-    _check_numbers(path, data)
-    _check_types(path, data)
-    try:
-        return LoraConfig(**{key: value for key, value in data.items() if key in known})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise AdapterError(f"{path}: {error}") from None
-
-
-def _check_kind(where: str, peft_type: Any) -> None:
-    kind = getattr(peft_type, "value", peft_type)
-    if kind != "LORA":
-        raise AdapterError(f"{where}: peft_type is {kind!r}; a soup can be made of LORA adapters only")
-
-
-def _check_numbers(path: Path, data: dict[str, Any]) -> None:
-    """Ranks are whole numbers above 0 and alphas are finite; PEFT loads an alpha of NaN without a word."""
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
-
-    ranks = {"r": data.get("r", 8)}
-    alphas = {"lora_alpha": data.get("lora_alpha", 8)}
-    for field, into in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        pattern = data.get(field) or {}
-        if not isinstance(pattern, dict):
-            raise AdapterError(f"{path}: {field} is {pattern!r}, must be an object of module names and numbers")
-        into.update({f"{field}[{key!r}]": value for key, value in pattern.items()})
-    for field, value in ranks.items():
-        if not is_number(value) or value != int(value) or value <= 0:
-            raise AdapterError(f"{path}: {field} is {value!r}, must be a whole number above 0")
-    for field, value in alphas.items():
-        if not is_number(value):
-            raise AdapterError(f"{path}: {field} is {value!r}, must be a finite number")
-
-
-def _check_types(path: Path, data: dict[str, Any]) -> None:
-    """PEFT takes any type for a field and acts on it: the text "false" would switch rsLoRA on."""
-
-    def texts(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
-        **dict.fromkeys(
-            ("use_rslora", "lora_bias", "fan_in_fan_out", "use_dora", "use_qalora", "inference_mode"),
-            (lambda value: isinstance(value, bool), "true or false"),
-        ),
-        **dict.fromkeys(
-            ("target_modules", "exclude_modules", "layers_pattern"),
-            (lambda value: isinstance(value, str) or texts(value), "a text or a list of texts"),
-        ),
-        "modules_to_save": (texts, "a list of texts"),
-        "layers_to_transform": (
-            lambda value: whole(value) or (isinstance(value, list) and all(map(whole, value))),
-            "a whole number or a list of them",
-        ),
-        "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-        "init_lora_weights": (lambda value: isinstance(value, (bool, str)), "true, false or a text"),
-        **dict.fromkeys(
-            ("base_model_name_or_path", "revision", "task_type"), (lambda value: isinstance(value, str), "a text")
-        ),
-    }
-    for field, (fits, wanted) in kinds.items():
-        if data.get(field) is not None and not fits(data[field]):
-            raise AdapterError(f"{path}: {field} is {data[field]!r}, must be {wanted}")
+    return Adapter(source, config, file.layout, read, READING.submit(scan), revision, (weights, file.found_as))
 
 
 def _check(adapter: Adapter) -> None:
     source, config = adapter.source, adapter.config
-    for field, reason in _REFUSED.items():
-        if getattr(config, field, None):
-            raise AdapterError(f"{source}: {field} is set, and {reason}: it cannot be part of a soup")
-    start = config.init_lora_weights
-    if isinstance(start, str) and start.lower().startswith(_RESIDUAL):
-        raise AdapterError(
-            f"{source}: init_lora_weights is {start!r}, which also changes the base's weights; convert it to a plain LoRA "
-            "first (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
-        )
+    check_linear(source, config)
     if not adapter.layout:
         raise AdapterError(f"{source}: {WEIGHTS_FILE} holds no tensors")
     for key, tensor in adapter.layout.items():
         if not tensor.is_floating_point():
             raise AdapterError(f"{source}: tensor {key} is not floating-point")
+        if not tensor.numel():
+            raise AdapterError(
+                f"{source}: tensor {key} has no elements: its parts were on several processes (DeepSpeed ZeRO-3, FSDP) when it "
+                "was saved; save it again with the parameters gathered (accelerator.get_state_dict, or zero_to_fp32)"
+            )
     if not adapter.modules:
         raise AdapterError(f"{source}: no LoRA tensors among {sorted(adapter.layout)[:3]}")
+    _check_full(adapter)
+    if config.ensure_weight_tying and any(f".{path_of(key)}.weight".endswith(EMBEDDINGS) for key in adapter.layout):
+        raise AdapterError(
+            f"{source}: ensure_weight_tying is set, and adapters that are shared by tied layers are not supported: it cannot be "
+            "part of a soup"
+        )
+
+
+def _check_full(adapter: Adapter) -> None:
+    """Every whole parameter is one that the config accounts for."""
+    source, config = adapter.source, adapter.config
     saved = tuple(f".{name}." for name in config.modules_to_save or ())
     for key in adapter.full:
-        accounted = key.endswith((BASE_EMBEDDING, *EMBEDDINGS)) or any(name in f".{key}" for name in saved)
-        if not accounted and not (config.bias != "none" and key.endswith(".bias")):
+        accounted = key in adapter.copies or any(name in f".{key}" for name in saved)
+        accounted |= config.bias != "none" and key.endswith(".bias")
+        if key.endswith(TOKENS) and (tokens := trained_tokens(config, path_of(key))) is not None:
+            accounted = True
+            if len(adapter.layout[key]) != len(tokens):
+                raise AdapterError(
+                    f"{source}: {key} has {len(adapter.layout[key])} rows, but trainable_token_indices names {len(tokens)}"
+                )
+        if not accounted:
             raise AdapterError(f"{source}: tensor {key} is one that {CONFIG_FILE} does not account for")
 
+    if config.trainable_token_indices and not any(key.endswith(TOKENS) for key in adapter.layout):
+        raise AdapterError(f"{source}: trainable_token_indices is set in {CONFIG_FILE}, and no tensor holds their rows")
 
-def _modules(source: str, config: LoraConfig, layout: Mapping[str, Tensor]) -> dict[str, LoraModule]:
-    """Pair the factors, and check them against each other and the config."""
+
+def trained_tokens(config: LoraConfig, path: str) -> list[int] | None:
+    """Ids of the tokens whose rows in the embedding at a path were trained alone; None where it has none."""
+    tokens = config.trainable_token_indices
+    if isinstance(tokens, dict):
+        return next((ids for name, ids in tokens.items() if f".{path}".endswith(f".{name}")), None)
+    return tokens
+
+
+def read_modules(
+    source: str, config: LoraConfig, layout: Mapping[str, Tensor], old_paths: Mapping[str, str] | None = None
+) -> dict[str, LoraModule]:
+    """Pair the factors, and check them against each other and the config.
+
+    Args:
+        source: Where they are from, for errors.
+        config: The config.
+        layout: Tensors, of which shapes are looked at.
+        old_paths: The names that the config may have for modules, where they were renamed.
+
+    Raises:
+        AdapterError: A factor without its other, or one that the config does not tell of.
+    """
     parts: dict[str, dict[str, str]] = {}
-    embeddings = set()
     for key in layout:
-        if not (match := _FACTOR.fullmatch(key)):
-            continue
-        path = match["module"].removeprefix(PREFIX)
-        parts.setdefault(path, {})[match["factor"] + (".bias" if match["kind"] == "bias" else "")] = key
-        if match["embedding"]:
-            embeddings.add(path)
+        if match := _FACTOR.fullmatch(key):
+            path = match["module"].removeprefix(PREFIX)
+            parts.setdefault(path, {})[match["factor"] + (".bias" if match["kind"] == "bias" else "")] = key
     modules = {}
-    for path, found in parts.items():
-        if not {"A", "B"} <= set(found) or not set(found) <= {"A", "B", "B.bias"}:
-            raise AdapterError(f"{source}: module {path} has factors {sorted(found)}, must have A and B")
-        a, b = layout[found["A"]].shape, layout[found["B"]].shape
-        rank = _by_pattern(config.rank_pattern, path, config.r)
-        if len(a) < 2 or len(b) != len(a) or a[0] != rank or b[1] != rank or any(size != 1 for size in b[2:]):
-            raise AdapterError(
-                f"{source}: module {path} has A {tuple(a)} and B {tuple(b)}, but {CONFIG_FILE} says rank {rank}"
-            )
-        if config.target_modules not in (None, "all-linear") and not check_target_module_exists(config, path):
-            raise AdapterError(f"{source}: tensors for module {path}, which {CONFIG_FILE} does not target")
-        bias = found.get("B.bias")
-        if (bias is not None) != bool(config.lora_bias) or (bias and tuple(layout[bias].shape) != (b[0],)):
-            raise AdapterError(f"{source}: module {path} and lora_bias={config.lora_bias} in {CONFIG_FILE} disagree")
-        alpha = _by_pattern(config.alpha_pattern, path, config.lora_alpha)
-        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        shape = (b[0], *a[1:])
-        modules[path] = LoraModule(found["A"], found["B"], int(rank), shape, scaling, bias, path in embeddings)
+    try:
+        for path, found in parts.items():
+            if not {"A", "B"} <= set(found) or not set(found) <= {"A", "B", "B.bias"}:
+                raise AdapterError(f"{source}: module {path} has factors {sorted(found)}, must have A and B")
+            wrappers = sum(unwrapped(other) == unwrapped(path) for other in parts) if config.target_parameters else 1
+            told = _told(source, config, path, wrappers, layout[found["A"]].shape, (old_paths or {}).get(path, path))
+            modules[path] = _module(source, config, layout, path, found, told)
+    except re.error as error:
+        raise AdapterError(f"{source}: a pattern in {CONFIG_FILE} is no regular expression: {error}") from None
+    _check_experts(source, modules)
     return modules
 
 
-def _by_pattern(pattern: Any, path: str, default: int) -> int:
-    """A module's rank or alpha, found as PEFT finds it."""
-    pattern = pattern or {}
-    return pattern.get(get_pattern_key(list(pattern), path), default)
+class _Told(NamedTuple):
+    """What the config tells of a module."""
+
+    rank: int
+    alpha: float
+    parameter: str | None
 
 
-def for_inference(config: LoraConfig) -> LoraConfig:
-    """A copy of a config as PEFT publishes it."""
-    config = deepcopy(config)
-    config.inference_mode = True
-    config.init_lora_weights = True  # whatever it was drawn from, its values are in the file
-    return config
-
-
-def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = False) -> None:
-    """Refuse adapters that are not of one base.
+def _told(source: str, config: LoraConfig, path: str, wrappers: int, shape: Sequence[int], old_path: str) -> _Told:
+    """Rank, alpha and parameter of a module of some wrappers, found as PEFT finds them.
 
     Raises:
-        AdapterError: Bases of other names, revisions or shapes, or whole parameters that not all of them hold.
+        AdapterError: The config does not target it, or the file does not tell which parameter it is.
     """
-    first, *others = adapters
+    names = _parameters(config, path, wrappers)
+    if not names:
+        any_path = config.target_modules in (None, "all-linear")
+        if not any_path and not any(check_target_module_exists(config, name) for name in (path, old_path)):
+            raise AdapterError(f"{source}: tensors for module {path}, which {CONFIG_FILE} does not target")
+        ranks, alphas = ([by_pattern(p, name, d) for name in (path, old_path)] for p, d in _patterns(config))
+        if alphas[0] != alphas[1]:
+            raise AdapterError(
+                f"{source}: alpha_pattern gives {alphas[1]} for {old_path}, which transformers calls {path} today, and "
+                f"{alphas[0]} for that, which PEFT would scale by: write today's names into {CONFIG_FILE}"
+            )
+        return _Told(ranks[1] if shape[:1] == (ranks[1],) else ranks[0], alphas[0], None)
+    told = [[by_pattern(p, f"{unwrapped(path)}.{name}", d) for p, d in _patterns(config)] for name in names]
+    if any(one != told[0] for one in told):
+        raise AdapterError(
+            f"{source}: {CONFIG_FILE} gives {names} unlike ranks or alphas, and the file does not tell which of them {path} is"
+        )
+    return _Told(*told[0], names[0] if len(names) == 1 else "")
+
+
+def _patterns(config: LoraConfig) -> tuple[tuple[Any, int], tuple[Any, int]]:
+    return (config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha)
+
+
+def _parameters(config: LoraConfig, path: str, wrappers: int) -> list[str]:
+    """Names of the parameters that the wrapper at a path may be of; none of a module that is targeted as a whole."""
+    module = unwrapped(path)
+    if not config.target_parameters or (path == module and wrappers == 1 and _is_plain(config, path)):
+        return []
+    targets = [target.rpartition(".") for target in sorted(config.target_parameters)]
+    names = list(
+        dict.fromkeys(name for place, _, name in targets if f".{module}".endswith(f".{place}" if place else ""))
+    )
+    if len(names) == wrappers and set(names) <= set(_DEFINED):
+        depth = path.removeprefix(module).count(".base_layer")
+        return [sorted(names, key=_DEFINED.index)[wrappers - 1 - depth]]
+    return names
+
+
+def _is_plain(config: LoraConfig, path: str) -> bool:
+    if config.target_modules == "all-linear":
+        return not path.endswith("experts")
+    return config.target_modules is not None and bool(check_target_module_exists(config, path))
+
+
+def unwrapped(path: str) -> str:
+    """The path of the module whose parameters are wrapped."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
+
+
+def _module(
+    source: str, config: LoraConfig, layout: Mapping[str, Tensor], path: str, found: dict[str, str], told: _Told
+) -> LoraModule:
+    a, b = layout[found["A"]].shape, layout[found["B"]].shape
+    experts = a[0] // int(told.rank) if told.parameter is not None and a else 1
+    rank = told.rank * experts
+    if len(a) < 2 or len(b) != len(a) or a[0] != rank or b[1] != rank or any(size != 1 for size in b[2:]):
+        raise AdapterError(
+            f"{source}: module {path} has A {tuple(a)} and B {tuple(b)}, but {CONFIG_FILE} says rank {told.rank}"
+        )
+    bias = found.get("B.bias")
+    if (bias is not None) != bool(config.lora_bias) or (bias and tuple(layout[bias].shape) != (b[0],)):
+        raise AdapterError(f"{source}: module {path} and lora_bias={config.lora_bias} in {CONFIG_FILE} disagree")
+    return LoraModule(
+        found["A"],
+        found["B"],
+        int(told.rank),
+        shape=(b[0], *a[1:]),
+        scaling=told.alpha / (math.sqrt(told.rank) if config.use_rslora else told.rank),
+        bias=bias,
+        embedding="lora_embedding_" in found["A"],
+        experts=experts,
+        parameter=told.parameter,
+    )
+
+
+def _check_experts(source: str, modules: Mapping[str, LoraModule]) -> None:
+    """All parameters of a module are of equally many experts, or they were taken for one another."""
+    counts: dict[str, int] = {}
+    for path, module in modules.items():
+        if module.parameter is not None and counts.setdefault(unwrapped(path), module.experts) != module.experts:
+            raise AdapterError(f"{source}: the parameters of {unwrapped(path)} do not have the ranks of {CONFIG_FILE}")
+
+
+def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = False, with_base: bool = False) -> None:
+    """Refuse adapters that are not of one base.
+
+    Args:
+        adapters: In one naming, as `in_one_naming` gives them.
+        allow_base_mismatch: Take bases of other names.
+        with_base: Whether the base is at hand, for whole parameters that not all of them hold.
+
+    Raises:
+        AdapterError: Bases of other names, revisions or shapes; whole parameters that not all of them hold; what PEFT cannot
+            hold in one adapter.
+    """
+    first, *others = adapters = list(adapters)
     for other in others:
         if not allow_base_mismatch:
             _check_one_base(first, other)
-        for path in first.modules.keys() & other.modules.keys():
-            one, two = first.modules[path], other.modules[path]
-            if one.shape != two.shape or one.embedding != two.embedding:
-                raise AdapterError(
-                    f"module {path} has shape {one.shape} in the base of {first.source} and {two.shape} in the base of "
-                    f"{other.source}"
-                )
-        if first.config.fan_in_fan_out != other.config.fan_in_fan_out:
-            raise AdapterError(f"fan_in_fan_out differs between {first.source} and {other.source}")
-        _check_full(first, other)
+    for one, other in combinations(adapters, 2):
+        _check_modules(one, other)
+        _check_whole(one, other, with_base)
 
 
 def _check_one_base(first: Adapter, other: Adapter) -> None:
     same = {"base_model_name_or_path": same_base, "revision": lambda one, two: not one or not two or one == two}
-    for field, are_same in same.items():
-        ours, theirs = getattr(first.config, field), getattr(other.config, field)
+    for name, are_same in same.items():
+        ours, theirs = getattr(first.config, name), getattr(other.config, name)
         if not are_same(ours, theirs):
             raise AdapterError(
-                f"{field} differs: {ours!r} ({first.source}) and {theirs!r} ({other.source}); adapters of different bases "
+                f"{name} differs: {ours!r} ({first.source}) and {theirs!r} ({other.source}); adapters of different bases "
                 f"do not add up. {OVERRIDE}"
             )
 
 
-def _check_full(first: Adapter, other: Adapter) -> None:
-    if difference := set(first.full) ^ set(other.full):
-        raise AdapterError(
-            f"{sorted(difference)[0]} was trained as a whole in only one of {first.source} and {other.source}: "
-            "whole parameters are interpolated only where every ingredient has them"
-        )
-    for key in first.full:
-        ours, theirs = tuple(first.layout[key].shape), tuple(other.layout[key].shape)
-        if ours != theirs:
+def _check_modules(one: Adapter, other: Adapter) -> None:
+    if (theirs := _parameters_of(other)) and (ours := _parameters_of(one)):
+        for path in ours.keys() & theirs.keys():
+            if ours[path] != theirs[path]:
+                raise AdapterError(
+                    f"target_parameters of {path} differ: {sorted(ours[path])} ({one.source}) and {sorted(theirs[path])} "
+                    f"({other.source}); PEFT tells the parameters of a module apart by their order, so no one adapter can hold "
+                    "both"
+                )
+    for path in one.modules.keys() & other.modules.keys():
+        a, b = one.modules[path], other.modules[path]
+        if (a.shape, a.embedding, a.experts) != (b.shape, b.embedding, b.experts):
             raise AdapterError(
-                f"{key} has shapes {ours} in {first.source} and {theirs} in {other.source}: "
+                f"module {path} has shape {_size(a)} in the base of {one.source} and {_size(b)} in the base of {other.source}"
+            )
+    _check_one_naming(one, other)
+
+
+def _size(module: LoraModule) -> tuple[int, ...]:
+    return module.shape if module.experts == 1 else (module.experts, *module.shape)
+
+
+def _parameters_of(adapter: Adapter) -> dict[str, set[str]]:
+    """Names of the adapted parameters of each module of which they, not the module, are targeted."""
+    found: dict[str, set[str]] = {}
+    for path, module in adapter.modules.items():
+        if module.parameter is not None:
+            names = {module.parameter} if module.parameter else set(adapter.config.target_parameters)
+            found.setdefault(unwrapped(path), set()).update(names)
+    return found
+
+
+def _check_one_naming(one: Adapter, other: Adapter) -> None:
+    """Refuse names that may be the old and the new ones of the same layers, where nothing tells the base."""
+    if one.modules.keys() & other.modules.keys():
+        return
+    ours, theirs = ({_inside_layer(path): path for path in a.modules} for a in (one, other))
+    both = [inside for inside in ours.keys() & theirs.keys() if inside]
+    if both and all(one.modules[ours[i]].shape == other.modules[theirs[i]].shape for i in both):
+        inside = min(both)
+        raise AdapterError(
+            f"{one.source} names a layer {ours[inside]}, {other.source} names one {theirs[inside]}: they may be one layer of a base "
+            "whose layers were renamed, and neither adapter tells its base's class: pass base= (--base)"
+        )
+
+
+def _inside_layer(path: str) -> str:
+    """What a layer's number and the names after it are: the end of a module's path that a renaming leaves."""
+    match = re.search(r"\.\d+\..*", path)
+    return match[0] if match else ""
+
+
+def _check_whole(one: Adapter, other: Adapter, with_base: bool) -> None:
+    for key in one.full:
+        if key in other.layout and (ours := tuple(one.layout[key].shape)) != (theirs := tuple(other.layout[key].shape)):
+            raise AdapterError(
+                f"{key} has shapes {ours} in {one.source} and {theirs} in {other.source}: "
                 "of bases (or vocabularies) of different sizes"
             )
+        if key.endswith(TOKENS) and key in other.layout:
+            path = path_of(key)
+            if trained_tokens(one.config, path) != trained_tokens(other.config, path):
+                raise AdapterError(
+                    f"trainable_token_indices differ between {one.source} and {other.source}: one adapter has one row for each "
+                    "token, so only the same tokens in the same order can be interpolated"
+                )
+    for a, b in ((one, other), (other, one)):
+        for key in set(a.full) - set(a.copies):
+            if path_of(key) in b.modules and key.endswith(".weight"):  # biases stay beside factors
+                raise AdapterError(
+                    f"{path_of(key)} was trained as a whole in {a.source} and has factors in {b.source}: PEFT cannot hold both in "
+                    "one adapter"
+                )
+    own = {key for adapter in (one, other) for key in adapter.copies if path_of(key) in adapter.modules}
+    if not with_base and (difference := (set(one.full) ^ set(other.full)) - own):
+        raise AdapterError(
+            f"{sorted(difference)[0]} was trained as a whole in only one of {one.source} and {other.source}: whole parameters "
+            "are interpolated where every ingredient has them, or with the base's own: pass base= (--base)"
+        )

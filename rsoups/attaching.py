@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from rsoups._errors import AdapterError
 from rsoups.adapters import BASE_EMBEDDING, EMBEDDINGS, PREFIX, is_copy
 from rsoups.bases import check_base
+from rsoups.layer_names import as_loaded, current_names
 
 if TYPE_CHECKING:
     from rsoups.soup import Soup
@@ -110,20 +111,22 @@ def _put_on(soup: Soup, base: PreTrainedModel, found: AsFound, resize: bool, all
     """Attach, with every tensor checked: PEFT only warns where a base is deeper or a module is missing."""
     check_base(soup.named_configs, base, allow_base_mismatch)
     _fit_vocabulary(soup, base, resize)
+    names = current_names(base, soup.state_dict)
+    # As PEFT has them once it has converted them for this base: named, and fused, as its layers are.
+    _, state = as_loaded(base, soup.config, {new: soup.state_dict[name] for new, name in names.items()})
     model = _with_fresh_adapter(soup, base)
 
     saved = soup.config.modules_to_save or ()
     with_embeddings = any(
-        key.endswith(BASE_EMBEDDING) or (key.endswith(EMBEDDINGS) and key.split(".")[-2] not in saved)
-        for key in soup.state_dict
+        key.endswith(BASE_EMBEDDING) or (key.endswith(EMBEDDINGS) and key.split(".")[-2] not in saved) for key in state
     )
-    wanted = _state_of(model, with_embeddings)
-    _check_fit(soup.state_dict, wanted)
+    wanted = _state_of(model, with_embeddings, state)
+    _check_fit(state, wanted)
     found.keep(wanted.values())  # biases, and whole tables of tokens, are written where the base has them
 
-    set_peft_model_state_dict(model, dict(soup.state_dict))
-    for key, loaded in _state_of(model, with_embeddings).items():
-        if not torch.equal(loaded.cpu(), soup.state_dict[key].to(loaded.dtype)):
+    set_peft_model_state_dict(model, dict(state))
+    for key, loaded in _state_of(model, with_embeddings, state).items():
+        if not torch.equal(loaded.cpu(), state[key].to(loaded.dtype)):
             raise AdapterError(f"PEFT did not load tensor {key} as it is in the soup")
     return model
 
@@ -142,10 +145,11 @@ def _with_fresh_adapter(soup: Soup, base: PreTrainedModel) -> PeftModel:
     return model
 
 
-def _state_of(model: PeftModel, with_embeddings: bool) -> dict[str, Tensor]:
-    """The adapter's tensors as PEFT saves them, each once."""
-    state = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings)
-    return {key: tensor for key, tensor in state.items() if not is_copy(key, state)}
+def _state_of(model: PeftModel, with_embeddings: bool, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's tensors as PEFT saves them, each once, without biases of the base that the soup leaves as they are."""
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings)
+    own = {key for key in tensors if key.endswith(".bias") and ".lora_" not in key and key not in state}
+    return {key: tensor for key, tensor in tensors.items() if key not in own and not is_copy(key, tensors)}
 
 
 def _check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

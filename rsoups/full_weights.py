@@ -96,7 +96,7 @@ def interpolate_checkpoints(
     if dtype is not None and dtype not in _NAMES:
         raise CheckpointError(f"dtype is {dtype}, must be one of {[str(known) for known in _NAMES]}")
     named = models if isinstance(models, Mapping) else {f"{i} {Path(str(m)).name}": m for i, m in enumerate(models)}
-    (row,) = weights_of(lambdas, len(named), normalize, extrapolate)
+    (row,) = weights_of(lambdas, len(named), normalize, extrapolate, any_sum=False)
     opened = [_open(str(source)) for source in named.values()]
     for other in opened[1:]:
         _check_alike(opened[0], other)

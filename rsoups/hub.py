@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 
 from rsoups._errors import HubError, LineageError, OutputError
 from rsoups._files import from_hub, whole_folder
-from rsoups.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from rsoups.adapter_config import CONFIG_FILE
+from rsoups.adapters import WEIGHTS_FILE, read_adapter
 from rsoups.front import Front
+from rsoups.layer_names import written_name
 from rsoups.lineage import MANIFEST_FILE, SOUP_FILE, manifest_of
 from rsoups.model_card import CARD_FILE, PICTURE_FILE, Evaluation, adapter_card, front_card, soup_card
 from rsoups.points import Point
@@ -180,7 +182,7 @@ def read_soup(source: str | Path) -> Soup:
     if manifest.get("method") not in METHODS or not weighed:
         told = f"method {manifest.get('method')!r}, {len(manifest['ingredients'])} ingredients"
         raise LineageError(f"{source}: {SOUP_FILE} is none of a soup of adapters ({told})")
-    state = {name: adapter.tensor(name) for name in adapter.layout}
+    state = {written_name(name, adapter.modules): adapter.tensor(name) for name in adapter.layout}
     return Soup(
         tensors=state,
         config=adapter.config,

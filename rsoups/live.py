@@ -24,6 +24,7 @@ from rsoups._errors import AdapterError, LambdasError
 from rsoups._resources import load_base, resolve
 from rsoups.adapters import Adapter, check_compatible, read_adapter
 from rsoups.attaching import output_scale
+from rsoups.base_weights import BaseWeights, of_one_base
 from rsoups.bases import check_base
 from rsoups.sampling import fast_sampling
 from rsoups.soup import Soup, interpolate, named_adapters, weights_of
@@ -194,7 +195,8 @@ class LiveSoup:
         if method not in _METHODS:
             raise LambdasError(f"method is {method!r}, must be one of {list(_METHODS)}")
         named = named_adapters(adapters)
-        self._adapters = {name: a if isinstance(a, Adapter) else read_adapter(a) for name, a in named.items()}
+        read = {name: a if isinstance(a, Adapter) else read_adapter(a) for name, a in named.items()}
+        self._adapters = of_one_base(read, BaseWeights(model))
         several = list(self._adapters.values())
         check_compatible(several, allow_base_mismatch)
         check_base([(adapter.source, adapter.config) for adapter in several], model, allow_base_mismatch)

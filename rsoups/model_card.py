@@ -334,7 +334,11 @@ def _reproduction(soup: Soup) -> str:
     weights = " ".join(repr(weight) for weight in soup.lambdas)
     options = f" --method {soup.method}" if soup.method != "exact" else ""
     options += f" --rank {soup.lineage.get('rank')}" if soup.method == "svd" else ""
-    options += " --extrapolate" if any(not 0 <= weight <= 1 for weight in soup.lambdas) else ""
+    options += (
+        " --extrapolate"
+        if abs(sum(soup.lambdas) - 1) > 1e-6 or any(not 0 <= weight <= 1 for weight in soup.lambdas)
+        else ""
+    )
     history = soup.lineage.get("history", {})
     trained = [str(history[i.sha256].get("command")) for i in soup.ingredients if i.sha256 in history]
     lines = [_install(soup.lineage), *dict.fromkeys(trained)]

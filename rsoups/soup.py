@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -26,9 +25,21 @@ from torch import Tensor
 from rsoups import attaching, stacking, tensor_files
 from rsoups._errors import AdapterError, LambdasError
 from rsoups._files import whole_folder
-from rsoups.adapters import BASE_EMBEDDING, PREFIX, WEIGHTS_FILE, Adapter, adapter_of, check_compatible, read_adapter
+from rsoups.adapters import (
+    BASE_EMBEDDING,
+    PREFIX,
+    WEIGHTS_FILE,
+    Adapter,
+    adapter_of,
+    check_compatible,
+    read_adapter,
+    read_modules,
+)
 from rsoups.base_files import tokenizer_folder
+from rsoups.base_weights import BaseWeights, of_one_base
+from rsoups.bases import check_base
 from rsoups.lineage import SOUP_FILE, Ingredient, command, history_of, parents_of, pinned, published
+from rsoups.soup_config import as_written, check_written
 from rsoups.stacking import Blend, Kept, check_factors, pieces_of
 
 if TYPE_CHECKING:
@@ -124,7 +135,7 @@ class Soup:
             ],
             "method": self.method,
             "rank": max(
-                (t.shape[0] for key, t in self.tensors.items() if ".lora_" in key and "A" in key[-8:]), default=0
+                (module.rank for module in read_modules("the soup", self.config, self.layout).values()), default=0
             ),
             "svd_error": self.svd_error,
             "factors_distance": self.factors_distance,
@@ -138,16 +149,22 @@ class Soup:
 
         Raises:
             OutputError: The folder holds something other than a soup, or cannot be written.
-            AdapterError: An ingredient's file was written to since it was opened.
+            AdapterError: An ingredient's file was written to since it was opened; PEFT would not load all tensors.
         """
+        check_written(self.config, self.layout)
         order = sorted(self.tensors, key=lambda name: (-self.tensors[name].dtype.itemsize, name))  # safetensors' own
         layout = {name: (tensor_files.NAMES[self.tensors[name].dtype], self.tensors[name].shape) for name in order}
         with whole_folder(folder, SOUP_FILE) as partial:
             _, own = tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: pieces_of(self.tensors[name]))
-            deepcopy(self.config).save_pretrained(str(partial))
+            as_written(self.config).save_pretrained(str(partial))
             manifest = self.lineage | {"sha256": own}
             (partial / SOUP_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             self._check_unchanged()
+
+    @cached_property
+    def layout(self) -> dict[str, Tensor]:
+        """Names, shapes and dtypes of the tensors."""
+        return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in self.tensors.items()}
 
     def _check_unchanged(self) -> None:
         for adapter in self._adapters.values():
@@ -168,7 +185,6 @@ class Soup:
             self.lambdas if self._adapters else [1.0],
             method="svd",
             rank=rank,
-            normalize=True,
             extrapolate=True,
             allow_base_mismatch=self.base_mismatch,
         )
@@ -292,6 +308,7 @@ def interpolate(
     extrapolate: bool = False,
     dtype: torch.dtype | None = None,
     allow_base_mismatch: bool = False,
+    base: str | Path | PreTrainedModel | None = None,
 ) -> Soup | list[Soup]:
     """Interpolate adapters of one base.
 
@@ -307,10 +324,13 @@ def interpolate(
         rank: Of an svd soup: an int, or a float below 1 that bounds each module's relative error (.01: 1%). The largest
             rank among the ingredients by default.
         normalize: Divide the weights by their sum.
-        extrapolate: Allow weights outside [0, 1].
+        extrapolate: Allow weights outside [0, 1] and sums other than 1 (task arithmetic: θ0 + Σ λi·Δi still).
         dtype: Of the soup's tensors. By default float32, and for a soup of one ingredient (λ one-hot, or an adapter
             given several times) that adapter's own tensors, bit for bit.
         allow_base_mismatch: Interpolate although the ingredients name different bases; recorded in the lineage.
+        base: Folder or Hub id of the base, or the loaded base. It is needed where only some ingredients hold a parameter that
+            was trained as a whole (a head, embeddings, biases), or where λ do not sum to 1: the rest is the base's own; and
+            where nothing else tells old names of layers from new ones.
 
     Returns:
         A Soup, or a list of them for a matrix.
@@ -334,15 +354,20 @@ def interpolate(
     read = {
         name: source if isinstance(source, Adapter) else read_adapter(source, hold) for name, source in named.items()
     }
-    check_compatible(read.values(), allow_base_mismatch)
+    weights = BaseWeights(base) if base is not None else None
+    if base is not None:
+        check_base([(adapter.source, adapter.config) for adapter in read.values()], base, allow_base_mismatch)
+    read = of_one_base(read, weights)
+    check_compatible(read.values(), allow_base_mismatch, with_base=weights is not None)
     if method == "factors":
         check_factors(list(read.values()))
+        _check_sums(rows)
     for adapter in read.values():
         adapter.check_values()  # those of weight 0 too
     same = _same(list(read.values()))
     kept = [_kept(list(read.values()), same, row) for row in rows]
     several = [row for row in kept if not _is_alone(row, rank)]
-    made = iter(_made(several, method, rank, dtype))
+    made = iter(_made(several, method, rank, dtype, _own(several, weights)))
     parts = [_alone(row[0][0], method, dtype) if _is_alone(row, rank) else next(made) for row in kept]
     whole: dict[str, Any] = {"method": method, "base_mismatch": allow_base_mismatch, "_adapters": read}
     soups = [Soup(lambdas=tuple(row), **part, **whole) for row, part in zip(rows, parts, strict=True)]
@@ -362,8 +387,15 @@ def named_adapters(adapters: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any
     return dict(zip(names, adapters, strict=True))
 
 
-def weights_of(lambdas: Any, count: int, normalize: bool, extrapolate: bool) -> list[list[float]]:
-    """Checked weights, K rows of `count`."""
+def weights_of(lambdas: Any, count: int, normalize: bool, extrapolate: bool, any_sum: bool = True) -> list[list[float]]:
+    """Checked weights, K rows of `count`.
+
+    Args:
+        lambdas: As `interpolate` takes them, None for uniform ones.
+        count: Number of adapters.
+        normalize, extrapolate: As of `interpolate`.
+        any_sum: Whether `extrapolate` allows sums other than 1: not of whole models, which hold the base themselves.
+    """
     if lambdas is None:
         return [[1 / count] * count]
     try:
@@ -380,8 +412,11 @@ def weights_of(lambdas: Any, count: int, normalize: bool, extrapolate: bool) -> 
             if abs(total) < _SUM_TOLERANCE:
                 raise LambdasError(f"lambdas {row.tolist()} sum to {total:g}: they cannot be normalized")
             row /= total
-        elif abs(total - 1) > _SUM_TOLERANCE:
-            raise LambdasError(f"lambdas {row.tolist()} sum to {total:g}, not 1; normalize=True divides by the sum")
+        elif abs(total - 1) > _SUM_TOLERANCE and not (extrapolate and any_sum):
+            raise LambdasError(
+                f"lambdas {row.tolist()} sum to {total:g}, not 1; normalize=True divides by the sum"
+                + ("; extrapolate=True takes them as they are" if any_sum else "")
+            )
         if not extrapolate and ((row < 0).any() or (row > 1 + _SUM_TOLERANCE).any()):
             raise LambdasError(f"lambdas {row.tolist()} are not all within [0, 1]; extrapolate=True allows it")
     return [[float(value) for value in row] for row in rows]
@@ -444,10 +479,38 @@ def _alone(adapter: Adapter, method: str, dtype: torch.dtype | None) -> dict[str
     return stacking.alone(adapter, dtype) | {"svd_error": 0.0 if method == "svd" else None}
 
 
-def _made(rows: list[Kept], method: str, rank: int | float | None, dtype: torch.dtype | None) -> list[dict[str, Any]]:
+def _made(
+    rows: list[Kept], method: str, rank: int | float | None, dtype: torch.dtype | None, base: Adapter | None
+) -> list[dict[str, Any]]:
     if method == "factors":
         return stacking.factors(rows, dtype)
-    return [stacking.exact(row, dtype) if method == "exact" else stacking.svd(row, rank, dtype) for row in rows]
+    if method == "svd":
+        return [stacking.svd(row, rank, dtype, base) for row in rows]
+    return [stacking.exact(row, dtype, base) for row in rows]
+
+
+def _own(rows: list[Kept], base: BaseWeights | None) -> Adapter | None:
+    """The base's own values of all whole parameters of some soups."""
+    names = {name: adapter for kept in rows for adapter, _ in kept for name in adapter.full}
+    if base is None or not names:
+        return None
+    config = max((a.config for a in names.values()), key=lambda config: bool(config.trainable_token_indices))
+    own = base.like(names, config)
+    for name, adapter in names.items():
+        if (ours := tuple(own.layout[name].shape)) != (theirs := tuple(adapter.layout[name].shape)):
+            raise AdapterError(
+                f"{name} is {theirs} in {adapter.source} and {ours} in the base {base.source}: of other sizes"
+            )
+    return own
+
+
+def _check_sums(rows: list[list[float]]) -> None:
+    """Refuse sums that would scale both factors, and so a change by their square."""
+    for row in rows:
+        if abs(math.fsum(row) - 1) > _SUM_TOLERANCE:
+            raise LambdasError(
+                f"lambdas {row} sum to {math.fsum(row):g}; method 'factors' would scale A and B by it each: use 'exact' or 'svd'"
+            )
 
 
 def _ingredient(name: str, adapter: Adapter) -> Ingredient:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_adapter
 
 import rsoups
-from rsoups.adapters import read_adapter
+from rsoups.adapters import PREFIX, read_adapter
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_tensors_and_config_must_agree(adapter):
     refuses(adapter, r"model\.layers\.0\.self_attn\.q_proj has factors \['B'\]")
     retouch(adapter, lambda tensors: tensors.update({key: torch.zeros(4, 32, dtype=torch.int8)}))
     refuses(adapter, "q_proj.lora_A.weight is not floating-point")
-    retouch(adapter, lambda tensors: tensors.update({key: torch.zeros(4, 32), "stray.weight": torch.zeros(1)}))
+    retouch(adapter, lambda tensors: tensors.update({key: torch.zeros(4, 32), PREFIX + "stray.weight": torch.zeros(1)}))
     refuses(adapter, "stray.weight is one that adapter_config.json does not account for")
 
 
