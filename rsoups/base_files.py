@@ -18,7 +18,13 @@ from rsoups._errors import HubError
 from rsoups._files import from_hub
 
 # What goes with a model's weights: configs and the tokenizer, never code or pickles.
-TOKENIZER_FILES: tuple[str, ...] = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES: tuple[str, ...] = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 TOKENIZER_FILES += ("chat_template*", "spm.model", "spiece.model", "sentencepiece*", "source.spm", "target.spm")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _DATA = {".json", ".jsonl", ".txt", ".model", ".spm", ".jinja", ".tiktoken"}

@@ -7,32 +7,56 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rsoups._errors import AdapterError
+from rsoups._errors import AdapterError, DatasetError
 from rsoups._resources import embedded_name, resolve
 from rsoups.lineage import is_disk_path, published
 
+_SAMPLES, _SAMPLE = 16, 4096  # how many, of how many bytes
 OVERRIDE = "If they are the same weights, pass allow_base_mismatch=True (on the command line --allow_base_mismatch)"
 
 
 def same_base(one: str | None, other: str | None) -> bool:
     """Whether two names can be of one base; a missing name says nothing.
 
-    Hub ids are compared as they are. A folder has no fixed name: a copy in another place, or on another machine, is the same base where
-    its last part is the same.
+    Hub ids are compared as they are, two folders of this disk by what they hold. Any other folder is on another machine: it is the same
+    base where the last part of its path is the same.
     """
     if not one or not other or one == other:
         return True
-    ours, theirs = Path(resolve(one)).expanduser(), Path(resolve(other)).expanduser()
+    ours, theirs = _place(one), _place(other)
     if ours.is_dir() and theirs.is_dir():
-        return ours.samefile(theirs)
-    if all(_is_hub_id(name) for name in (one, other)):
+        return ours.samefile(theirs) or _hold_the_same(ours, theirs)
+    if all(embedded_name(name) or is_on_hub(name) for name in (one, other)):
         return False
     return ours.name == theirs.name
 
 
-def _is_hub_id(name: str) -> bool:
-    """Whether a name is ``user/name`` and no folder of this disk. (A name without a user is what is left of a folder's path.)"""
-    return name.count("/") == 1 and not is_local(name)
+def _place(name: str) -> Path:
+    try:
+        return Path(resolve(name)).expanduser()
+    except DatasetError:  # an embedded base of another version
+        return Path(name)
+
+
+def _hold_the_same(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same weights, as far as some bytes from all over the files tell."""
+    ours, theirs = ({path.name: path for path in sorted(folder.glob("*.safetensors"))} for folder in (one, other))
+    return bool(ours) and ours.keys() == theirs.keys() and all(_some(ours[n]) == _some(theirs[n]) for n in ours)
+
+
+def _some(path: Path) -> list[bytes]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        found = [str(size).encode()]
+        for part in range(_SAMPLES + 1):
+            file.seek(max(0, size - _SAMPLE) * part // _SAMPLES)
+            found.append(file.read(_SAMPLE))
+    return found
+
+
+def is_on_hub(name: str | None) -> bool:
+    """Whether a name is ``user/name``, and no folder of this disk. (One without a user is what is left of a folder's path.)"""
+    return bool(name) and str(name).count("/") == 1 and embedded_name(str(name)) is None and not is_local(str(name))
 
 
 def is_local(name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rsoups import __version__
 from rsoups._errors import AdapterError, FrontError, OutputError, RewardError, RsoupsError
 from rsoups._resources import shipped
-from rsoups.cli_hub import add_commands
+from rsoups.cli_hub import add_commands, add_override
 
 if TYPE_CHECKING:
     from rsoups.front import Front
@@ -63,11 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     interpolate.add_argument("--normalize", action="store_true", help="divide the weights by their sum")
     interpolate.add_argument("--extrapolate", action="store_true", help="allow weights outside [0, 1]")
+    add_override(interpolate)
     interpolate.set_defaults(run=_interpolate)
 
     inspect = commands.add_parser("inspect", help="what adapters are, how far apart, whether they can be souped")
     inspect.add_argument("adapters", nargs="+", help="folders or Hub ids (id@revision)")
     inspect.add_argument("--records", type=Path, help="records.jsonl of a sweep over them: looks for barriers too")
+    add_override(inspect)
     inspect.set_defaults(run=_inspect)
 
     merge = commands.add_parser("merge", help="write an adapter or a soup into its base: a whole model")
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the model; the base's if left out"
     )
     merge.add_argument("--out", required=True, type=Path, help="folder of the model")
+    add_override(merge)
     merge.set_defaults(run=_merge)
 
     rewards = commands.add_parser("rewards", help="the reward cards that ship with rsoups")
@@ -154,6 +157,7 @@ def _add_explore(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     explore.add_argument("--host", default="127.0.0.1", help="address to listen on")
     explore.add_argument("--port", type=int, help="the first free one from 7860 if left out")
     explore.add_argument("--export", type=Path, metavar="FOLDER", help="write a Hugging Face Space there instead")
+    add_override(explore)
     explore.set_defaults(run=_explore)
 
 
@@ -190,6 +194,7 @@ def _interpolate(args: argparse.Namespace) -> None:
         rank=args.rank,
         normalize=args.normalize,
         extrapolate=args.extrapolate,
+        allow_base_mismatch=args.allow_base_mismatch,
     )
     assert isinstance(soup, Soup)
     soup.save_pretrained(args.out)
@@ -207,7 +212,7 @@ def _inspect(args: argparse.Namespace) -> None:
     from rsoups.inspection import inspect_adapters
 
     adapters = {source: read_adapter(source) for source in args.adapters}
-    print(inspect_adapters(adapters).to_text())
+    print(inspect_adapters(adapters, allow_base_mismatch=args.allow_base_mismatch).to_text())
     for conflict in merge_conflicts(adapters, Front.from_jsonl(args.records) if args.records else None):
         print(f"conflict: {conflict}")
 
@@ -222,7 +227,8 @@ def _merge(args: argparse.Namespace) -> None:
     base = args.base or soup.config.base_model_name_or_path
     if not base:
         raise AdapterError(f"{args.adapter} does not name its base: say --base")
-    soup.merge(base, args.out, dtype=getattr(torch, args.dtype) if args.dtype else None)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    soup.merge(base, args.out, dtype, allow_base_mismatch=args.allow_base_mismatch)
     print(args.out)
 
 
@@ -417,6 +423,7 @@ def _explore(args: argparse.Namespace) -> None:
     if wrong := [pair for pair in args.adapters if "=" not in pair]:
         raise AdapterError(f"--adapters takes NAME=FOLDER or NAME=HUB_ID, got {wrong}")
     models = {"base": args.base, "adapters": dict(pair.split("=", 1) for pair in args.adapters)}
+    models["allow_base_mismatch"] = args.allow_base_mismatch
     if args.export:
         write_space(args.folder, args.export, **models)
         print(f"{args.export}\npublish it: hf upload user/name {args.export} . --repo-type space")

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+
+def add_override(command: argparse.ArgumentParser) -> None:
+    """The flag that accepts a base of another name than the adapters'."""
+    command.add_argument(
+        "--allow_base_mismatch",
+        "--allow-base-mismatch",
+        action="store_true",
+        help="accept a base of another name than the adapters'; recorded",
+    )
 
 
 def add_commands(commands: Any) -> None:
@@ -45,6 +56,7 @@ def add_commands(commands: Any) -> None:
     patch.add_argument("adapter", help="the new ingredient, a folder or a Hub id")
     patch.add_argument("--lambda", dest="weight", type=float, required=True, help="its λ")
     patch.add_argument("--name", help="its name; the folder's if left out")
+    add_override(patch)
     revert.add_argument("name", help="of the ingredient")
     for command in (patch, revert):
         command.add_argument("--out", required=True, type=Path, help="folder of the new soup")
@@ -63,6 +75,7 @@ def add_commands(commands: Any) -> None:
     test.add_argument("soup", help="folder or Hub id")
     test.add_argument("--suite", required=True, type=Path, help="YAML: see rsoups/suites.py")
     test.add_argument("--against", help="a parent, instead of the suite's")
+    add_override(test)
     test.set_defaults(run=_test)
 
 
@@ -124,7 +137,9 @@ def _patch(args: argparse.Namespace) -> None:
     from rsoups.hub import read_soup
     from rsoups.versions import patch
 
-    made = patch(read_soup(args.soup), args.adapter, args.weight, args.name)
+    made = patch(
+        read_soup(args.soup), args.adapter, args.weight, args.name, allow_base_mismatch=args.allow_base_mismatch
+    )
     made.save_pretrained(args.out)
     print(f"{made.mix}\n{args.out}")
 
@@ -139,13 +154,15 @@ def _revert(args: argparse.Namespace) -> None:
 
 
 def _test(args: argparse.Namespace) -> None:
-    _run_suite(args.suite, args.soup, args.against)
+    _run_suite(args.suite, args.soup, args.against, args.allow_base_mismatch)
 
 
-def _run_suite(path: Path, source: str, against: str | None) -> None:
+def _run_suite(path: Path, source: str, against: str | None, allow_base_mismatch: bool = False) -> None:
     from rsoups.suites import Suite, gate, run_suite
 
-    checks = run_suite(Suite.read(path), source, against)
+    suite = Suite.read(path)
+    suite = replace(suite, allow_base_mismatch=allow_base_mismatch or suite.allow_base_mismatch)
+    checks = run_suite(suite, source, against)
     print("\n".join(map(str, checks)))
     gate(checks)
 

@@ -78,12 +78,14 @@ class Inspection:
         return "\n".join(lines)
 
 
-def inspect_adapters(adapters: Mapping[str, Adapter], base: Any = None) -> Inspection:
+def inspect_adapters(
+    adapters: Mapping[str, Adapter], base: Any = None, *, allow_base_mismatch: bool = False
+) -> Inspection:
     """Compare adapters that were read, and see whether `rsoups.interpolate` takes them.
 
     Args:
         adapters: By name.
-        base: As `interpolate` takes it.
+        base, allow_base_mismatch: As `interpolate` takes them.
 
     Raises:
         AdapterError: A tensor that is not finite.
@@ -92,7 +94,7 @@ def inspect_adapters(adapters: Mapping[str, Adapter], base: Any = None) -> Inspe
         adapter.check_values()
     named = of_one_base(adapters, BaseWeights(base) if base is not None else None)
     several = list(named.values())
-    refusals = {"exact": _refusal(lambda: _try_out(named, base))}
+    refusals = {"exact": _refusal(lambda: _try_out(named, base, allow_base_mismatch))}
     refusals["factors"] = refusals["exact"] or _refusal(lambda: check_factors(several))
     return Inspection(named, _products(several), cosines_of_starts(several), refusals)
 
@@ -105,9 +107,9 @@ def _refusal(check: Callable[[], None]) -> str | None:
     return None
 
 
-def _try_out(adapters: Mapping[str, Adapter], base: Any) -> None:
+def _try_out(adapters: Mapping[str, Adapter], base: Any, allow_base_mismatch: bool) -> None:
     """Refuse what no uniform soup can be made of, or none that PEFT loads."""
-    soup = interpolate(adapters, base=base)
+    soup = interpolate(adapters, base=base, allow_base_mismatch=allow_base_mismatch)
     check_written(soup.config, soup.layout)
 
 

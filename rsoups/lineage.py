@@ -312,8 +312,10 @@ def scrubbed(value: Any, bases: Mapping[str, str]) -> Any:
     """
     if isinstance(value, dict):
         return {
-            key: without_paths(each) if key == "command" and isinstance(each, str)
-            else each if key in _TEXTS
+            key: without_paths(each)
+            if key == "command" and isinstance(each, str)
+            else each
+            if key in _TEXTS
             else scrubbed(each, bases)
             for key, each in value.items()
         }

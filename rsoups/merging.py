@@ -129,13 +129,17 @@ def _load(source: str, soup: Soup | None = None) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise AdapterError(f"cannot load the base {source!r} as {kind.__name__}: {error}") from None
     if lacking := sorted(set(about["missing_keys"]) - set(soup.whole if soup else ())):
-        raise AdapterError(f"neither the base {source!r} nor the soup holds {lacking[0]}, which {type(model).__name__} needs")
+        raise AdapterError(
+            f"neither the base {source!r} nor the soup holds {lacking[0]}, which {type(model).__name__} needs"
+        )
     return model
 
 
 def _labels(soup: Soup) -> int | None:
     """How many classes the soup's own head tells apart."""
-    heads = [t.shape[0] for name, t in soup.whole.items() if len(t.shape) == 2 and ("score" in name or "classifier" in name)]
+    heads = [
+        t.shape[0] for name, t in soup.whole.items() if len(t.shape) == 2 and ("score" in name or "classifier" in name)
+    ]
     return min(heads, default=None)
 
 
@@ -213,7 +217,9 @@ def _check_kind(layer: nn.Module, path: str, model: nn.Module) -> None:
     if isinstance(layer, (nn.Linear, Conv1D, nn.Embedding)):
         output_scale(layer, path, model)
     elif not isinstance(layer, _ConvNd):
-        raise AdapterError(f"{path} is a {type(layer).__name__}, which no change can be merged into: load the soup instead")
+        raise AdapterError(
+            f"{path} is a {type(layer).__name__}, which no change can be merged into: load the soup instead"
+        )
 
 
 def _tie(state: dict[str, Tensor], alike: list[list[str]]) -> bool:

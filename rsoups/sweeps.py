@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rsoups._errors import DatasetError, LambdasError, RewardError, RsoupsError
-from rsoups.adapters import Adapter, read_adapter
+from rsoups.adapters import Adapter, check_compatible, read_adapter
+from rsoups.bases import check_base
 from rsoups.checkpoints import only_run_in
 from rsoups.decoding import Prompt, encode
 from rsoups.front import Front
@@ -78,6 +79,7 @@ def sweep(
     batch_tokens: int | str = "auto",
     server: str | None = None,
     seed: int = 0,
+    allow_base_mismatch: bool = False,
     notes: Mapping[str, Any] | None = None,
     out: str | Path = "records.jsonl",
     progress: bool = True,
@@ -112,6 +114,7 @@ def sweep(
         server: URL of a running vLLM server of this base, which answers instead (`rsoups.vllm_server`); records then have
             neither `kl` nor `base_nll`.
         seed: Of sampling.
+        allow_base_mismatch: Accept adapters that name other bases than this one; recorded in the settings file.
         notes: More to be found in the settings file beside the records.
         out: Records file.
         progress: Show a progress bar.
@@ -132,6 +135,10 @@ def sweep(
     method = live.method if live else method
     beside = {name: _read(source) for name, source in (others or {}).items()}
     _check_names(rewards, beside, held_out)
+    allowed = allow_base_mismatch or (live is not None and live.base_mismatch)
+    check_compatible(ingredients.values(), allowed)
+    adapted = [(adapter.source, adapter.config) for adapter in [*ingredients.values(), *beside.values()]]
+    check_base(adapted, live.model if live else base, allowed)
     opened = Base(base, tokenizer)
     asked = _Asked.of(prompts, columns, opened, max_new_tokens, long_prompts)
     models = [Model(BASE)]
@@ -148,7 +155,8 @@ def sweep(
         "server": server is not None,
         "cut": getattr(cut, "__qualname__", type(cut).__name__),
     }
-    about = {"held_out": list(held_out), "samples": samples, "method": method, **_provenance(base), **(notes or {})}
+    about = {"held_out": list(held_out), "samples": samples, "method": method, "base_mismatch_allowed": allowed}
+    about |= {**_provenance(base), **(notes or {})}
     for name, sources in (("adapters", ingredients), ("others", beside)):
         about[name] = {key: _told(source, Path(out).parent) for key, source in sources.items()}
     processes = _Processes()

@@ -233,15 +233,23 @@ def locate(soup: Soup, given: Mapping[str, str | Path] | None = None) -> dict[st
     return found
 
 
-def _made(adapters: dict[str, Adapter], soup: Soup, lambdas: list[float], method: str, rank: int | None = None) -> Soup:
-    made = interpolate(
-        adapters, lambdas, method=method, rank=rank, extrapolate=True, allow_base_mismatch=soup.base_mismatch
-    )
+def _made(
+    adapters: dict[str, Adapter],
+    soup: Soup,
+    lambdas: list[float],
+    method: str,
+    rank: int | None = None,
+    allow_base_mismatch: bool = False,
+) -> Soup:
+    allowed = allow_base_mismatch or soup.base_mismatch
+    made = interpolate(adapters, lambdas, method=method, rank=rank, extrapolate=True, allow_base_mismatch=allowed)
     assert isinstance(made, Soup)
     return made
 
 
-def patch(soup: Soup, adapter: str | Path, weight: float, name: str | None = None) -> Soup:
+def patch(
+    soup: Soup, adapter: str | Path, weight: float, name: str | None = None, *, allow_base_mismatch: bool = False
+) -> Soup:
     """Add one ingredient: (1 - λ)·soup + λ·adapter, so that the others keep their ratio. Theirs are not needed.
 
     Args:
@@ -249,6 +257,7 @@ def patch(soup: Soup, adapter: str | Path, weight: float, name: str | None = Non
         adapter: Folder or Hub id.
         weight: λ, in [0, 1].
         name: Of the new ingredient; its folder's by default.
+        allow_base_mismatch: As `interpolate`.
 
     Raises:
         LambdasError: λ outside [0, 1], or a name that is taken.
@@ -261,7 +270,7 @@ def patch(soup: Soup, adapter: str | Path, weight: float, name: str | None = Non
         raise LambdasError(f"the soup has an ingredient {name!r} already: give the new one another name")
     method = "factors" if soup.method == "factors" else "exact"
     parts = {"soup": soup._file or adapter_of("soup", soup.config, soup.state_dict), name: read_adapter(adapter)}
-    made = _made(parts, soup, [1 - weight, weight], method)
+    made = _made(parts, soup, [1 - weight, weight], method, allow_base_mismatch=allow_base_mismatch)
     if soup.svd_error:  # what was cut off is in none of the ingredients: the soup itself is one
         return made
     manifest, before = made.lineage, soup.lineage
