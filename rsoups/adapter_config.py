@@ -45,7 +45,7 @@ def read_config(path: Path) -> LoraConfig:
             raise AdapterError(f"{path} has {path.stat().st_size} bytes: that is no adapter's config")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AdapterError(f"{path.parent} holds no {CONFIG_FILE}: is this the folder of a PEFT adapter?") from None
+        raise AdapterError(f"{path.parent} holds no {CONFIG_FILE}: {_hint(path.parent)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(data, dict):
@@ -60,6 +60,15 @@ def read_config(path: Path) -> LoraConfig:
         return LoraConfig(**{key: value for key, value in data.items() if key in known})
     except (TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{path}: {error}") from None
+
+
+def _hint(folder: Path) -> str:
+    """Where the adapters are: PEFT saves one that is not called "default" in a folder of its name."""
+    try:
+        inside = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG_FILE}"))
+    except OSError:
+        inside = []
+    return f"the adapter is in {' or '.join(inside)}" if inside else "is this the folder of a PEFT adapter?"
 
 
 def check_kind(where: str, peft_type: Any) -> None:

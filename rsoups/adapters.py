@@ -32,7 +32,16 @@ from rsoups._files import READING, from_hub
 from rsoups.adapter_config import CONFIG_FILE, by_pattern, check_kind, check_linear, read_config
 from rsoups.base_files import check_vocabularies
 from rsoups.bases import OVERRIDE, same_base
-from rsoups.layer_names import PREFIX, current_names, path_of, plain_names, recorded_base
+from rsoups.layer_names import (
+    EXPERT,
+    PREFIX,
+    as_loaded,
+    current_names,
+    path_of,
+    plain_names,
+    recorded_base,
+    tells_class,
+)
 from rsoups.lineage import pinned
 from rsoups.tensor_files import Scan, TensorFile, largest, rows_of_pieces
 
@@ -258,7 +267,33 @@ def in_one_naming(adapters: Mapping[str, Adapter], base: Any = None) -> dict[str
     """
     if base is None:
         base = next((found for a in adapters.values() if (found := recorded_base(a.config)) is not None), None)
-    return dict(adapters) if base is None else {name: named_as(adapter, base) for name, adapter in adapters.items()}
+    if base is None:
+        return dict(adapters)
+    named = {name: named_as(adapter, base) for name, adapter in adapters.items()}
+    return {name: fused(adapter, base) for name, adapter in named.items()} if _need_fusing(named.values()) else named
+
+
+def fused(adapter: Adapter, base: Any) -> Adapter:
+    """The adapter with the factors of single experts fused, as PEFT fuses them when it loads them on a base.
+
+    Raises:
+        AdapterError: PEFT cannot.
+    """
+    if not any(EXPERT.search(path) for path in adapter.modules):
+        return adapter
+    try:
+        config, tensors = as_loaded(base, adapter.config, {name: adapter.tensor(name) for name in adapter.layout})
+    except AdapterError as error:
+        raise AdapterError(f"{adapter.source}: {error}") from None
+    layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    return replace(adapter, config=config, layout=layout, _read=lambda name, rows: tensors[name][rows], _names={})
+
+
+def _need_fusing(adapters: Iterable[Adapter]) -> bool:
+    """Whether adapters of single experts stand beside fused ones, or beside those of other experts."""
+    adapters = list(adapters)
+    targets = {frozenset(filter(EXPERT.search, adapter.modules)) for adapter in adapters} - {frozenset()}
+    return len(targets) > 1 or (bool(targets) and any(map(_parameters_of, adapters)))
 
 
 def _from_model(model: PeftModel, name: str) -> Adapter:
@@ -551,6 +586,8 @@ def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = Fa
     for one, other in combinations(adapters, 2):
         _check_modules(one, other)
         _check_whole(one, other, with_base)
+        if not with_base and not any(tells_class(adapter.config) for adapter in (one, other)):
+            _check_one_naming(one, other)
     with_tokens = [adapter for adapter in adapters if holds_tokens(adapter.layout)]
     if len(with_tokens) > 1:
         check_vocabularies(pinned(adapter.source, adapter.revision) for adapter in with_tokens)
@@ -568,6 +605,12 @@ def _check_one_base(first: Adapter, other: Adapter) -> None:
 
 
 def _check_modules(one: Adapter, other: Adapter) -> None:
+    for a, b in ((one, other), (other, one)):
+        if _parameters_of(b) and (single := next(filter(EXPERT.search, a.modules), None)):
+            raise AdapterError(
+                f"{a.source} has factors of single experts ({single}), those of {b.source} are fused: pass base= (--base), so that "
+                "they are fused as PEFT does"
+            )
     if (theirs := _parameters_of(other)) and (ours := _parameters_of(one)):
         for path in ours.keys() & theirs.keys():
             if ours[path] != theirs[path]:
@@ -582,7 +625,6 @@ def _check_modules(one: Adapter, other: Adapter) -> None:
             raise AdapterError(
                 f"module {path} has shape {_size(a)} in the base of {one.source} and {_size(b)} in the base of {other.source}"
             )
-    _check_one_naming(one, other)
 
 
 def _size(module: LoraModule) -> tuple[int, ...]:
@@ -601,22 +643,27 @@ def _parameters_of(adapter: Adapter) -> dict[str, set[str]]:
 
 def _check_one_naming(one: Adapter, other: Adapter) -> None:
     """Refuse names that may be the old and the new ones of the same layers, where nothing tells the base."""
-    if one.modules.keys() & other.modules.keys():
-        return
-    ours, theirs = ({_inside_layer(path): path for path in a.modules} for a in (one, other))
-    both = [inside for inside in ours.keys() & theirs.keys() if inside]
-    if both and all(one.modules[ours[i]].shape == other.modules[theirs[i]].shape for i in both):
-        inside = min(both)
-        raise AdapterError(
-            f"{one.source} names a layer {ours[inside]}, {other.source} names one {theirs[inside]}: they may be one layer of a base "
-            "whose layers were renamed, and neither adapter tells its base's class: pass base= (--base)"
-        )
+    ours, theirs = _by_place(one), _by_place(other)
+    for here in ours.keys() - theirs.keys():
+        for there in theirs.keys() - ours.keys():
+            both = ours[here].keys() & theirs[there].keys()
+            halves = here.replace("encoder", "decoder") == there.replace(
+                "encoder", "decoder"
+            )  # of one base, not names of one
+            if both and not halves and all(ours[here][inside] == theirs[there][inside] for inside in both):
+                raise AdapterError(
+                    f"{one.source} has layers in {here}, {other.source} has such layers in {there}: they may be the same layers of a "
+                    "base whose layers were renamed, and neither adapter tells its base's class: pass base= (--base)"
+                )
 
 
-def _inside_layer(path: str) -> str:
-    """What a layer's number and the names after it are: the end of a module's path that a renaming leaves."""
-    match = re.search(r"\.\d+\..*", path)
-    return match[0] if match else ""
+def _by_place(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of modules in layers, by the path to all layers, and then by a layer's number and the names after it."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for path, module in adapter.modules.items():
+        if match := re.fullmatch(r"(.*?)(\.\d+\..*)", path):
+            found.setdefault(match[1], {})[match[2]] = module.shape
+    return found
 
 
 def _check_whole(one: Adapter, other: Adapter, with_base: bool) -> None:

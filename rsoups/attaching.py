@@ -103,7 +103,7 @@ def _refuse_merging(*_: Any, **__: Any) -> None:
 
 
 def _check_plain_model(base: Any) -> None:
-    if isinstance(base, PeftModel):
+    if isinstance(base, PeftModel) or getattr(base, "_hf_peft_config_loaded", False):
         raise AdapterError("the base already carries an adapter; load the soup on the plain model")
 
 

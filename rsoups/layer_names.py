@@ -151,14 +151,22 @@ def without_numbers(path: str) -> str:
 def recorded_base(config: LoraConfig) -> PreTrainedModel | None:
     """A skeleton of the base that an adapter names, as far as this machine knows it; None where it does not, and where the
     names of its layers never changed."""
+    name, base = _recorded(config)
+    return skeleton(name, base, only_renamed=True)
+
+
+def tells_class(config: LoraConfig) -> bool:
+    """Whether an adapter tells the class of its base, or the base is on this disk."""
+    return _class(_recorded(config)[0]) is not None
+
+
+def _recorded(config: LoraConfig) -> tuple[str, Any]:
+    """Name of the base's class, "" where it is not known, and its config, None where it is not on this disk."""
     mapping = config.auto_mapping or {}
-    name = mapping.get("base_model_class", "")
-    if not str(mapping.get("parent_library", "")).startswith("transformers.models."):
-        name = ""
     base = _local_config(config.base_model_name_or_path, config.revision)
-    if base is None and not name:
-        return None
-    return skeleton(name or (base.architectures or [""])[0], base, only_renamed=True)
+    if str(mapping.get("parent_library", "")).startswith("transformers.models."):
+        return str(mapping.get("base_model_class", "")), base
+    return (getattr(base, "architectures", None) or [""])[0], base
 
 
 def _local_config(name: str | None, revision: str | None) -> Any:
@@ -183,14 +191,18 @@ def skeleton(name: str, config: Any, only_renamed: bool = False) -> PreTrainedMo
     Returns:
         The model; None where transformers has no such class.
     """
-    kind = getattr(transformers, name, None) if name.isidentifier() else None
-    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+    if (kind := _class(name)) is None:
         return None
     if not isinstance(config, kind.config_class):
         config = None
     if only_renamed and not _was_renamed(kind):
         return None
     return _built(kind, "" if config is None else json.dumps(config.to_dict(), default=str, sort_keys=True))
+
+
+def _class(name: str) -> type[PreTrainedModel] | None:
+    kind = getattr(transformers, name, None) if name.isidentifier() else None
+    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
 
 
 def _was_renamed(kind: type[PreTrainedModel]) -> bool:

@@ -198,7 +198,7 @@ class LiveSoup:
         read = {name: a if isinstance(a, Adapter) else read_adapter(a) for name, a in named.items()}
         self._adapters = of_one_base(read, BaseWeights(model))
         several = list(self._adapters.values())
-        check_compatible(several, allow_base_mismatch)
+        check_compatible(several, allow_base_mismatch, with_base=True)
         check_base([(adapter.source, adapter.config) for adapter in several], model, allow_base_mismatch)
         if method == "factors":
             check_factors(several)
@@ -207,6 +207,11 @@ class LiveSoup:
                 raise AdapterError(
                     f"{adapter.source}: {adapter.full[0]} was trained as a whole: it would have to be another one in each row; "
                     "make a soup for each λ with rsoups.interpolate"
+                )
+            if fused := [p for p, m in adapter.modules.items() if m.experts > 1 or p.endswith(".base_layer")]:
+                raise AdapterError(
+                    f"{adapter.source}: {fused[0]} holds fused experts, whose change is in no layer's output: make a soup for each λ "
+                    "with rsoups.interpolate"
                 )
             adapter.check_values()
         self.model, self.tokenizer, self.method = model.eval(), tokenizer, method

@@ -33,6 +33,7 @@ from rsoups.adapters import (
     Adapter,
     adapter_of,
     check_compatible,
+    holds_tokens,
     read_adapter,
     read_modules,
 )

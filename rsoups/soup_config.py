@@ -62,14 +62,18 @@ def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alpha
     of_experts = {(module.rank, alphas[path]) for path, module in modules.items() if EXPERT.search(path)}
     if len(of_experts) > 1:
         raise AdapterError(
-            f"experts have unlike ranks or alphas, {sorted(of_experts)}: PEFT fuses adapters of single experts when it loads them, "
-            "which needs one; no one adapter can hold this soup"
+            f"experts have unlike ranks, {sorted(rank for rank, _ in of_experts)}: PEFT, which fuses the factors of single experts when "
+            "it loads them, needs one rank; pass base= (--base), so that they are fused before"
         )
-    counts = Counter((module.rank, alphas[path]) for path, module in modules.items())
-    config.r, config.lora_alpha = next(iter(of_experts), counts.most_common(1)[0][0])
-    told = {_pattern(modules, path): (module.rank, alphas[path]) for path, module in modules.items()}
-    config.rank_pattern = {pattern: rank for pattern, (rank, _) in told.items() if rank != config.r}
-    config.alpha_pattern = {pattern: alpha for pattern, (_, alpha) in told.items() if alpha != config.lora_alpha}
+    told = {path: (module.rank, alphas[path]) for path, module in modules.items()}
+    fused = [
+        told[path] for path, module in modules.items() if module.parameter is not None
+    ]  # PEFT warns of patterns for these
+    common = Counter(fused or told.values()).most_common(1)[0][0]
+    config.r, config.lora_alpha = next(iter(of_experts), common)
+    patterns = {_pattern(modules, path): both for path, both in told.items()}
+    config.rank_pattern = {pattern: rank for pattern, (rank, _) in patterns.items() if rank != config.r}
+    config.alpha_pattern = {pattern: alpha for pattern, (_, alpha) in patterns.items() if alpha != config.lora_alpha}
 
 
 def _pattern(modules: Mapping[str, LoraModule], path: str) -> str:
@@ -88,14 +92,17 @@ def _pattern(modules: Mapping[str, LoraModule], path: str) -> str:
 def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> None:
     """Target the modules of all adapters."""
     configs = [adapter.config for adapter in adapters]
+    narrowed = any(getattr(one, name) for one in configs for name in _SELECTION[1:])
     parameters = [name for one in configs for name in one.target_parameters or ()]
+    wrapped = [(unwrapped(path), module.parameter) for path, module in modules.items() if module.parameter is not None]
+    if narrowed and all(name for _, name in wrapped):  # to some layers, which PEFT does not do for parameters
+        parameters = [f"{path}.{name}" for path, name in wrapped]
     config.target_parameters = list(dict.fromkeys(parameters)) or None
     paths = [path for path, module in modules.items() if module.parameter is None]
     alike = all(getattr(one, name) == getattr(config, name) for one in configs for name in _SELECTION)
     if alike and _selects(config, paths):
         return
     listed = all(not isinstance(one.target_modules, (str, type(None))) for one in configs)
-    narrowed = any(getattr(one, name) for one in configs for name in _SELECTION[1:])
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.target_modules = {name for one in configs for name in one.target_modules or ()} if listed else set()
     if not listed or narrowed or not _selects(config, paths):
