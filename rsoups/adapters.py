@@ -30,8 +30,19 @@ from torch import Tensor
 from rsoups._errors import AdapterError
 from rsoups._files import READING, from_hub
 from rsoups.adapter_config import CONFIG_FILE, by_pattern, check_kind, check_linear, read_config
+from rsoups.base_files import check_vocabularies
 from rsoups.bases import OVERRIDE, same_base
-from rsoups.layer_names import EXPERT, PREFIX, as_loaded, current_names, path_of, plain_names, recorded_base, tells_class
+from rsoups.layer_names import (
+    EXPERT,
+    PREFIX,
+    as_loaded,
+    current_names,
+    path_of,
+    plain_names,
+    recorded_base,
+    tells_class,
+)
+from rsoups.lineage import pinned
 from rsoups.tensor_files import Scan, TensorFile, largest, rows_of_pieces
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -551,6 +562,11 @@ def _check_experts(source: str, modules: Mapping[str, LoraModule]) -> None:
             raise AdapterError(f"{source}: the parameters of {unwrapped(path)} do not have the ranks of {CONFIG_FILE}")
 
 
+def holds_tokens(names: Iterable[str]) -> bool:
+    """Whether there are rows of the base's embeddings or head among an adapter's tensors, as they were trained."""
+    return any(name.endswith((BASE_EMBEDDING, TOKENS, *EMBEDDINGS)) for name in names)
+
+
 def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = False, with_base: bool = False) -> None:
     """Refuse adapters that are not of one base.
 
@@ -572,6 +588,9 @@ def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = Fa
         _check_whole(one, other, with_base)
         if not with_base and not any(tells_class(adapter.config) for adapter in (one, other)):
             _check_one_naming(one, other)
+    with_tokens = [adapter for adapter in adapters if holds_tokens(adapter.layout)]
+    if len(with_tokens) > 1:
+        check_vocabularies(pinned(adapter.source, adapter.revision) for adapter in with_tokens)
 
 
 def _check_one_base(first: Adapter, other: Adapter) -> None:
@@ -628,7 +647,9 @@ def _check_one_naming(one: Adapter, other: Adapter) -> None:
     for here in ours.keys() - theirs.keys():
         for there in theirs.keys() - ours.keys():
             both = ours[here].keys() & theirs[there].keys()
-            halves = here.replace("encoder", "decoder") == there.replace("encoder", "decoder")  # of one base, not names of one
+            halves = here.replace("encoder", "decoder") == there.replace(
+                "encoder", "decoder"
+            )  # of one base, not names of one
             if both and not halves and all(ours[here][inside] == theirs[there][inside] for inside in both):
                 raise AdapterError(
                     f"{one.source} has layers in {here}, {other.source} has such layers in {there}: they may be the same layers of a "

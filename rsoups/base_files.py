@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from rsoups._errors import HubError
+from rsoups._errors import AdapterError, HubError
 from rsoups._files import from_hub
+from rsoups.lineage import is_disk_path
 
 # What goes with a model's weights: configs and the tokenizer, never code or pickles.
 TOKENIZER_FILES: tuple[str, ...] = (
@@ -48,8 +49,14 @@ def copy_files(folder: Path, patterns: tuple[str, ...], out: Path) -> bool:
     settings = out / "tokenizer_config.json"
     if settings.is_file():
         data = json.loads(settings.read_text("utf-8"))
-        if data.pop("name_or_path", None) is not None:
-            settings.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        paths = [
+            key
+            for key, value in data.items()
+            if key == "name_or_path" or (key.endswith("_file") and is_disk_path(str(value)))
+        ]
+        if paths:
+            kept = {key: value for key, value in data.items() if key not in paths}
+            settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return bool(paths)
 
 
@@ -65,6 +72,31 @@ def tokenizer_folder(source: str) -> Path | None:
             return None
         folder = found[0]
     return folder if files_like(folder, TOKENIZER_FILES) else None
+
+
+def check_vocabularies(sources: Iterable[str]) -> None:
+    """Refuse adapters whose tokenizers give the same ids to unlike tokens, as far as they bring tokenizers.
+
+    Raises:
+        AdapterError: Two vocabularies that differ.
+    """
+    known: dict[str, dict[str, int]] = {}
+    for source in sources:
+        folder = tokenizer_folder(source)
+        try:
+            words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab() if folder else None
+        except (OSError, ValueError, KeyError):  # none that transformers reads without code of its own
+            continue
+        if words is None:
+            continue
+        for other, theirs in known.items():
+            if words != theirs:
+                token = sorted(key for key in words.keys() | theirs.keys() if words.get(key) != theirs.get(key))[0]
+                raise AdapterError(
+                    f"the tokenizers that came with {other} and {source} differ: {token!r} is {theirs.get(token)} and "
+                    f"{words.get(token)}, so that rows of their embeddings are of unlike tokens"
+                )
+        known[source] = words
 
 
 @dataclass(frozen=True)
@@ -103,6 +135,11 @@ class BaseFiles:
         for name, path in names.items():
             with safe_open(path, "pt") as file:
                 yield name, file.get_tensor(name)
+
+    def architectures(self) -> list[str] | None:
+        """What config.json says; None where there is none."""
+        path = self.path("config.json")
+        return json.loads(path.read_text("utf-8")).get("architectures") if path is not None else None
 
     def config(self, config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
         """A changed config as the base's own config.json has it: its fields in its words, but for those that are changed.

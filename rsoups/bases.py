@@ -92,20 +92,21 @@ def check_base(
 
 
 def public_name(name: str | None, given: str | None = None) -> str | None:
-    """What others are told of a base: `given`, or the name itself, or the last part of a folder's path.
-
-    A folder's last part names no model that others can load, so that it is warned of.
-    """
+    """What others are told of a base: `given`, or its `short_name`, with a warning where nobody else can load that."""
     if given or not name:
         return given or name
-    if (embedded := embedded_name(name)) is not None:
-        return embedded
-    if not is_local(name):
-        return name
-    short = published(str(Path(name).expanduser().resolve()))
-    warnings.warn(
-        f"the base is a folder of this disk: it is published as {short!r}, which nobody else can load. Pass "
-        "base='user/name' (on the command line --base user/name) to publish the name of the model on the Hub",
-        stacklevel=2,
-    )
-    return short
+    told = short_name(name)
+    if is_local(name):
+        warnings.warn(
+            f"the base is a folder of this disk: it is published as {told!r}, which nobody else can load. Pass "
+            "base='user/name' (on the command line --base user/name) to publish the name of the model on the Hub",
+            stacklevel=2,
+        )
+    return told
+
+
+def short_name(name: str | None) -> str | None:
+    """A base's name without the path of a folder."""
+    if not name or not is_local(name):
+        return embedded_name(name or "") or name
+    return published(name if is_disk_path(name) else str(Path(name).resolve()))

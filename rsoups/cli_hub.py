@@ -26,6 +26,7 @@ def add_commands(commands: Any) -> None:
     push.add_argument("--front", type=Path, help="records.jsonl of the sweep that the soup was chosen from")
     push.add_argument("--require", type=Path, help="a test suite (YAML) that the soup must pass first")
     push.add_argument("--licence", help="of what is published, by the Hub's name; see the card if left out")
+    push.add_argument("--base", help="name of the base on the Hub, in place of a folder of this disk")
     push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     push.add_argument("--commit-message", help="λ if left out")
     push.add_argument("--create_pr", "--create-pr", action="store_true", help="open a pull request instead of a commit")
@@ -86,6 +87,7 @@ def _push(args: argparse.Namespace) -> None:
 
     options = {
         "licence": args.licence,
+        "base": args.base,
         "private": args.private,
         "commit_message": args.commit_message,
         "create_pr": args.create_pr,

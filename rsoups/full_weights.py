@@ -50,7 +50,15 @@ _COPIED: tuple[str, ...] = (
 )
 _COPIED += ("added_tokens.json", "chat_template*", "spm.model", "spiece.model", "sentencepiece*")
 # May differ between configs.
-_FREE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "unsloth_fixed", "unsloth_version"}
+_FREE = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "unsloth_fixed",
+    "unsloth_version",
+}
 # Buffers that old checkpoints hold and transformers computes anew, of models that it has no class for.
 _BUFFER = re.compile(r".*(\.rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|\.position_ids)")
 
@@ -242,7 +250,9 @@ def _without_unread(checkpoints: list[_Checkpoint]) -> list[_Checkpoint]:
     in_all = set.intersection(*(set(c.kinds) for c in checkpoints))
     if all(c.kinds.keys() == in_all for c in checkpoints):
         return checkpoints
-    return [replace(c, kinds={k: kind for k, kind in c.kinds.items() if k in in_all or _is_read(c, k)}) for c in checkpoints]
+    return [
+        replace(c, kinds={k: kind for k, kind in c.kinds.items() if k in in_all or _is_read(c, k)}) for c in checkpoints
+    ]
 
 
 def _is_read(checkpoint: _Checkpoint, key: str) -> bool:

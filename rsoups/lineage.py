@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
@@ -237,7 +237,7 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
             default = each.default_factory() if each.default_factory is not MISSING else each.default
             value = getattr(given, each.name)
             if value != default and each.name not in _UNTOLD and "token" not in each.name.split("_"):
-                found[each.name] = scrubbed(value, {})
+                found[each.name] = scrubbed(value)
     return found
 
 
@@ -293,35 +293,35 @@ def command() -> str:
     if path.suffix == ".py" and head != "rsoups":
         head = f"python {head}"
     told = [_TOKEN.sub("...", without_paths(word)) for word in words]
-    for at, word in enumerate(words):
-        if at and words[at - 1].endswith("token"):
+    for at, before in enumerate(words[:-1], 1):
+        if before.endswith("token"):
             told[at] = "..."
     return f"{head} {shlex.join(told)}".strip()
 
 
 # Texts that a model reads: a slash in them is no path.
-_TEXTS = {"template", "input", "question", "system", "rubric", "prompt"}
+_TEXTS = {"template", "input", "question", "system", "rubric", "prompt", "command"}
 
 
-def scrubbed(value: Any, bases: Mapping[str, str]) -> Any:
-    """A manifest, or a part of one, without paths of a disk.
-
-    Args:
-        value: The manifest.
-        bases: By names of bases in it, what is told instead.
-    """
+def scrubbed(value: Any) -> Any:
+    """A manifest, or a part of one, without paths of a disk."""
     if isinstance(value, dict):
         return {
-            key: without_paths(each)
-            if key == "command" and isinstance(each, str)
-            else each
-            if key in _TEXTS
-            else scrubbed(each, bases)
+            key: (without_paths(str(each)) if key == "command" else each) if key in _TEXTS else scrubbed(each)
             for key, each in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [scrubbed(each, bases) for each in value]
-    return bases.get(value) or published(value) if isinstance(value, str) else value
+        return [scrubbed(each) for each in value]
+    return published(value) if isinstance(value, str) else value
+
+
+def renamed_base(manifest: Manifest, names: Collection[str | None], told: str | None) -> Manifest:
+    """A manifest that tells another name of its base, and so do those in its history of the same base."""
+    manifests = [manifest, *manifest.get("history", {}).values()]
+    for each in manifests:
+        if (each.get("base") or {}).get("model") in names:
+            each["base"]["model"] = told
+    return manifest
 
 
 def log(manifest: Manifest, name: str) -> str:

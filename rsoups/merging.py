@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D
 
@@ -177,10 +179,12 @@ def _groups_of_one(model: PreTrainedModel) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
+_INSIDE = re.compile(r"(\.base_layer|\.modules_to_save\.default|\.token_adapter)+(?=\.|$)")
+
+
 def _plain_name(name: str) -> str:
-    for inside in (".base_layer", ".modules_to_save.default", ".token_adapter"):
-        name = name.replace(f"{inside}.", ".")
-    return name.removesuffix(".base_layer").removesuffix(".token_adapter")
+    """A name without those of PEFT's layers around the base's."""
+    return _INSIDE.sub("", name)
 
 
 def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -289,25 +293,28 @@ def _check_loads(merged: _Merged, model: PreTrainedModel, folder: Path) -> None:
 
 
 def _as_on_disk(state: dict[str, Tensor], model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors by the names that the base's own files have: as transformers saves them, and what only the base's files hold.
+    """The tensors by the names that the base's own files have, or else by those that transformers saves them under.
 
-    Beside the model's parameters, files hold copies of tied ones, buffers that are computed anew, layers that transformers does not read.
+    Files also hold copies of tied parameters, names without the prefix of the model's body, buffers that are computed anew, and layers that
+    transformers does not read: these are taken over as they are.
     """
     once = remove_tied_weights_from_state_dict(dict(state), model)
-    again = {name: tensor for name, tensor in state.items() if name not in once}
     written = {name: _on_its_own(tensor) for name, tensor in revert_weight_conversion(model, once).items()}
-    copies = revert_weight_conversion(model, again) if again else {}
-
     files = BaseFiles.of(model)
-    names = {name: path for name, path in files.tensors().items() if name not in written}
-    for name in names.keys() & copies.keys():
-        written[name] = copies[name].clone()
-    if (path := files.path("config.json")) is not None:
-        architectures = json.loads(path.read_text("utf-8")).get("architectures")
-        if architectures == [type(model).__name__]:
-            rest = {name: path for name, path in names.items() if name not in written}
-            for name, tensor in files.read(rest):
-                written[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+    stored = files.tensors()
+    rest = {name: path for name, path in stored.items() if name not in written}
+
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    for name in list(rest):
+        inside, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
+        if inside in state:
+            (other,) = revert_weight_conversion(model, {inside: state[inside]})
+            own = None if other in stored else written.pop(other, None)
+            written[name] = state[inside].clone() if own is None else own  # a copy of a tied parameter, or another name
+            del rest[name]
+    if files.architectures() == [type(model).__name__]:
+        for name, tensor in files.read(rest):
+            written[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
     return written
 
 

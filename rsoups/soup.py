@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -32,13 +33,24 @@ from rsoups.adapters import (
     Adapter,
     adapter_of,
     check_compatible,
+    holds_tokens,
     read_adapter,
     read_modules,
 )
-from rsoups.base_files import tokenizer_folder
+from rsoups.base_files import TOKENIZER_FILES, copy_files, tokenizer_folder
 from rsoups.base_weights import BaseWeights, of_one_base
-from rsoups.bases import check_base
-from rsoups.lineage import SOUP_FILE, Ingredient, command, history_of, parents_of, pinned, published
+from rsoups.bases import check_base, public_name, short_name
+from rsoups.lineage import (
+    SOUP_FILE,
+    Ingredient,
+    command,
+    history_of,
+    parents_of,
+    pinned,
+    published,
+    renamed_base,
+    scrubbed,
+)
 from rsoups.soup_config import as_written, check_written
 from rsoups.stacking import Blend, Kept, check_factors, pieces_of
 
@@ -127,7 +139,7 @@ class Soup:
         parents = [(adapter.source, adapter.revision, adapter.sha256) for adapter in self._adapters.values()]
         return {
             "kind": "soup",
-            "base": {"model": self.config.base_model_name_or_path, "revision": self.config.revision},
+            "base": {"model": short_name(self.config.base_model_name_or_path), "revision": self.config.revision},
             "base_mismatch_allowed": self.base_mismatch,
             "ingredients": [
                 {**asdict(ingredient), "lambda": weight}
@@ -141,11 +153,12 @@ class Soup:
             "factors_distance": self.factors_distance,
             "versions": {name: version(name) for name in ("rsoups", "peft", "torch")},
             "command": command(),
-            "history": history_of(parents),
+            "history": scrubbed(history_of(parents)),
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write adapter_model.safetensors, adapter_config.json and soup.json, all or nothing.
+        """Write adapter_model.safetensors, adapter_config.json and soup.json, all or nothing; and the tokenizer that came with the
+        ingredients, where they hold the embeddings of new tokens.
 
         Raises:
             OutputError: The folder holds something other than a soup, or cannot be written.
@@ -159,7 +172,26 @@ class Soup:
             as_written(self.config).save_pretrained(str(partial))
             manifest = self.lineage | {"sha256": own}
             (partial / SOUP_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            if self.holds_tokens and (tokenizer := self.tokenizer_folder()) is not None:
+                copy_files(tokenizer, TOKENIZER_FILES, partial)
             self._check_unchanged()
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether the soup holds rows of the base's embeddings or head as they were trained."""
+        return holds_tokens(self.tensors)
+
+    def published(self, base: str | None = None) -> Soup:
+        """The soup as others may read of it: no path of this disk, and the base by a name.
+
+        Args:
+            base: Name of the base on the Hub; that of the config by default, or the last part of its folder's path, with a warning.
+        """
+        config = deepcopy(self.config)
+        config.base_model_name_or_path = public_name(config.base_model_name_or_path, base)
+        names = {self.config.base_model_name_or_path, short_name(self.config.base_model_name_or_path)}
+        manifest = renamed_base(scrubbed(self.lineage), names, config.base_model_name_or_path)
+        return replace(self, config=config, _manifest=manifest)
 
     @cached_property
     def layout(self) -> dict[str, Tensor]:
@@ -273,6 +305,7 @@ class Soup:
         front: Front | str | Path | None = None,
         private: bool | None = None,
         licence: str | None = None,
+        base: str | None = None,
         commit_message: str | None = None,
         create_pr: bool = False,
         dry_run: bool | str | Path = False,
@@ -291,6 +324,7 @@ class Soup:
             front=front,
             private=private,
             licence=licence,
+            base=base,
             commit_message=commit_message,
             create_pr=create_pr,
             dry_run=dry_run,

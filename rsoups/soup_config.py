@@ -66,7 +66,9 @@ def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alpha
             "it loads them, needs one rank; pass base= (--base), so that they are fused before"
         )
     told = {path: (module.rank, alphas[path]) for path, module in modules.items()}
-    fused = [told[path] for path, module in modules.items() if module.parameter is not None]  # PEFT warns of patterns for these
+    fused = [
+        told[path] for path, module in modules.items() if module.parameter is not None
+    ]  # PEFT warns of patterns for these
     common = Counter(fused or told.values()).most_common(1)[0][0]
     config.r, config.lora_alpha = next(iter(of_experts), common)
     patterns = {_pattern(modules, path): both for path, both in told.items()}
