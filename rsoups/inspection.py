@@ -73,7 +73,9 @@ class Inspection:
             start = self.starts[names.index(a)][names.index(b)]
             kind = "one initialization" if start > _ONE_START else "different initializations"
             lines.append(f"{a}, {b}: {kind} (cosine of A {start:+.3f})")
-        for method, reason in self.refusals.items() if pairs else ():
+        for method, reason in self.refusals.items():
+            if not pairs and reason is None:
+                continue
             lines.append(f"method {method}: {'yes' if reason is None else f'no: {reason}'}")
         return "\n".join(lines)
 
