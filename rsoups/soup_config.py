@@ -14,8 +14,9 @@ from torch import Tensor
 
 from rsoups._errors import AdapterError
 from rsoups.adapter_config import for_inference
-from rsoups.adapters import Adapter, LoraModule, read_modules, unwrapped
+from rsoups.adapters import Adapter
 from rsoups.layer_names import EXPERT, as_loaded, recorded_base, without_numbers
+from rsoups.lora_modules import LoraModule, read_modules, unwrapped
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _BIASES = ("none", "lora_only", "all")
@@ -62,15 +63,16 @@ def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alpha
     of_experts = {(module.rank, alphas[path]) for path, module in modules.items() if EXPERT.search(path)}
     if len(of_experts) > 1:
         raise AdapterError(
-            f"experts have unlike ranks, {sorted(rank for rank, _ in of_experts)}: PEFT, which fuses the factors of single experts when "
-            "it loads them, needs one rank; pass base= (--base), so that they are fused before"
+            f"experts have unlike ranks, {sorted(rank for rank, _ in of_experts)}: PEFT, which fuses the factors of single "
+            "experts when it loads them, needs one rank; pass base= (--base), so that they are fused before"
         )
     told = {path: (module.rank, alphas[path]) for path, module in modules.items()}
     fused = [
         told[path] for path, module in modules.items() if module.parameter is not None
     ]  # PEFT warns of patterns for these
     common = Counter(fused or told.values()).most_common(1)[0][0]
-    config.r, config.lora_alpha = next(iter(of_experts), common)
+    rank, alpha = next(iter(of_experts), common)
+    config.r, config.lora_alpha = rank, alpha  # type: ignore[assignment]  # PEFT takes any number
     patterns = {_pattern(modules, path): both for path, both in told.items()}
     config.rank_pattern = {pattern: rank for pattern, (rank, _) in patterns.items() if rank != config.r}
     config.alpha_pattern = {pattern: alpha for pattern, (_, alpha) in patterns.items() if alpha != config.lora_alpha}
@@ -104,9 +106,9 @@ def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[st
         return
     listed = all(not isinstance(one.target_modules, (str, type(None))) for one in configs)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.target_modules = {name for one in configs for name in one.target_modules or ()} if listed else set()
+    config.target_modules = sorted({name for one in configs for name in one.target_modules or ()}) if listed else []
     if not listed or narrowed or not _selects(config, paths):
-        config.target_modules = set(paths)  # PEFT takes each name of a list for the end of a path
+        config.target_modules = sorted(paths)  # PEFT takes each name of a list for the end of a path
 
 
 def _selects(config: LoraConfig, paths: Sequence[str]) -> bool:
@@ -159,6 +161,6 @@ def check_written(config: LoraConfig, layout: Mapping[str, Any]) -> None:
     for path, module in modules.items():
         if module.parameter and without_numbers(f"{unwrapped(path)}.{module.parameter}") not in parameters:
             raise AdapterError(
-                f"PEFT would not load all of this soup: it converts its targets to parameters of {type(base).__name__}, and {path} "
-                "is none: train on other targets, or merge the adapters one by one"
+                f"PEFT would not load all of this soup: it takes the targets for parameters of {type(base).__name__}, and "
+                f"{path} has none of them: train on other targets, or merge the adapters one by one"
             )

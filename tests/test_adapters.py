@@ -171,7 +171,14 @@ def test_a_flag_for_tied_layers_that_ties_none_is_fine(tmp_path, adapter):
 def test_fan_in_fan_out_is_what_peft_makes_of_it(tmp_path):
     """A config tells it of the last layer that PEFT wrapped; PEFT corrects it, layer by layer, when it loads."""
 
-    config = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "tie_word_embeddings": False}
+    config = {
+        "vocab_size": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 16,
+        "tie_word_embeddings": False,
+    }
     config |= {"bos_token_id": 1, "eos_token_id": 2}
 
     def base():

@@ -36,7 +36,10 @@ SELECTIONS = {
     "all linear layers": ({"target_modules": ["q_proj"]}, {"target_modules": "all-linear"}),
     "layers": ({"layers_to_transform": [0]}, {}),
     "exceptions": ({"exclude_modules": ["0.self_attn.q_proj"]}, {}),
-    "names that end alike": ({"target_modules": ["layers.0.self_attn.q_proj"]}, {"target_modules": ["1.self_attn.q_proj"]}),
+    "names that end alike": (
+        {"target_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": ["1.self_attn.q_proj"]},
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Parameters beside the factors: heads, embeddings, single tokens, biases; where not all ingredients hold them, and with any Σλ."""
+"""Parameters beside the factors: heads, embeddings, single tokens, biases; where not all hold them, and with any Σλ."""
 
 import pytest
 import torch
@@ -23,7 +23,13 @@ def tied():
 def tiny_qwen():
     """Its attention has biases."""
     torch.manual_seed(0)
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "initializer_range": 0.2}
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.2,
+    }
     return Qwen2ForCausalLM(Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=2)).eval()
 
 
@@ -38,7 +44,9 @@ WHOLE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Input and output embeddings are no longer tied")
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`", "ignore:Input and output embeddings are no longer tied"
+)
 @pytest.mark.parametrize("kind", WHOLE)
 def test_what_one_ingredient_holds_is_blended_with_the_bases_own(tmp_path, kind):
     lora, base = WHOLE[kind]
@@ -93,7 +101,9 @@ def test_single_tokens_are_taken_where_they_agree(tmp_path):
     assert_is_sum(tmp_path / "soup", tiny_llama, folders, [0.3, 0.7])
     for tokens in ([3, 9], [9, 4]):
         other = tiny_adapter(tmp_path / f"{tokens}", seed=3, trainable_token_indices=tokens)
-        with pytest.raises(rsoups.AdapterError, match="trainable_token_indices differ.*the same tokens in the same order"):
+        with pytest.raises(
+            rsoups.AdapterError, match="trainable_token_indices differ.*the same tokens in the same order"
+        ):
             rsoups.interpolate([folders[0], other])
 
 
@@ -102,7 +112,9 @@ def with_copy(tmp_path):
     """An adapter of the head: PEFT saves the base's own head with it."""
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "with copy", save_embedding_layers=True)
-    assert torch.equal(load_file(tmp_path / "with copy" / "adapter_model.safetensors")[COPY], tiny_llama().lm_head.weight)
+    assert torch.equal(
+        load_file(tmp_path / "with copy" / "adapter_model.safetensors")[COPY], tiny_llama().lm_head.weight
+    )
     return tmp_path / "with copy"
 
 
@@ -132,13 +144,17 @@ def test_a_head_that_is_not_the_bases_own_is_kept(tmp_path, with_copy):
     assert torch.allclose(soup.state_dict[COPY], own + 0.03, atol=1e-6)
     soup.save_pretrained(tmp_path / "soup")
     assert_is_sum(tmp_path / "soup", tiny_llama, [with_copy, plain], [0.3, 0.7])
-    with pytest.raises(rsoups.AdapterError, match="was trained as a whole: it would have to be another one in each row"):
+    with pytest.raises(
+        rsoups.AdapterError, match="was trained as a whole: it would have to be another one in each row"
+    ):
         rsoups.LiveSoup(tiny_llama(), [with_copy, plain])
 
 
 def test_a_head_is_trained_whole_or_has_factors(tmp_path, with_copy):
     whole = tiny_adapter(tmp_path / "whole", modules_to_save=["lm_head"])
-    with pytest.raises(rsoups.AdapterError, match="lm_head was trained as a whole in .* and has factors in .*PEFT cannot hold both"):
+    with pytest.raises(
+        rsoups.AdapterError, match="lm_head was trained as a whole in .* and has factors in .*PEFT cannot hold both"
+    ):
         rsoups.interpolate([whole, with_copy], base=tiny_llama())
 
 
@@ -154,7 +170,9 @@ def test_a_base_that_cannot_give_what_is_missing_is_refused(tmp_path):
     head = tiny_adapter(tmp_path / "head", modules_to_save=["lm_head"])
     plain = tiny_adapter(tmp_path / "plain", seed=1)
     wider = tiny_llama(vocab_size=70)
-    with pytest.raises(rsoups.AdapterError, match=r"lm_head\.weight is \(64, 32\) in .*head and \(70, 32\) in the base"):
+    with pytest.raises(
+        rsoups.AdapterError, match=r"lm_head\.weight is \(64, 32\) in .*head and \(70, 32\) in the base"
+    ):
         rsoups.interpolate([head, plain], base=wider)
     with pytest.raises(rsoups.CheckpointError, match="no such"):
         rsoups.interpolate([head, plain], base=tmp_path / "no such")
