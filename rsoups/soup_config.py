@@ -15,10 +15,12 @@ from torch import Tensor
 from rsoups._errors import AdapterError
 from rsoups.adapter_config import for_inference
 from rsoups.adapters import Adapter
-from rsoups.layer_names import EXPERT, as_loaded, recorded_base, without_numbers
+from rsoups.layer_names import EXPERT, as_loaded, recorded_base, tells_class, without_numbers
 from rsoups.lora_modules import LoraModule, read_modules, unwrapped
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# Where the layers of models with images or sound were until transformers moved them into one `model`.
+_OLD = re.compile(r"(language_model|vision_tower|visual|audio_tower|multi_modal_projector)\.")
 _BIASES = ("none", "lora_only", "all")
 
 
@@ -73,22 +75,28 @@ def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alpha
     common = Counter(fused or told.values()).most_common(1)[0][0]
     rank, alpha = next(iter(of_experts), common)
     config.r, config.lora_alpha = rank, alpha  # type: ignore[assignment]  # PEFT takes any number
-    patterns = {_pattern(modules, path): both for path, both in told.items()}
+    dated = not tells_class(config)
+    patterns = {_pattern(modules, path, dated): both for path, both in told.items()}
     config.rank_pattern = {pattern: rank for pattern, (rank, _) in patterns.items() if rank != config.r}
     config.alpha_pattern = {pattern: alpha for pattern, (_, alpha) in patterns.items() if alpha != config.lora_alpha}
 
 
-def _pattern(modules: Mapping[str, LoraModule], path: str) -> str:
+def _pattern(modules: Mapping[str, LoraModule], path: str, dated: bool) -> str:
     """A pattern of PEFT's that fits one module, or one parameter of it, or all of them where they have one rank."""
     parameter = modules[path].parameter
     if parameter is None:
-        return f"^{re.escape(path)}"
+        return _whatever_its_name(path) if dated and _OLD.match(path) else f"^{re.escape(path)}"
     module = unwrapped(path)
     if not parameter and len({m.rank for other, m in modules.items() if unwrapped(other) == module}) > 1:
         raise AdapterError(
             f"the parameters of {module} have unlike ranks, and the adapters do not tell which is which: no config can say it"
         )
     return rf"^{re.escape(module)}\.{re.escape(parameter) if parameter else '[^.]+'}"
+
+
+def _whatever_its_name(path: str) -> str:
+    """A pattern that fits a path of the past, and the one that PEFT makes of it when it loads the adapter on its base."""
+    return re.sub(r"\\\.(model|vision_model)\\\.", r"\\.(?:\1\\.)?", re.escape(path))
 
 
 def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> None:
@@ -109,6 +117,8 @@ def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[st
     config.target_modules = sorted({name for one in configs for name in one.target_modules or ()}) if listed else []
     if not listed or narrowed or not _selects(config, paths):
         config.target_modules = sorted(paths)  # PEFT takes each name of a list for the end of a path
+        if any(map(_OLD.match, paths)) and not tells_class(config):
+            config.target_modules = f"(.*\\.)?({'|'.join(map(_whatever_its_name, sorted(paths)))})"
 
 
 def _selects(config: LoraConfig, paths: Sequence[str]) -> bool:
