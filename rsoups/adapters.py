@@ -242,7 +242,8 @@ def adapter_of(source: str, config: LoraConfig, tensors: dict[str, Tensor]) -> A
     def read(name: str, rows: slice) -> Tensor:
         return tensors[name] if rows == slice(None) else tensors[name][rows]
 
-    return Adapter(source, config, layout, read, READING.submit(scan))
+    adapter = Adapter(source, config, layout, read, READING.submit(scan))
+    return adapter.renamed(plain_names(source, layout))
 
 
 def _from_files(source: str, hold: bool) -> Adapter:
