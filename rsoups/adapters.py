@@ -32,6 +32,7 @@ from rsoups._files import READING, from_hub
 from rsoups.adapter_config import CONFIG_FILE, by_pattern, check_kind, check_linear, read_config
 from rsoups.base_files import check_vocabularies
 from rsoups.bases import OVERRIDE, same_base
+from rsoups.convert import converted, holds_only_pickles, remedy
 from rsoups.layer_names import (
     EXPERT,
     PREFIX,
@@ -118,6 +119,11 @@ class Adapter:
     _file: tuple[Path, os.stat_result] | None = None  # of the weights, as it was found
     _names: Mapping[str, str] = field(default_factory=dict)  # of tensors in the file, where they differ
     _old_paths: Mapping[str, str] = field(default_factory=dict)  # of modules in the config, where they differ
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its files are; None for a live model."""
+        return self._file[0].parent if self._file else None
 
     @property
     def sha256(self) -> str:
@@ -344,16 +350,10 @@ def _from_files(source: str, hold: bool) -> Adapter:
     config = read_config(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        raise AdapterError(
-            f"{folder} holds no {WEIGHTS_FILE}"
-            + (
-                ", only adapter_model.bin, a pickle, which rsoups never opens: where you trust it, load it with PEFT and "
-                "save it again with model.save_pretrained(folder, safe_serialization=True)"
-                if pickled
-                else ": is this the folder of a PEFT adapter?"
-            )
-        )
+        if (copy := converted(source)) is None:
+            why = remedy(source) if holds_only_pickles(source) else "is this the folder of a PEFT adapter?"
+            raise AdapterError(f"{source} holds no {WEIGHTS_FILE}: {why}")
+        weights = copy / WEIGHTS_FILE
 
     def corrupt(error: Exception) -> AdapterError:
         return AdapterError(f"{weights} is corrupt or not a safetensors file ({error}); copy it again")
@@ -579,10 +579,9 @@ def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = Fa
         AdapterError: Bases of other names, revisions or shapes; whole parameters that not all of them hold; what PEFT cannot
             hold in one adapter.
     """
-    first, *others = adapters = list(adapters)
-    for other in others:
-        if not allow_base_mismatch:
-            _check_one_base(first, other)
+    adapters = list(adapters)
+    if not allow_base_mismatch:
+        check_one_base(adapters)
     for one, other in combinations(adapters, 2):
         _check_modules(one, other)
         _check_whole(one, other, with_base)
@@ -593,15 +592,22 @@ def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = Fa
         check_vocabularies(pinned(adapter.source, adapter.revision) for adapter in with_tokens)
 
 
-def _check_one_base(first: Adapter, other: Adapter) -> None:
+def check_one_base(adapters: Iterable[Adapter]) -> None:
+    """Refuse adapters that name different bases, or revisions of one.
+
+    Raises:
+        AdapterError: Two names or revisions.
+    """
+    first, *others = adapters
     same = {"base_model_name_or_path": same_base, "revision": lambda one, two: not one or not two or one == two}
-    for name, are_same in same.items():
-        ours, theirs = getattr(first.config, name), getattr(other.config, name)
-        if not are_same(ours, theirs):
-            raise AdapterError(
-                f"{name} differs: {ours!r} ({first.source}) and {theirs!r} ({other.source}); adapters of different bases "
-                f"do not add up. {OVERRIDE}"
-            )
+    for other in others:
+        for name, are_same in same.items():
+            ours, theirs = getattr(first.config, name), getattr(other.config, name)
+            if not are_same(ours, theirs):
+                raise AdapterError(
+                    f"{name} differs: {ours!r} ({first.source}) and {theirs!r} ({other.source}); adapters of different bases "
+                    f"do not add up. {OVERRIDE}"
+                )
 
 
 def _check_modules(one: Adapter, other: Adapter) -> None:

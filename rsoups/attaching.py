@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -128,6 +129,9 @@ def _put_on(soup: Soup, base: PreTrainedModel, found: AsFound, resize: bool, all
     for key, loaded in _state_of(model, with_embeddings, state).items():
         if not torch.equal(loaded.cpu(), state[key].to(loaded.dtype)):
             raise AdapterError(f"PEFT did not load tensor {key} as it is in the soup")
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout.train(base.training)  # PEFT makes layers in training mode, whatever the base's is
     return model
 
 

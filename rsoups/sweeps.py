@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rsoups._errors import DatasetError, LambdasError, RewardError, RsoupsError
-from rsoups.adapters import Adapter, check_compatible, read_adapter
+from rsoups.adapters import Adapter, check_one_base, read_adapter
 from rsoups.bases import check_base
 from rsoups.checkpoints import only_run_in
 from rsoups.decoding import Prompt, encode
@@ -136,7 +136,8 @@ def sweep(
     beside = {name: _read(source) for name, source in (others or {}).items()}
     _check_names(rewards, beside, held_out)
     allowed = allow_base_mismatch or (live is not None and live.base_mismatch)
-    check_compatible(ingredients.values(), allowed)
+    if not allowed:
+        check_one_base(ingredients.values())
     adapted = [(adapter.source, adapter.config) for adapter in [*ingredients.values(), *beside.values()]]
     check_base(adapted, live.model if live else base, allowed)
     opened = Base(base, tokenizer)
