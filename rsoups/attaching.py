@@ -180,7 +180,8 @@ def _fit_vocabulary(soup: Soup, base: PreTrainedModel, resize: bool) -> None:
         AdapterError: The numbers differ, and it is not to be resized; or the soup holds one of the two tables of tokens only, so that
             the other one's new rows are not known.
     """
-    layers = [layer for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer is not None]
+    layers: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    layers = [layer for layer in layers if layer is not None]
     names = {id(module): name for name, module in base.named_modules()}
     whole = {key.replace(BASE_EMBEDDING, ".weight"): tensor for key, tensor in soup.state_dict.items()}
     keys = [f"{PREFIX}{names.get(id(layer))}.weight" for layer in layers]

@@ -15,7 +15,7 @@ from rsoups import low_rank
 from rsoups._errors import RsoupsError
 from rsoups.adapters import Adapter
 from rsoups.base_weights import BaseWeights, of_one_base
-from rsoups.soup import interpolate
+from rsoups.soup import Soup, interpolate
 from rsoups.soup_config import check_written
 from rsoups.stacking import check_factors, cosines_of_starts
 
@@ -110,6 +110,7 @@ def _refusal(check: Callable[[], None]) -> str | None:
 def _try_out(adapters: Mapping[str, Adapter], base: Any, allow_base_mismatch: bool) -> None:
     """Refuse what no uniform soup can be made of, or none that PEFT loads."""
     soup = interpolate(adapters, base=base, allow_base_mismatch=allow_base_mismatch)
+    assert isinstance(soup, Soup)
     check_written(soup.config, soup.layout)
 
 

@@ -156,7 +156,12 @@ def sweep(
         "server": server is not None,
         "cut": getattr(cut, "__qualname__", type(cut).__name__),
     }
-    about = {"held_out": list(held_out), "samples": samples, "method": method, "base_mismatch_allowed": allowed}
+    about: dict[str, Any] = {
+        "held_out": list(held_out),
+        "samples": samples,
+        "method": method,
+        "base_mismatch_allowed": allowed,
+    }
     about |= {**_provenance(base), **(notes or {})}
     for name, sources in (("adapters", ingredients), ("others", beside)):
         about[name] = {key: _told(source, Path(out).parent) for key, source in sources.items()}
