@@ -196,7 +196,7 @@ class Adapter:
     @cached_property
     def copies(self) -> list[str]:
         """Those of `full` that were saved with it: the base's own embeddings and head, which a LoRA leaves as they are."""
-        trained = tuple(f".{name}.weight" for name in self.config.modules_to_save or ())
+        trained = tuple(f"{name}.weight" for name in self.config.modules_to_save or ())
         weights = [name for name in self.full if name.endswith(".weight") and not name.endswith(trained)]
         return [name for name in weights if name.endswith(EMBEDDINGS) or path_of(name) in self.modules]
 
@@ -404,9 +404,9 @@ def _check(adapter: Adapter) -> None:
 def _check_full(adapter: Adapter) -> None:
     """Every whole parameter is one that the config accounts for."""
     source, config = adapter.source, adapter.config
-    saved = tuple(f".{name}." for name in config.modules_to_save or ())
+    saved = tuple(f"{name}." for name in config.modules_to_save or ())  # PEFT takes what ends with the name: "norm" is all norms
     for key in adapter.full:
-        accounted = key in adapter.copies or any(name in f".{key}" for name in saved)
+        accounted = key in adapter.copies or any(name in key for name in saved)
         accounted |= config.bias != "none" and key.endswith(".bias")
         if key.endswith(TOKENS) and (tokens := trained_tokens(config, path_of(key))) is not None:
             accounted = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -139,7 +140,9 @@ def _with_fresh_adapter(soup: Soup, base: PreTrainedModel) -> PeftModel:
     config = deepcopy(soup.config)
     config.base_model_name_or_path = None  # PEFT puts this base's in, and warns where there was another
     try:
-        model = get_peft_model(base, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # of PEFT's own merging, which is not ours
+            model = get_peft_model(base, config)
     except ValueError as error:
         raise AdapterError(f"the soup does not fit this base: {error}") from None
     finally:

@@ -42,7 +42,9 @@ def mixtral():
 
 def llava():
     torch.manual_seed(0)
-    sizes = {key: SMALL[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    sizes = {
+        key: SMALL[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    }
     vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=32)
     text = LlamaConfig(**SMALL, initializer_range=0.2)
     return LlavaForConditionalGeneration(
@@ -130,7 +132,7 @@ def test_an_old_config_stays_in_its_words(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 5e5
 
 
-@pytest.mark.filterwarnings("ignore:.*invalid shape.*lora_B.bias")
+@pytest.mark.filterwarnings("ignore:.*invalid shape.*lora_B.bias", "ignore:.lora_bias=True. was passed")
 def test_a_bias_is_added_where_the_kind_of_model_can_have_one(tmp_path):
     """And its siblings that the same switch of the config brings, which are 0."""
     targets = {"lora_bias": True, "target_modules": ["q_proj", "up_proj"]}
@@ -146,7 +148,7 @@ def test_a_bias_is_added_where_the_kind_of_model_can_have_one(tmp_path):
         assert torch.allclose(merged(IDS).logits, soup.load(tiny_llama())(IDS).logits, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*invalid shape.*lora_B.bias")
+@pytest.mark.filterwarnings("ignore:.*invalid shape.*lora_B.bias", "ignore:.lora_bias=True. was passed")
 def test_a_bias_that_no_config_can_switch_on_is_refused(tmp_path):
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SMALL))
