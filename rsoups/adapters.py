@@ -404,7 +404,9 @@ def _check(adapter: Adapter) -> None:
 def _check_full(adapter: Adapter) -> None:
     """Every whole parameter is one that the config accounts for."""
     source, config = adapter.source, adapter.config
-    saved = tuple(f"{name}." for name in config.modules_to_save or ())  # PEFT takes what ends with the name: "norm" is all norms
+    saved = tuple(
+        f"{name}." for name in config.modules_to_save or ()
+    )  # PEFT takes what ends with the name: "norm" is all norms
     for key in adapter.full:
         accounted = key in adapter.copies or any(name in key for name in saved)
         accounted |= config.bias != "none" and key.endswith(".bias")
