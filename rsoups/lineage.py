@@ -277,7 +277,7 @@ _ROOT = re.compile(r"/|~[\w.-]*(/|$)|\\\\|[A-Za-z]:[\\/]")
 _PATH_INSIDE = re.compile(
     r"""(?<![^\s=,;:"'\[({<|])(?:file://)?(?:~[\w.-]*/|/(?!/)|[A-Za-z]:[\\/](?!/)|(?:\./)*\.\./)[^\s=,;:"'\])}>|]+"""
 )
-_TOKEN = re.compile(r"\bhf_\w+")
+_TOKEN = re.compile(r"\bhf_\w+|(?<=token=).+")
 
 
 def without_paths(text: str) -> str:
