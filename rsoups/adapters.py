@@ -28,6 +28,7 @@ from torch import Tensor
 from rsoups._errors import AdapterError
 from rsoups._files import READING, from_hub
 from rsoups.adapter_config import CONFIG_FILE, check_kind, check_linear, read_config
+from rsoups.convert import converted, holds_only_pickles, remedy
 from rsoups.layer_names import PREFIX as PREFIX
 from rsoups.layer_names import current_names, path_of, plain_names, recorded_base
 from rsoups.lora_modules import FACTOR, LoraModule, read_modules
@@ -68,6 +69,11 @@ class Adapter:
     _file: tuple[Path, os.stat_result] | None = None  # of the weights, as it was found
     _names: Mapping[str, str] = field(default_factory=dict)  # of tensors in the file, where they differ
     _old_paths: Mapping[str, str] = field(default_factory=dict)  # of modules in the config, where they differ
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its files are; None for a live model."""
+        return self._file[0].parent if self._file else None
 
     @property
     def sha256(self) -> str:
@@ -140,7 +146,7 @@ class Adapter:
     @cached_property
     def copies(self) -> list[str]:
         """Those of `full` that were saved with it: the base's own embeddings and head, which a LoRA leaves as they are."""
-        trained = tuple(f".{name}.weight" for name in self.config.modules_to_save or ())
+        trained = tuple(f"{name}.weight" for name in self.config.modules_to_save or ())
         weights = [name for name in self.full if name.endswith(".weight") and not name.endswith(trained)]
         return [name for name in weights if name.endswith(EMBEDDINGS) or path_of(name) in self.modules]
 
@@ -257,16 +263,10 @@ def _from_files(source: str, hold: bool) -> Adapter:
     config = read_config(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        raise AdapterError(
-            f"{folder} holds no {WEIGHTS_FILE}"
-            + (
-                ", only adapter_model.bin, a pickle, which rsoups never opens: where you trust it, load it with PEFT and "
-                "save it again with model.save_pretrained(folder, safe_serialization=True)"
-                if pickled
-                else ": is this the folder of a PEFT adapter?"
-            )
-        )
+        if (copy := converted(source)) is None:
+            why = remedy(source) if holds_only_pickles(source) else "is this the folder of a PEFT adapter?"
+            raise AdapterError(f"{source} holds no {WEIGHTS_FILE}: {why}")
+        weights = copy / WEIGHTS_FILE
 
     def corrupt(error: Exception) -> AdapterError:
         return AdapterError(f"{weights} is corrupt or not a safetensors file ({error}); copy it again")
@@ -317,9 +317,11 @@ def _check(adapter: Adapter) -> None:
 def _check_full(adapter: Adapter) -> None:
     """Every whole parameter is one that the config accounts for."""
     source, config = adapter.source, adapter.config
-    saved = tuple(f".{name}." for name in config.modules_to_save or ())
+    saved = tuple(
+        f"{name}." for name in config.modules_to_save or ()
+    )  # PEFT takes what ends with the name: "norm" is all norms
     for key in adapter.full:
-        accounted = key in adapter.copies or any(name in f".{key}" for name in saved)
+        accounted = key in adapter.copies or any(name in key for name in saved)
         accounted |= config.bias != "none" and key.endswith(".bias")
         if key.endswith(TOKENS) and (tokens := trained_tokens(config, path_of(key))) is not None:
             accounted = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -128,6 +130,9 @@ def _put_on(soup: Soup, base: PreTrainedModel, found: AsFound, resize: bool, all
     for key, loaded in _state_of(model, with_embeddings, state).items():
         if not torch.equal(loaded.cpu(), state[key].to(loaded.dtype)):
             raise AdapterError(f"PEFT did not load tensor {key} as it is in the soup")
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout.train(base.training)  # PEFT makes layers in training mode, whatever the base's is
     return model
 
 
@@ -135,7 +140,9 @@ def _with_fresh_adapter(soup: Soup, base: PreTrainedModel) -> PeftModel:
     config = deepcopy(soup.config)
     config.base_model_name_or_path = None  # PEFT puts this base's in, and warns where there was another
     try:
-        model = get_peft_model(base, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # of PEFT's own merging, which is not ours
+            model = get_peft_model(base, config)
     except ValueError as error:
         raise AdapterError(f"the soup does not fit this base: {error}") from None
     finally:
@@ -176,7 +183,8 @@ def _fit_vocabulary(soup: Soup, base: PreTrainedModel, resize: bool) -> None:
         AdapterError: The numbers differ, and it is not to be resized; or the soup holds one of the two tables of tokens only, so that
             the other one's new rows are not known.
     """
-    layers = [layer for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer is not None]
+    layers: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    layers = [layer for layer in layers if layer is not None]
     names = {id(module): name for name, module in base.named_modules()}
     whole = {key.replace(BASE_EMBEDDING, ".weight"): tensor for key, tensor in soup.state_dict.items()}
     keys = [f"{PREFIX}{names.get(id(layer))}.weight" for layer in layers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from rsoups._errors import AdapterError, DatasetError
@@ -28,7 +28,7 @@ def same_base(one: str | None, other: str | None) -> bool:
         return ours.samefile(theirs) or _hold_the_same(ours, theirs)
     if all(embedded_name(name) or is_on_hub(name) for name in (one, other)):
         return False
-    return ours.name == theirs.name
+    return PureWindowsPath(ours).name == PureWindowsPath(theirs).name  # which takes slashes of both kinds
 
 
 def _place(name: str) -> Path:

@@ -67,10 +67,9 @@ def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = Fa
         AdapterError: Bases of other names, revisions or shapes; whole parameters that not all of them hold; what PEFT cannot
             hold in one adapter.
     """
-    first, *others = adapters = list(adapters)
-    for other in others:
-        if not allow_base_mismatch:
-            _check_one_base(first, other)
+    adapters = list(adapters)
+    if not allow_base_mismatch:
+        check_one_base(adapters)
     for one, other in combinations(adapters, 2):
         _check_modules(one, other)
         _check_whole(one, other, with_base)
@@ -83,15 +82,22 @@ def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = Fa
         check_vocabularies(pinned(adapter.source, adapter.revision) for adapter in with_tokens)
 
 
-def _check_one_base(first: Adapter, other: Adapter) -> None:
+def check_one_base(adapters: Iterable[Adapter]) -> None:
+    """Refuse adapters that name different bases, or revisions of one.
+
+    Raises:
+        AdapterError: Two names or revisions.
+    """
+    first, *others = adapters
     same = {"base_model_name_or_path": same_base, "revision": lambda one, two: not one or not two or one == two}
-    for name, are_same in same.items():
-        ours, theirs = getattr(first.config, name), getattr(other.config, name)
-        if not are_same(ours, theirs):
-            raise AdapterError(
-                f"{name} differs: {ours!r} ({first.source}) and {theirs!r} ({other.source}); adapters of different bases "
-                f"do not add up. {OVERRIDE}"
-            )
+    for other in others:
+        for name, are_same in same.items():
+            ours, theirs = getattr(first.config, name), getattr(other.config, name)
+            if not are_same(ours, theirs):
+                raise AdapterError(
+                    f"{name} differs: {ours!r} ({first.source}) and {theirs!r} ({other.source}); adapters of different bases "
+                    f"do not add up. {OVERRIDE}"
+                )
 
 
 def _check_modules(one: Adapter, other: Adapter) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,8 +24,11 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from rsoups import tensor_files
 from rsoups._errors import CheckpointError, LambdasError
 from rsoups._files import from_hub, sha256_of, whole_folder
-from rsoups._resources import resolve
+from rsoups._resources import resolve, why_not
+from rsoups.base_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
+from rsoups.convert import converted
 from rsoups.layer_names import skeleton
+from rsoups.lineage import published
 from rsoups.soup import SOUP_FILE, weights_of
 from rsoups.tensor_files import is_finite
 
@@ -39,16 +41,8 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# What goes with the weights: configs and the tokenizer, never code or pickles, nor a card that is not true of the average.
-_COPIED: tuple[str, ...] = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-)
-_COPIED += ("added_tokens.json", "chat_template*", "spm.model", "spiece.model", "sentencepiece*")
+# What goes with the weights, but no card, which is not true of the average.
+_COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES, *PROCESSOR_FILES)
 # May differ between configs.
 _FREE = {
     "_name_or_path",
@@ -119,21 +113,15 @@ def interpolate_checkpoints(
     kept = [(checkpoint, weight) for checkpoint, weight in zip(opened, row, strict=True) if weight]
     with whole_folder(out, SOUP_FILE) as partial, ThreadPoolExecutor(1) as pool:
         hashes = [pool.submit(_hashes, checkpoint) for checkpoint in opened]
-        for path in (path for pattern in _COPIED for path in sorted(opened[0].folder.glob(pattern)) if path.is_file()):
-            shutil.copyfile(path, partial / path.name)
+        copy_files(opened[0].folder, _COPIED, partial)
         _write_weights(opened[0], kept, dtype, partial, progress)
-        if dtype is not None:
-            config = json.loads((partial / "config.json").read_text("utf-8")) | {
-                "dtype": str(dtype).removeprefix("torch.")
-            }
-            config.pop("torch_dtype", None)
-            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        _write_config(partial / "config.json", dtype)
         lineage = {
             "method": "full weights",
             "ingredients": [
                 {
                     "name": name,
-                    "source": Path(c.source).name if Path(c.source).is_absolute() else c.source,
+                    "source": published(c.source),
                     "revision": c.revision,
                     "sha256": found.result(),
                     "lambda": weight,
@@ -144,6 +132,16 @@ def interpolate_checkpoints(
         }
         (partial / SOUP_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
     return Path(out)
+
+
+def _write_config(path: Path, dtype: torch.dtype | None) -> None:
+    """The first model's config, with another dtype if one is asked for, and without the path that it was once read from."""
+    config = _json(path)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    if config.pop("_name_or_path", None) is not None or dtype is not None:
+        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _hashes(checkpoint: _Checkpoint) -> dict[str, str]:
@@ -169,7 +167,11 @@ def _open(source: str) -> _Checkpoint:
             raise CheckpointError(f"{folder / _INDEX} has no weight_map of tensors and files")
         names = sorted(set(files.values()))
     if not names:
-        raise CheckpointError(f"{source} holds neither {_ONE_FILE} nor {_INDEX}; pickles are never opened")
+        if (copy := converted(source)) is not None:
+            return replace(_open(str(copy)), source=source, revision=revision)
+        raise CheckpointError(
+            f"{source} holds neither {_ONE_FILE} nor {_INDEX}" + (f": {w}" if (w := why_not(source)) else "")
+        )
     handles, where, kinds = {}, {}, {}
     for name in names:
         path = _inside(folder, name)

@@ -355,7 +355,7 @@ def _retried(repo_id: str, token: str | None, call: Callable[[], _T]) -> _T:
         except (httpx2.TransportError, ConnectionError, TimeoutError) as error:
             reason, wait = f"{type(error).__name__}", ""
         if attempt < _ATTEMPTS:
-            time.sleep(min(float(wait) if wait.isdigit() else 2.0 ** (attempt - 1), _LONGEST_WAIT))
+            time.sleep(min(float(wait) if wait.isdecimal() else 2.0 ** (attempt - 1), _LONGEST_WAIT))
     raise HubError(f"the Hub did not take {repo_id} in {_ATTEMPTS} attempts ({reason}); nothing is half-published")
 
 

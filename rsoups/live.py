@@ -26,7 +26,7 @@ from rsoups.adapters import Adapter, read_adapter
 from rsoups.attaching import output_scale
 from rsoups.base_weights import BaseWeights, of_one_base
 from rsoups.bases import check_base
-from rsoups.compatibility import check_compatible
+from rsoups.compatibility import check_compatible, check_one_base
 from rsoups.sampling import fast_sampling
 from rsoups.soup import Soup, interpolate, named_adapters, weights_of
 from rsoups.stacking import check_factors
@@ -264,8 +264,9 @@ class LiveSoup:
 
         source = resolve(base)
         named = {name: a if isinstance(a, Adapter) else read_adapter(a) for name, a in named_adapters(adapters).items()}
-        configs = [(adapter.source, adapter.config) for adapter in named.values()]
-        check_base(configs, base, allow_base_mismatch, kwargs.get("revision"))  # before the base is loaded
+        if not allow_base_mismatch:  # before the base is loaded
+            check_one_base(named.values())
+            check_base([(a.source, a.config) for a in named.values()], base, revision=kwargs.get("revision"))
         if isinstance(quantization, str):
             if quantization not in ("8bit", "4bit"):
                 raise LambdasError(f"quantization is {quantization!r}, must be '8bit', '4bit' or a config")
@@ -278,7 +279,11 @@ class LiveSoup:
         if quantization is None and "device_map" not in kwargs:
             nn.Module.to(model, device)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=kwargs.get("revision"))
-        return cls(model, named, method, tokenizer, allow_base_mismatch=allow_base_mismatch)
+        live = cls(
+            model, named, method, tokenizer, allow_base_mismatch=True
+        )  # it may be loaded from a copy of another name
+        live.base_mismatch = allow_base_mismatch
+        return live
 
     @contextmanager
     def at(self, lambdas: Any, *, normalize: bool = False, extrapolate: bool = False) -> Iterator[PreTrainedModel]:

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rsoups._errors import AdapterError
 from rsoups._files import whole_folder
-from rsoups._resources import resolve
+from rsoups._resources import from_safetensors, resolve, why_not
 from rsoups.attaching import output_scale
 from rsoups.base_files import PROCESSOR_FILES, TOKENIZER_FILES, BaseFiles, copy_files, tokenizer_folder
 from rsoups.bases import check_base
@@ -125,11 +125,11 @@ def _load(source: str, soup: Soup | None = None) -> PreTrainedModel:
     if kind is None:
         raise AdapterError(f"transformers has no class {config.architectures} for the base {source!r}")
     try:
-        model, about = kind.from_pretrained(
-            source, config=config, dtype="auto", use_safetensors=True, output_loading_info=True
+        model, about = from_safetensors(
+            kind.from_pretrained, source, config=config, dtype="auto", output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        raise AdapterError(f"cannot load the base {source!r} as {kind.__name__}: {error}") from None
+        raise AdapterError(f"cannot load the base {source!r}: {why_not(source) or error}") from None
     if lacking := sorted(set(about["missing_keys"]) - set(soup.whole if soup else ())):
         raise AdapterError(
             f"neither the base {source!r} nor the soup holds {lacking[0]}, which {type(model).__name__} needs"

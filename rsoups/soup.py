@@ -289,7 +289,7 @@ class Soup:
 
     def tokenizer_folder(self) -> Path | None:
         """Where the tokenizer that came with the ingredients is; None where none brings one."""
-        for adapter in [*self._adapters.values(), *([self._file] if self._file else [])]:
+        for adapter in self._read:
             if (found := tokenizer_folder(pinned(adapter.source, adapter.revision))) is not None:
                 return found
         return None
@@ -297,8 +297,12 @@ class Soup:
     @property
     def named_configs(self) -> list[tuple[str, LoraConfig]]:
         """Where each ingredient is from, with its config; of a soup that was read, the soup's own."""
-        adapters = list(self._adapters.values()) or [self._file]
-        return [(a.source, a.config) for a in adapters if a is not None] or [("the soup", self.config)]
+        return [(adapter.source, adapter.config) for adapter in self._read] or [("the soup", self.config)]
+
+    @property
+    def _read(self) -> list[Adapter]:
+        """What the soup was made of, or read from."""
+        return list(self._adapters.values()) or [adapter for adapter in [self._file] if adapter is not None]
 
     def push_to_hub(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 
 from rsoups._errors import AdapterError, DatasetError, FrontError, OutputError
 from rsoups.adapters import Adapter, read_adapter
-from rsoups.compatibility import check_compatible
+from rsoups.compatibility import check_one_base
 from rsoups.front import Front
 from rsoups.soup import Soup
 from rsoups.tasks import question_of, read_jsonl
@@ -136,7 +136,8 @@ class SweepFolder:
         if not base:
             raise AdapterError("neither the sweep nor its ingredients name their base: say --base")
         allowed = allow_base_mismatch or settings.get("base_mismatch_allowed") is True
-        check_compatible(read.values(), allowed)
+        if not allowed:
+            check_one_base(read.values())
         method = front.soups[0].method or "exact"
         prompts = list({json.dumps(row["prompt"]): row["prompt"] for row in read_jsonl(records)}.values())
         return cls(records, front, prompts, base, sources, read, method, settings, allowed)

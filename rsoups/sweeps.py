@@ -36,7 +36,7 @@ from rsoups._errors import DatasetError, LambdasError, RewardError, RsoupsError
 from rsoups.adapters import Adapter, read_adapter
 from rsoups.bases import check_base
 from rsoups.checkpoints import only_run_in
-from rsoups.compatibility import check_compatible
+from rsoups.compatibility import check_one_base
 from rsoups.decoding import Prompt, encode
 from rsoups.front import Front
 from rsoups.generation import Answer, Base, Generator, Item, Model, Nats
@@ -137,7 +137,8 @@ def sweep(
     beside = {name: _read(source) for name, source in (others or {}).items()}
     _check_names(rewards, beside, held_out)
     allowed = allow_base_mismatch or (live is not None and live.base_mismatch)
-    check_compatible(ingredients.values(), allowed)
+    if not allowed:
+        check_one_base(ingredients.values())
     adapted = [(adapter.source, adapter.config) for adapter in [*ingredients.values(), *beside.values()]]
     check_base(adapted, live.model if live else base, allowed)
     opened = Base(base, tokenizer)
@@ -156,7 +157,12 @@ def sweep(
         "server": server is not None,
         "cut": getattr(cut, "__qualname__", type(cut).__name__),
     }
-    about = {"held_out": list(held_out), "samples": samples, "method": method, "base_mismatch_allowed": allowed}
+    about: dict[str, Any] = {
+        "held_out": list(held_out),
+        "samples": samples,
+        "method": method,
+        "base_mismatch_allowed": allowed,
+    }
     about |= {**_provenance(base), **(notes or {})}
     for name, sources in (("adapters", ingredients), ("others", beside)):
         about[name] = {key: _told(source, Path(out).parent) for key, source in sources.items()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rsoups._errors import LambdasError, LineageError
+from rsoups._files import is_hub_id
 from rsoups.adapters import Adapter, adapter_of, read_adapter
 from rsoups.hub import read_soup
 from rsoups.lineage import Manifest, manifest_of, parents_of, pinned
@@ -215,6 +216,8 @@ def locate(soup: Soup, given: Mapping[str, str | Path] | None = None) -> dict[st
         name, source = ingredient.name, given.get(ingredient.name)
         if source is None and ingredient.revision:
             source = pinned(ingredient.source, ingredient.revision)
+            if not is_hub_id(source) or Path(source).exists():
+                raise LineageError(f"ingredient {name!r} ({source}) is no Hub id: say --ingredient {name}=FOLDER")
         elif source is None:
             # A path that comes from a file leads nowhere but down from here.
             here, place = Path.cwd(), (Path.cwd() / ingredient.source).resolve()

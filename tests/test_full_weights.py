@@ -83,7 +83,9 @@ def test_one_hot_and_uniform(tmp_path):
     assert all(torch.equal(uniform[key], even[key]) for key in even)
     with pytest.raises(rsoups.LambdasError, match="normalize"):
         average(folders, [1, 1], tmp_path / "bad")
-    average(folders, [1.5, -0.5], tmp_path / "extra", extrapolate=True)
+    beyond, first = weights(average(folders, [1.5, -0.5], tmp_path / "extra", extrapolate=True)), weights(folders[0])
+    for key, tensor in beyond.items():
+        assert torch.equal(tensor, (1.5 * first[key].double() - 0.5 * original[key].double()).float()), key
 
 
 def test_reward_models_with_their_tokenizers(tmp_path):
@@ -140,7 +142,7 @@ def test_models_that_do_not_add_up_are_refused_before_anything_is_written(tmp_pa
     check(other, "corrupt")
     (other / "model.safetensors").unlink()
     torch.save({}, other / "pytorch_model.bin")
-    check(other, "pickles are never opened")
+    check(other, "only pickled weights")
     with pytest.raises(rsoups.CheckpointError, match="does not fit into torch.float16"):
         big = {key: tensor * 1e7 for key, tensor in weights(first).items()}
         save_file(big, first / "model.safetensors")
@@ -156,6 +158,22 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, name):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(rsoups.CheckpointError, match="not a file of its folder"):
         average([folder, folder], [0.5, 0.5], tmp_path / "out")
+
+
+def test_no_code_no_pickle_and_no_path_goes_along(tmp_path):
+    folders = [saved(tmp_path / str(i), i) for i in range(2)]
+    tiny_tokenizer(["a", "b"]).save_pretrained(folders[0])
+    for name in ("modeling_x.py", "tokenizer_x.py", "vocab.py", "extra.bin", "tokenizer.bin", "vocab.pkl"):
+        (folders[0] / name).write_bytes(b"1")
+    (tmp_path / "secret.json").write_text("{}")
+    (folders[0] / "tokenizer_more.json").symlink_to(tmp_path / "secret.json")
+    edit(folders[0], "config.json", _name_or_path="/home/someone/x")
+    out = average({"a": f"{folders[1]}/../0", "b": folders[1]}, None, tmp_path / "o")
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert not [name for name in names if name.endswith((".py", ".bin", ".pkl"))] and "tokenizer_more.json" not in names
+    assert "someone" not in (out / "config.json").read_text()
+    assert [i["source"] for i in json.loads((out / "soup.json").read_text())["ingredients"]] == ["0", "1"]
 
 
 def test_integers_must_be_the_same(tmp_path):
