@@ -17,7 +17,7 @@ SOURCES = sorted((ROOT / "rsoups").glob("*.py"))
 # DESIGN: imports point one way. A module may import from rsoups only what stands in an earlier row.
 ORDER = [
     {"_errors"},
-    {"_cards", "_files", "tensor_files"},
+    {"_cards", "_files", "_unpickle", "tensor_files"},
     {
         "actor_critic",
         "adapter_config",
@@ -31,6 +31,7 @@ ORDER = [
         "low_rank",
     }
     | {"reward_inputs", "rl_math", "sampling", "tasks", "votes"},
+    {"convert"},
     {"_resources"},
     {"bases"},
     {"base_files", "lora_modules"},
