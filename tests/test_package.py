@@ -45,9 +45,9 @@ ORDER = [
     {"attaching"},
     {"soup", "judge"},
     {"averaging", "conflicts", "full_weights", "inspection", "live", "merging", "sweep_folder"},
-    {"generation", "scoring", "streaming"},
+    {"generation", "ppo_config", "scoring", "streaming"},
     {"ppo", "probing", "vllm_server"},
-    {"sweeps"},
+    {"run_plan", "sweeps"},
     {"suites"},
     {"charts", "plots", "space", "tasting"},
     {"report"},
@@ -62,7 +62,7 @@ ORDER = [
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # `Soup.push_to_hub` and `.merge` are methods as users expect them; their work is in modules imported when they are called.
-ALLOWED = {("soup", "hub"), ("soup", "merging")}
+ALLOWED = {("soup", "hub"), ("soup", "merging"), ("lineage", "convert")}
 
 
 def imports_of(path: Path) -> set[str]:
