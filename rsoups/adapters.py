@@ -156,6 +156,8 @@ class Adapter:
         Args:
             names: New name -> present name, of all tensors that it should have.
         """
+        if all(new == name for new, name in names.items()) and len(names) == len(self.layout):
+            return self
         old = {path_of(new): path_of(name) for new, name in names.items() if path_of(new) != path_of(name)}
         return replace(
             self,
@@ -211,7 +213,7 @@ def named_as(adapter: Adapter, base: Any) -> Adapter:
         names = current_names(base, adapter.layout)
     except AdapterError as error:
         raise AdapterError(f"{adapter.source}: {error}") from None
-    return adapter if all(new == name for new, name in names.items()) else adapter.renamed(names)
+    return adapter.renamed(names)
 
 
 def _from_model(model: PeftModel, name: str) -> Adapter:

@@ -40,6 +40,11 @@ _PARALLEL = re.compile(
 )  # DDP and DeepSpeed: around the whole model
 # PEFT leaves the adapter's name out of a file; of this one it also reads names that hold it.
 _ADAPTER_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB]|\.modules_to_save|\.trainable_tokens_delta)\.default(?=\.|$)")
+_ODD = re.compile(
+    r"^(?!base_model\.model\.)|^base_model\.model\.(base_model|module)\.|(^|\.)_\w+\.|\.default(\.|$)"
+    r"|\.(modules_to_save|original_module|base_layer)\.",
+    re.MULTILINE,
+)
 EXPERT = re.compile(r"\.experts\.\d+\.")  # PEFT itself fuses adapters of single experts when it loads them
 _WHOLE = re.compile(r"\.base_layer(\.(?:weight|bias))$")  # beside the factors of an adapted module
 _PART = re.compile(r"\.(lora_|base_layer\.|token_adapter\.).*")  # what follows a module's path in the name of a tensor
@@ -53,6 +58,9 @@ def plain_names(source: str, names: Iterable[str]) -> dict[str, str]:
     Raises:
         AdapterError: A name that PEFT reads nothing of, or two names of one tensor.
     """
+    names = list(names)
+    if not _ODD.search("\n".join(names)):  # as most files are
+        return dict(zip(names, names, strict=True))
     found: dict[str, str] = {}
     for name in names:
         plain = _plain(name)

@@ -105,16 +105,17 @@ def _told(source: str, config: LoraConfig, path: str, wrappers: int, shape: Sequ
     """
     names = _parameters(config, path, wrappers)
     if not names:
+        paths = dict.fromkeys((path, old_path))
         any_path = config.target_modules in (None, "all-linear")
-        if not any_path and not any(check_target_module_exists(config, name) for name in (path, old_path)):
+        if not any_path and not any(check_target_module_exists(config, name) for name in paths):
             raise AdapterError(f"{source}: tensors for module {path}, which {CONFIG_FILE} does not target")
-        ranks, alphas = ([by_pattern(p, name, d) for name in (path, old_path)] for p, d in _patterns(config))
-        if alphas[0] != alphas[1]:
+        ranks, alphas = ([by_pattern(p, name, d) for name in paths] for p, d in _patterns(config))
+        if alphas[0] != alphas[-1]:
             raise AdapterError(
-                f"{source}: alpha_pattern gives {alphas[1]} for {old_path}, which transformers calls {path} today, and "
+                f"{source}: alpha_pattern gives {alphas[-1]} for {old_path}, which transformers calls {path} today, and "
                 f"{alphas[0]} for that, which PEFT would scale by: write today's names into {CONFIG_FILE}"
             )
-        return _Told(ranks[1] if shape[:1] == (ranks[1],) else ranks[0], alphas[0], None)
+        return _Told(ranks[-1] if shape[:1] == (ranks[-1],) else ranks[0], alphas[0], None)
     paths = [f"{unwrapped(path)}.{name}" for name in names]
     told = [tuple(by_pattern(p, one, d) for p, d in _patterns(config)) for one in paths]
     if any(one != told[0] for one in told):
