@@ -19,8 +19,9 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from rsoups._errors import AdapterError, CheckpointError
 from rsoups._files import READING, from_hub
 from rsoups._resources import base_config, resolve
-from rsoups.adapters import PREFIX, TOKENS, Adapter, in_one_naming, trained_tokens
-from rsoups.layer_names import path_of, skeleton
+from rsoups.adapters import TOKENS, Adapter, trained_tokens
+from rsoups.compatibility import in_one_naming
+from rsoups.layer_names import PREFIX, path_of, skeleton
 from rsoups.tensor_files import Scan, TensorFile, largest
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rsoups.front import Front
     from rsoups.tasks import Task
 
+_BASE = "folder or Hub id of the base, for what only it can tell: whole parameters that some lack, old names of layers"
 _RECIPES = {
     "sweep": "generate and score at every λ, then draw the front and write the report",
     "demo": "the whole recipe on the embedded models, offline, in minutes",
@@ -62,13 +63,15 @@ def _parser() -> argparse.ArgumentParser:
         "--rank", type=_rank, help="of an svd soup; below 1 the largest relative error, which decides the rank"
     )
     interpolate.add_argument("--normalize", action="store_true", help="divide the weights by their sum")
-    interpolate.add_argument("--extrapolate", action="store_true", help="allow weights outside [0, 1]")
+    interpolate.add_argument("--extrapolate", action="store_true", help="allow weights outside [0, 1], and any sum")
+    interpolate.add_argument("--base", help=_BASE)
     add_override(interpolate)
     interpolate.set_defaults(run=_interpolate)
 
     inspect = commands.add_parser("inspect", help="what adapters are, how far apart, whether they can be souped")
     inspect.add_argument("adapters", nargs="+", help="folders or Hub ids (id@revision)")
     inspect.add_argument("--records", type=Path, help="records.jsonl of a sweep over them: looks for barriers too")
+    inspect.add_argument("--base", help=_BASE)
     add_override(inspect)
     inspect.set_defaults(run=_inspect)
 
@@ -202,6 +205,7 @@ def _interpolate(args: argparse.Namespace) -> None:
         normalize=args.normalize,
         extrapolate=args.extrapolate,
         allow_base_mismatch=args.allow_base_mismatch,
+        base=args.base,
     )
     assert isinstance(soup, Soup)
     soup.save_pretrained(args.out)
@@ -219,8 +223,9 @@ def _inspect(args: argparse.Namespace) -> None:
     from rsoups.inspection import inspect_adapters
 
     adapters = {source: read_adapter(source) for source in args.adapters}
-    print(inspect_adapters(adapters, allow_base_mismatch=args.allow_base_mismatch).to_text())
-    for conflict in merge_conflicts(adapters, Front.from_jsonl(args.records) if args.records else None):
+    found = inspect_adapters(adapters, args.base, allow_base_mismatch=args.allow_base_mismatch)
+    print(found.to_text())
+    for conflict in merge_conflicts(found.adapters, Front.from_jsonl(args.records) if args.records else None):
         print(f"conflict: {conflict}")
 
 

@@ -247,8 +247,8 @@ def _comparable(value: Any, key: str = "") -> Any:
 
 
 def _without_unread(checkpoints: list[_Checkpoint]) -> list[_Checkpoint]:
-    """Models without tensors that only some of them hold, and that transformers does not read: buffers that it computes anew, and
-    the stored copy of a head that is tied to the embeddings."""
+    """Models without tensors that only some of them hold, and that transformers does not read: buffers that it computes
+    anew, and the stored copy of a head that is tied to the embeddings."""
     in_all = set.intersection(*(set(c.kinds) for c in checkpoints))
     if all(c.kinds.keys() == in_all for c in checkpoints):
         return checkpoints

@@ -73,7 +73,9 @@ class Inspection:
             start = self.starts[names.index(a)][names.index(b)]
             kind = "one initialization" if start > _ONE_START else "different initializations"
             lines.append(f"{a}, {b}: {kind} (cosine of A {start:+.3f})")
-        for method, reason in self.refusals.items() if pairs else ():
+        for method, reason in self.refusals.items():
+            if not pairs and reason is None:
+                continue
             lines.append(f"method {method}: {'yes' if reason is None else f'no: {reason}'}")
         return "\n".join(lines)
 
@@ -142,7 +144,7 @@ def _shapes(factors: list[tuple[Tensor, Tensor]]) -> list[tuple[int, int]]:
 def _about(name: str, adapter: Adapter) -> list[str]:
     config = adapter.config
     ranks = Counter(module.rank for module in adapter.modules.values())
-    leaves = Counter(path.rsplit(".", 1)[-1] for path in adapter.modules)
+    leaves = Counter(module.parameter or path.rsplit(".", 1)[-1] for path, module in adapter.modules.items())
     parameters = sum(tensor.numel() for tensor in adapter.layout.values())
     size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.layout.values()) / 1e6
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.layout.values()})

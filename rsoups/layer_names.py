@@ -200,19 +200,21 @@ def skeleton(name: str, config: Any, only_renamed: bool = False) -> PreTrainedMo
     return _built(kind, "" if config is None else json.dumps(config.to_dict(), default=str, sort_keys=True))
 
 
-def _class(name: str) -> type[PreTrainedModel] | None:
+def _class(name: str) -> Any:
+    """A class of models in transformers, None where it has no such."""
     kind = getattr(transformers, name, None) if name.isidentifier() else None
-    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class else None
 
 
-def _was_renamed(kind: type[PreTrainedModel]) -> bool:
-    config = kind.config_class
-    names = kind.__name__, config.model_type
-    return bool(config.sub_configs) or any(get_checkpoint_conversion_mapping(name) is not None for name in names)
+def _was_renamed(kind: Any) -> bool:
+    names = kind.__name__, kind.config_class.model_type
+    return bool(kind.config_class.sub_configs) or any(
+        get_checkpoint_conversion_mapping(name) is not None for name in names
+    )
 
 
 @lru_cache(maxsize=8)
-def _built(kind: type[PreTrainedModel], config: str) -> PreTrainedModel | None:
+def _built(kind: Any, config: str) -> PreTrainedModel | None:
     try:
         with _quiet(), torch.device("meta"):
             return kind(kind.config_class.from_dict(json.loads(config)) if config else kind.config_class())

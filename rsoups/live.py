@@ -22,10 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from rsoups._errors import AdapterError, LambdasError
 from rsoups._resources import load_base, resolve
-from rsoups.adapters import Adapter, check_compatible, check_one_base, read_adapter
+from rsoups.adapters import Adapter, read_adapter
 from rsoups.attaching import output_scale
 from rsoups.base_weights import BaseWeights, of_one_base
 from rsoups.bases import check_base
+from rsoups.compatibility import check_compatible, check_one_base
 from rsoups.sampling import fast_sampling
 from rsoups.soup import Soup, interpolate, named_adapters, weights_of
 from rsoups.stacking import check_factors
@@ -210,8 +211,8 @@ class LiveSoup:
                 )
             if fused := [p for p, m in adapter.modules.items() if m.experts > 1 or p.endswith(".base_layer")]:
                 raise AdapterError(
-                    f"{adapter.source}: {fused[0]} holds fused experts, whose change is in no layer's output: make a soup for each λ "
-                    "with rsoups.interpolate"
+                    f"{adapter.source}: {fused[0]} holds fused experts, whose change is in no layer's output: make a soup for "
+                    "each λ with rsoups.interpolate"
                 )
             adapter.check_values()
         self.model, self.tokenizer, self.method = model.eval(), tokenizer, method

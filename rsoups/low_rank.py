@@ -46,7 +46,7 @@ def truncate_all(factors: Sequence[tuple[Tensor, Tensor]], rank: int | float) ->
     largest = max(len(A) for A, *_ in made)
     if any(len(A) < largest for A, *_ in made):
         made = [truncate(a, b, largest) for a, b in factors]
-    A, B = (torch.stack([one[i] for one in made]) for i in (0, 1))
+    A, B = torch.stack([one[0] for one in made]), torch.stack([one[1] for one in made])
     return A, B, sum(one[2] for one in made), sum(one[3] for one in made)
 
 

@@ -32,14 +32,13 @@ from rsoups.adapters import (
     WEIGHTS_FILE,
     Adapter,
     adapter_of,
-    check_compatible,
     holds_tokens,
     read_adapter,
-    read_modules,
 )
 from rsoups.base_files import TOKENIZER_FILES, copy_files, tokenizer_folder
 from rsoups.base_weights import BaseWeights, of_one_base
 from rsoups.bases import check_base, public_name, short_name
+from rsoups.compatibility import check_compatible
 from rsoups.lineage import (
     SOUP_FILE,
     Ingredient,
@@ -51,6 +50,7 @@ from rsoups.lineage import (
     renamed_base,
     scrubbed,
 )
+from rsoups.lora_modules import read_modules
 from rsoups.soup_config import as_written, check_written
 from rsoups.stacking import Blend, Kept, check_factors, pieces_of
 
@@ -547,7 +547,8 @@ def _check_sums(rows: list[list[float]]) -> None:
     for row in rows:
         if abs(math.fsum(row) - 1) > _SUM_TOLERANCE:
             raise LambdasError(
-                f"lambdas {row} sum to {math.fsum(row):g}; method 'factors' would scale A and B by it each: use 'exact' or 'svd'"
+                f"lambdas {row} sum to {math.fsum(row):g}; method 'factors' would scale A and B by it each: use 'exact' "
+                "or 'svd'"
             )
 
 

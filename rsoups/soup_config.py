@@ -14,10 +14,13 @@ from torch import Tensor
 
 from rsoups._errors import AdapterError
 from rsoups.adapter_config import for_inference
-from rsoups.adapters import Adapter, LoraModule, read_modules, unwrapped
-from rsoups.layer_names import EXPERT, as_loaded, recorded_base, without_numbers
+from rsoups.adapters import Adapter
+from rsoups.layer_names import EXPERT, as_loaded, recorded_base, tells_class, without_numbers
+from rsoups.lora_modules import LoraModule, read_modules, unwrapped
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# Where the layers of models with images or sound were until transformers moved them into one `model`.
+_OLD = re.compile(r"(language_model|vision_tower|visual|audio_tower|multi_modal_projector)\.")
 _BIASES = ("none", "lora_only", "all")
 
 
@@ -62,31 +65,38 @@ def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alpha
     of_experts = {(module.rank, alphas[path]) for path, module in modules.items() if EXPERT.search(path)}
     if len(of_experts) > 1:
         raise AdapterError(
-            f"experts have unlike ranks, {sorted(rank for rank, _ in of_experts)}: PEFT, which fuses the factors of single experts when "
-            "it loads them, needs one rank; pass base= (--base), so that they are fused before"
+            f"experts have unlike ranks, {sorted(rank for rank, _ in of_experts)}: PEFT, which fuses the factors of single "
+            "experts when it loads them, needs one rank; pass base= (--base), so that they are fused before"
         )
     told = {path: (module.rank, alphas[path]) for path, module in modules.items()}
     fused = [
         told[path] for path, module in modules.items() if module.parameter is not None
     ]  # PEFT warns of patterns for these
     common = Counter(fused or told.values()).most_common(1)[0][0]
-    config.r, config.lora_alpha = next(iter(of_experts), common)
-    patterns = {_pattern(modules, path): both for path, both in told.items()}
+    rank, alpha = next(iter(of_experts), common)
+    config.r, config.lora_alpha = rank, alpha  # type: ignore[assignment]  # PEFT takes any number
+    dated = not tells_class(config)
+    patterns = {_pattern(modules, path, dated): both for path, both in told.items()}
     config.rank_pattern = {pattern: rank for pattern, (rank, _) in patterns.items() if rank != config.r}
     config.alpha_pattern = {pattern: alpha for pattern, (_, alpha) in patterns.items() if alpha != config.lora_alpha}
 
 
-def _pattern(modules: Mapping[str, LoraModule], path: str) -> str:
+def _pattern(modules: Mapping[str, LoraModule], path: str, dated: bool) -> str:
     """A pattern of PEFT's that fits one module, or one parameter of it, or all of them where they have one rank."""
     parameter = modules[path].parameter
     if parameter is None:
-        return f"^{re.escape(path)}"
+        return _whatever_its_name(path) if dated and _OLD.match(path) else f"^{re.escape(path)}"
     module = unwrapped(path)
     if not parameter and len({m.rank for other, m in modules.items() if unwrapped(other) == module}) > 1:
         raise AdapterError(
             f"the parameters of {module} have unlike ranks, and the adapters do not tell which is which: no config can say it"
         )
     return rf"^{re.escape(module)}\.{re.escape(parameter) if parameter else '[^.]+'}"
+
+
+def _whatever_its_name(path: str) -> str:
+    """A pattern that fits a path of the past, and the one that PEFT makes of it when it loads the adapter on its base."""
+    return re.sub(r"\\\.(model|vision_model)\\\.", r"\\.(?:\1\\.)?", re.escape(path))
 
 
 def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> None:
@@ -104,9 +114,11 @@ def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[st
         return
     listed = all(not isinstance(one.target_modules, (str, type(None))) for one in configs)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.target_modules = {name for one in configs for name in one.target_modules or ()} if listed else set()
+    config.target_modules = sorted({name for one in configs for name in one.target_modules or ()}) if listed else []
     if not listed or narrowed or not _selects(config, paths):
-        config.target_modules = set(paths)  # PEFT takes each name of a list for the end of a path
+        config.target_modules = sorted(paths)  # PEFT takes each name of a list for the end of a path
+        if any(map(_OLD.match, paths)) and not tells_class(config):
+            config.target_modules = f"(.*\\.)?({'|'.join(map(_whatever_its_name, sorted(paths)))})"
 
 
 def _selects(config: LoraConfig, paths: Sequence[str]) -> bool:
@@ -159,6 +171,6 @@ def check_written(config: LoraConfig, layout: Mapping[str, Any]) -> None:
     for path, module in modules.items():
         if module.parameter and without_numbers(f"{unwrapped(path)}.{module.parameter}") not in parameters:
             raise AdapterError(
-                f"PEFT would not load all of this soup: it converts its targets to parameters of {type(base).__name__}, and {path} "
-                "is none: train on other targets, or merge the adapters one by one"
+                f"PEFT would not load all of this soup: it takes the targets for parameters of {type(base).__name__}, and "
+                f"{path} has none of them: train on other targets, or merge the adapters one by one"
             )

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from rsoups import low_rank
 from rsoups._errors import AdapterError
-from rsoups.adapters import PREFIX, Adapter, LoraModule
-from rsoups.layer_names import written_name
+from rsoups.adapters import Adapter
+from rsoups.layer_names import PREFIX, written_name
+from rsoups.lora_modules import LoraModule
 from rsoups.soup_config import faithful_config, stacked_config
 from rsoups.tensor_files import in_blocks, is_finite, rows_of_pieces
 
@@ -292,8 +293,8 @@ def _whole(kept: Kept, name: str, dtype: torch.dtype, base: Adapter | None) -> B
         if own and all(torch.equal(first, other) for other in others):  # the base's, whatever λ are
             return Blend(_below, [parts[0]._replace(factor=1.0)], tuple(like.shape), like.dtype)
         raise AdapterError(
-            f"{name} was saved as a whole, and the weights of the ingredients that have it sum to {1 - rest:g}, not 1: the rest "
-            "is the base's own, pass base= (--base)"
+            f"{name} was saved as a whole, and the weights of the ingredients that have it sum to {1 - rest:g}, not 1: the "
+            "rest is the base's own, pass base= (--base)"
         )
     return Blend(_summed, parts, tuple(like.shape), dtype)
 
@@ -336,5 +337,4 @@ def _named_module(path: str, rank: int, like: LoraModule, with_bias: bool) -> Lo
     kind, suffix = ("lora_embedding_", "") if like.embedding else ("lora_", ".weight")
     start = f"{PREFIX}{path}.{kind}"
     bias = f"{start}B.bias" if with_bias else None
-    names = {"A": f"{start}A{suffix}", "B": f"{start}B{suffix}", "bias": bias}
-    return replace(like, rank=rank, scaling=1.0, **names)
+    return replace(like, A=f"{start}A{suffix}", B=f"{start}B{suffix}", bias=bias, rank=rank, scaling=1.0)

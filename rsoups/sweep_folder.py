@@ -13,7 +13,8 @@ from types import NoneType
 from typing import Any
 
 from rsoups._errors import AdapterError, DatasetError, FrontError, OutputError
-from rsoups.adapters import Adapter, check_one_base, read_adapter
+from rsoups.adapters import Adapter, read_adapter
+from rsoups.compatibility import check_one_base
 from rsoups.front import Front
 from rsoups.soup import Soup
 from rsoups.tasks import question_of, read_jsonl

@@ -33,9 +33,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rsoups._errors import DatasetError, LambdasError, RewardError, RsoupsError
-from rsoups.adapters import Adapter, check_one_base, read_adapter
+from rsoups.adapters import Adapter, read_adapter
 from rsoups.bases import check_base
 from rsoups.checkpoints import only_run_in
+from rsoups.compatibility import check_one_base
 from rsoups.decoding import Prompt, encode
 from rsoups.front import Front
 from rsoups.generation import Answer, Base, Generator, Item, Model, Nats

@@ -132,8 +132,8 @@ def _deltas(one: Adapter, other: Adapter) -> Iterator[tuple[str, Tensor, Tensor]
 def _delta(adapter: Adapter, path: str) -> Tensor | None:
     if (module := adapter.modules.get(path)) is None:
         return None
-    b = adapter.tensor(module.B).double().flatten(1)
-    return module.scaling * (b @ adapter.tensor(module.A).double().flatten(1))
+    factors = module.factors(adapter.tensor(module.A).double(), adapter.tensor(module.B).double())
+    return module.scaling * torch.stack([b @ a for a, b in factors])
 
 
 def _whole(adapter: Adapter, name: str) -> Tensor | None:

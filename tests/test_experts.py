@@ -15,7 +15,9 @@ from rsoups.adapters import PREFIX, read_adapter
 from rsoups.inspection import inspect_adapters
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),  # PEFT's, of parameters: they do
+    pytest.mark.filterwarnings(
+        "ignore:The following (rank|alpha)_pattern keys did not match"
+    ),  # PEFT's, of parameters: they do
     pytest.mark.filterwarnings("ignore:Found missing adapter keys"),  # PEFT fuses experts of all layers, or none
 ]
 BOTH = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "target_modules": ["q_proj"]}
@@ -48,7 +50,9 @@ def single(folder, attention, seed, *, rank=2, layers=(0, 1), experts=("w1", "w2
 
 def of_mixtral(folder):
     """Let an adapter tell the class of its base."""
-    edit(folder, auto_mapping={"base_model_class": "MixtralForCausalLM", "parent_library": MixtralForCausalLM.__module__})
+    edit(
+        folder, auto_mapping={"base_model_class": "MixtralForCausalLM", "parent_library": MixtralForCausalLM.__module__}
+    )
     return folder
 
 
@@ -69,8 +73,16 @@ FUSED = {
         {"rank_pattern": {r".*\.gate_up_proj": 6}, "alpha_pattern": {r".*\.gate_up_proj": 5}},
         [1.2, -0.2],
     ),
-    "attention alone": ({"target_modules": []}, {"target_parameters": None, "target_modules": ["q_proj", "v_proj"]}, [0.5, 0.5]),
-    "one parameter": ({"target_parameters": ["down_proj"]}, {"target_parameters": ["experts.down_proj"], "r": 3}, [0.5, 0.5]),
+    "attention alone": (
+        {"target_modules": []},
+        {"target_parameters": None, "target_modules": ["q_proj", "v_proj"]},
+        [0.5, 0.5],
+    ),
+    "one parameter": (
+        {"target_parameters": ["down_proj"]},
+        {"target_parameters": ["experts.down_proj"], "r": 3},
+        [0.5, 0.5],
+    ),
     "no sum of 1": ({}, {"r": 3}, [0.9, 0.8]),
 }
 
@@ -96,7 +108,8 @@ def test_fused_experts_merge_and_are_told_apart(tmp_path):
     zero = {name: tensor.double() for name, tensor in tiny_mixtral().state_dict().items()}
     ends = {name: merged_by_peft(tiny_mixtral, folder) for name, folder in folders.items()}
     changes = {
-        name: torch.cat([(end[key] - zero[key]).flatten() for key in zero if ".layers.1." in key]) for name, end in ends.items()
+        name: torch.cat([(end[key] - zero[key]).flatten() for key in zero if ".layers.1." in key])
+        for name, end in ends.items()
     }
     found = inspect_adapters({name: read_adapter(folder) for name, folder in folders.items()})
     assert found.norm("a", "model.layers.1") == pytest.approx(float(changes["a"].norm()), rel=1e-6)

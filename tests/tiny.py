@@ -99,8 +99,19 @@ def tiny_adapter(folder, base=None, *, seed=0, dtype=torch.float32, **lora):
 def tiny_mixtral():
     """Two layers of three experts, whose weights are one parameter for all."""
     torch.manual_seed(0)
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "initializer_range": 0.2}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3, "experts_implementation": "eager"}
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.2,
+    }
+    shape |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 3,
+        "experts_implementation": "eager",
+    }
     return MixtralForCausalLM(MixtralConfig(**shape)).eval()
 
 
