@@ -327,7 +327,7 @@ def imdb(folder):
     """stanfordnlp/imdb: one configuration, three splits."""
     rng = random.Random(5)
     for split, count in (("train", 140), ("test", 20), ("unsupervised", 5)):
-        rows = [{"text": " ".join(sentence(rng) for _ in range(8)), "label": i % 2} for i in range(count)]
+        rows = [{"text": " ".join(sentence(rng) for _ in range(12)), "label": i % 2} for i in range(count)]
         parquet(folder / "plain_text" / f"{split}-00000-of-00001.parquet", rows)
     files = [{"split": s, "path": f"plain_text/{s}-*"} for s in ("train", "test", "unsupervised")]
     card = {"configs": [{"config_name": "plain_text", "data_files": files, "default": True}]}
