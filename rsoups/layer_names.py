@@ -172,12 +172,17 @@ def _recorded(config: LoraConfig) -> tuple[str, Any]:
 def _local_config(name: str | None, revision: str | None) -> Any:
     """The config of a base that is on this disk, or in the Hub's cache."""
     try:
-        if not name or not (re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name, "config.json").is_file()):
-            return None
-        options = {"revision": revision, "local_files_only": True, "trust_remote_code": False}
-        return AutoConfig.from_pretrained(name, **options)
+        path = Path(name or "", "config.json")
+        if name and path.is_file():
+            return _read(name, revision, path.stat().st_mtime_ns)
+        return _read(name, revision, 0) if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+@lru_cache(maxsize=32)
+def _read(name: str, revision: str | None, written: int) -> Any:
+    return AutoConfig.from_pretrained(name, revision=revision, local_files_only=True, trust_remote_code=False)
 
 
 def skeleton(name: str, config: Any, only_renamed: bool = False) -> PreTrainedModel | None:

@@ -95,6 +95,7 @@ class Soup:
     _adapters: dict[str, Adapter] = field(default_factory=dict, repr=False)
     _manifest: dict[str, Any] | None = field(default=None, repr=False)  # of a soup that was read, not made
     _file: Adapter | None = field(default=None, repr=False)  # and its own adapter
+    _base: Any = field(default=None, repr=False)  # that `interpolate` was given
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Soup:
@@ -220,6 +221,7 @@ class Soup:
             rank=rank,
             extrapolate=True,
             allow_base_mismatch=self.base_mismatch,
+            base=self._base,
         )
         assert isinstance(soup, Soup)
         return replace(soup, lambdas=self.lambdas) if self._adapters else soup
@@ -408,7 +410,7 @@ def interpolate(
     several = [row for row in kept if not _is_alone(row, rank)]
     made = iter(_made(several, method, rank, dtype, _own(several, weights)))
     parts = [_alone(row[0][0], method, dtype) if _is_alone(row, rank) else next(made) for row in kept]
-    whole: dict[str, Any] = {"method": method, "base_mismatch": allow_base_mismatch, "_adapters": read}
+    whole: dict[str, Any] = {"method": method, "base_mismatch": allow_base_mismatch, "_adapters": read, "_base": base}
     soups = [Soup(lambdas=tuple(row), **part, **whole) for row, part in zip(rows, parts, strict=True)]
     return soups if lambdas is not None and np.ndim(lambdas) == 2 else soups[0]
 

@@ -48,7 +48,7 @@ def stacked_config(adapters: Sequence[Adapter], modules: Mapping[str, LoraModule
     config.use_rslora = False
     config.lora_bias = any(module.bias is not None for module in modules.values())
     config.lora_dropout = 0.0
-    config.bias = max((one.bias for one in configs), key=_BIASES.index)
+    config.bias = max((one.bias or "none" for one in configs), key=_BIASES.index)
     saved = [name for one in configs for name in one.modules_to_save or ()]
     config.modules_to_save = list(dict.fromkeys(saved)) or None
     config.trainable_token_indices = next(

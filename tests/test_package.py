@@ -17,7 +17,7 @@ SOURCES = sorted((ROOT / "rsoups").glob("*.py"))
 # DESIGN: imports point one way. A module may import from rsoups only what stands in an earlier row.
 ORDER = [
     {"_errors"},
-    {"_cards", "_files", "tensor_files"},
+    {"_cards", "_files", "_unpickle", "tensor_files"},
     {
         "actor_critic",
         "adapter_config",
@@ -31,6 +31,7 @@ ORDER = [
         "low_rank",
     }
     | {"reward_inputs", "rl_math", "sampling", "tasks", "votes"},
+    {"convert"},
     {"_resources"},
     {"bases"},
     {"base_files", "lora_modules"},
@@ -44,9 +45,9 @@ ORDER = [
     {"attaching"},
     {"soup", "judge"},
     {"averaging", "conflicts", "full_weights", "inspection", "live", "merging", "sweep_folder"},
-    {"generation", "scoring", "streaming"},
+    {"generation", "ppo_config", "scoring", "streaming"},
     {"ppo", "probing", "vllm_server"},
-    {"sweeps"},
+    {"run_plan", "sweeps"},
     {"suites"},
     {"charts", "plots", "space", "tasting"},
     {"report"},
@@ -61,7 +62,7 @@ ORDER = [
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # `Soup.push_to_hub` and `.merge` are methods as users expect them; their work is in modules imported when they are called.
-ALLOWED = {("soup", "hub"), ("soup", "merging")}
+ALLOWED = {("soup", "hub"), ("soup", "merging"), ("lineage", "convert")}
 
 
 def imports_of(path: Path) -> set[str]:

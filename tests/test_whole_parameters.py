@@ -174,6 +174,7 @@ def test_a_base_that_cannot_give_what_is_missing_is_refused(tmp_path):
         rsoups.AdapterError, match=r"lm_head\.weight is \(64, 32\) in .*head and \(70, 32\) in the base"
     ):
         rsoups.interpolate([head, plain], base=wider)
+    assert f"{PREFIX}lm_head.weight" in rsoups.interpolate([head, plain], base=tiny_llama()).truncate(2).state_dict
     with pytest.raises(rsoups.CheckpointError, match="no such"):
         rsoups.interpolate([head, plain], base=tmp_path / "no such")
     tiny_llama().save_pretrained(tmp_path / "base")
