@@ -321,7 +321,7 @@ def _check_full(adapter: Adapter) -> None:
     source, config = adapter.source, adapter.config
     saved = tuple(
         f"{name}." for name in config.modules_to_save or ()
-    )  # PEFT takes what ends with the name: "norm" is all norms
+    )  # PEFT takes what ends with a name: "norm" is all norms
     for key in adapter.full:
         accounted = key in adapter.copies or any(name in key for name in saved)
         accounted |= config.bias != "none" and key.endswith(".bias")

@@ -1,4 +1,4 @@
-"""Put a soup on its loaded base, for good or for a while: every tensor is checked to arrive, and the base comes back bit for bit."""
+"""Put a soup on its loaded base, for good or for a while. Every tensor is checked; the base comes back bit for bit."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _PLAIN = (nn.Linear, Conv1D, nn.Embedding)
 class AsFound:
     """A model as it is now: modules, parameters, buffers, hooks, settings. `restore` puts all of it back, the same objects.
 
-    Values that are written into the base's own tensors are not seen from here: `keep` copies those that are about to be. Quantized
-    layers are left alone: they pack their weights anew when they are first used, and nothing is written into them.
+    `keep` copies the values of tensors that are about to be written into. Quantized layers are left alone: they pack their
+    weights anew when they are first used, and nothing is written into them.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -180,8 +180,8 @@ def _fit_vocabulary(soup: Soup, base: PreTrainedModel, resize: bool) -> None:
     """Give the base as many tokens as a soup that holds the embeddings and the head of all of them.
 
     Raises:
-        AdapterError: The numbers differ, and it is not to be resized; or the soup holds one of the two tables of tokens only, so that
-            the other one's new rows are not known.
+        AdapterError: The numbers differ, and `resize` is False; or the soup holds only one of the two tables of tokens, so
+            that the new rows of the other one are not known.
     """
     layers: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
     layers = [layer for layer in layers if layer is not None]
@@ -198,8 +198,8 @@ def _fit_vocabulary(soup: Soup, base: PreTrainedModel, resize: bool) -> None:
     if not resize or len(held) < len(keys):
         remedy = "pass resize=True, or resize" if len(held) == len(keys) else "resize"
         raise AdapterError(
-            f"tensor {unlike[0]} is {sizes} in the soup, the base needs {ours}: the vocabularies differ. Where tokens were added for the "
-            f"training, {remedy} the base as it was then: base.resize_token_embeddings({sizes[0]})"
+            f"tensor {unlike[0]} is {sizes} in the soup, the base needs {ours}: the vocabularies differ. Where tokens were "
+            f"added for the training, {remedy} the base as it was then: base.resize_token_embeddings({sizes[0]})"
         )
     base.resize_token_embeddings(sizes[0], mean_resizing=False)
 
@@ -222,8 +222,8 @@ def output_scale(layer: nn.Module, path: str, model: nn.Module) -> float:
     scale = float(getattr(layer, "embed_scale", 1.0)) if isinstance(layer, nn.Embedding) else 1.0
     if type(layer).forward not in {kind.forward for kind in _PLAIN} and not _is_linear(layer, scale):
         raise AdapterError(
-            f"{path} is a {type(layer).__name__}, which does more with its weight than to multiply: its change cannot be added to its "
-            "output, nor to its weight"
+            f"{path} is a {type(layer).__name__}, which does more with its weight than to multiply: no change can be added "
+            "to its output or merged into its weight. Train an adapter without this module"
         )
     return scale
 

@@ -101,7 +101,7 @@ def check_vocabularies(sources: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """The files that a loaded model was read from, as far as they are on this disk; none of a model that was made from a config."""
+    """The files that a loaded model was read from, as far as they are on this disk; none where it was made from a config."""
 
     source: str
     revision: str | None

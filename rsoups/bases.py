@@ -18,8 +18,8 @@ OVERRIDE = "If they are the same weights, pass allow_base_mismatch=True (on the 
 def same_base(one: str | None, other: str | None) -> bool:
     """Whether two names can be of one base; a missing name says nothing.
 
-    Hub ids are compared as they are, two folders of this disk by what they hold. Any other folder is on another machine: it is the same
-    base where the last part of its path is the same.
+    Hub ids are compared as they are, two folders of this disk by what they hold. Any other folder is on another machine: it is
+    the same base where the last part of its path is the same.
     """
     if not one or not other or one == other:
         return True

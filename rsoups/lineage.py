@@ -257,8 +257,8 @@ def fingerprint(texts: Iterable[Any]) -> dict[str, Any]:
 def published(source: str) -> str:
     """A source as it is told to others, so that no one learns of anyone's disk.
 
-    Of a path that is absolute or leads upwards the last part, or what is from `recipes` on; a Hub id, or a path below the current
-    folder, as it is.
+    Of a path that is absolute or leads upwards, the last part, or all from `recipes` on. A Hub id, or a path below the current
+    folder, stays as it is.
     """
     if not is_disk_path(source):
         return source

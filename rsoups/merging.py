@@ -259,8 +259,8 @@ def _add_biases(model: PreTrainedModel, config: PreTrainedConfig, state: dict[st
                 setattr(holder, flag, False)
     if lacking := sorted(added - shapes.keys()):
         raise AdapterError(
-            f"the soup adds the bias {lacking[0]}, and a {type(model).__name__} has none there whatever its config says: load the soup "
-            "instead of merging it"
+            f"the soup adds the bias {lacking[0]}, and a {type(model).__name__} has none there whatever its config says: "
+            "load the soup instead of merging it"
         )
     for name in shapes.keys() - state.keys():
         if name.endswith(".bias"):
@@ -284,8 +284,8 @@ def _check_loads(merged: _Merged, model: PreTrainedModel, folder: Path) -> None:
     for name, tensor in merged.state.items():
         if name in again and not torch.equal(again[name], tensor.to(again[name].device, again[name].dtype)):
             raise AdapterError(
-                f"a {type(model).__name__} cannot hold {name} as the soup has it (it is tied to another parameter, whatever the config "
-                "says): load the soup instead of merging it"
+                f"a {type(model).__name__} cannot hold {name} as the soup has it (it is tied to another parameter, whatever "
+                "the config says): load the soup instead of merging it"
             )
 
 
@@ -295,8 +295,8 @@ def _check_loads(merged: _Merged, model: PreTrainedModel, folder: Path) -> None:
 def _as_on_disk(state: dict[str, Tensor], model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The tensors by the names that the base's own files have, or else by those that transformers saves them under.
 
-    Files also hold copies of tied parameters, names without the prefix of the model's body, buffers that are computed anew, and layers that
-    transformers does not read: these are taken over as they are.
+    Files may name tensors without the prefix of the model's body, and hold copies of tied parameters, buffers that are computed
+    anew, and layers that transformers does not read. The last two are copied as they are.
     """
     once = remove_tied_weights_from_state_dict(dict(state), model)
     written = {name: _on_its_own(tensor) for name, tensor in revert_weight_conversion(model, once).items()}

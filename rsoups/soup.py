@@ -158,8 +158,9 @@ class Soup:
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write adapter_model.safetensors, adapter_config.json and soup.json, all or nothing; and the tokenizer that came with the
-        ingredients, where they hold the embeddings of new tokens.
+        """Write adapter_model.safetensors, adapter_config.json and soup.json, all or nothing.
+
+        Where the soup holds embeddings of tokens, the tokenizer that came with the ingredients is copied too.
 
         Raises:
             OutputError: The folder holds something other than a soup, or cannot be written.
@@ -186,7 +187,7 @@ class Soup:
         """The soup as others may read of it: no path of this disk, and the base by a name.
 
         Args:
-            base: Name of the base on the Hub; that of the config by default, or the last part of its folder's path, with a warning.
+            base: Name of the base on the Hub. By default the config's, or the last part of its folder's path, with a warning.
         """
         config = deepcopy(self.config)
         config.base_model_name_or_path = public_name(config.base_model_name_or_path, base)
@@ -263,8 +264,8 @@ class Soup:
             allow_base_mismatch: Accept a base of another name than the adapters'.
 
         Raises:
-            AdapterError: `base` already carries an adapter, or lacks a module of the soup, or has more or other-shaped ones, or is not the
-                one that the adapters name.
+            AdapterError: `base` already carries an adapter, or lacks a module of the soup, or has more or other-shaped ones;
+                or it is not the base that the adapters name.
         """
         return attaching.load(self, base, resize, allow_base_mismatch)
 

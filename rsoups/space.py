@@ -77,7 +77,7 @@ def write_space(
 
 
 def _check_base(found: SweepFolder) -> bool:
-    """Whether the base has another name than ingredients tell, which only one that is on no Hub itself may have: it is published as that.
+    """Whether ingredients tell another name of the base: one that is not on the Hub, where it is published under a name now.
 
     Raises:
         AdapterError: Ingredients of another base.

@@ -120,6 +120,12 @@ FIELDS = [
     ({"use_dora": True}, "use_dora is set"),
     ({"init_lora_weights": "pissa"}, "pissa.*convert"),
     ({"init_lora_weights": "olora"}, "olora"),
+    ({"init_lora_weights": "corda"}, "corda"),
+    ({"init_lora_weights": "loftq", "loftq_config": {}}, "loftq"),
+    ({"init_lora_weights": "lora_ga"}, "lora_ga"),
+    ({"init_lora_weights": "orthogonal"}, "orthogonal"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication is set"),
+    ({"megatron_config": {"a": 1}}, "megatron_config is set"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices is set .* no tensor holds"),
     ({"trainable_token_indices": ["a"]}, "trainable_token_indices is .*a list of token ids"),
     ({"target_parameters": "experts"}, "target_parameters is 'experts', must be a list of texts"),
@@ -130,6 +136,7 @@ FIELDS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.init_lora_weights. is 'corda' but")
 @pytest.mark.parametrize(("fields", "words"), FIELDS, ids=lambda v: str(v)[:40])
 def test_fields_are_named(adapter, fields, words):
     edit(adapter, **fields)
