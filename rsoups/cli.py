@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = _parser().parse_args(arguments)
             args.run(args)
     except RsoupsError as error:
-        print(f"rsoups: {error}", file=sys.stderr)
+        told = " ".join(str(error).splitlines())  # other libraries' reasons may have several lines
+        print(f"rsoups: {told}", file=sys.stderr)
         return 2
     return 0
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import rsoups
+from rsoups.cli import main
 
 SMALL = {
     "vocab_size": 64,
@@ -200,6 +201,12 @@ def test_trained_biases_are_merged(tmp_path, bias):
     with torch.no_grad():
         merged = type(make()).from_pretrained(tmp_path / "out").eval()(IDS).logits
         assert torch.allclose(merged, soup.load(make())(IDS).logits, atol=2e-5)
+
+
+def test_a_base_that_is_not_found_is_told_in_one_line(tmp_path, capsys):
+    assert main(["merge", str(tiny_adapter(tmp_path / "a")), "--base", "user/none", "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rsoups: cannot load the base 'user/none'") and error.count("\n") == 1
 
 
 # --- new tokens ------------------------------------------------------------------------------------------------------
