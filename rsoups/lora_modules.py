@@ -105,11 +105,11 @@ def _told(source: str, config: LoraConfig, path: str, wrappers: int, shape: Sequ
     """
     names = _parameters(config, path, wrappers)
     if not names:
-        paths = dict.fromkeys((path, old_path))
+        both = list(dict.fromkeys((path, old_path)))
         any_path = config.target_modules in (None, "all-linear")
-        if not any_path and not any(check_target_module_exists(config, name) for name in paths):
+        if not any_path and not any(check_target_module_exists(config, name) for name in both):
             raise AdapterError(f"{source}: tensors for module {path}, which {CONFIG_FILE} does not target")
-        ranks, alphas = ([by_pattern(p, name, d) for name in paths] for p, d in _patterns(config))
+        ranks, alphas = ([by_pattern(p, name, d) for name in both] for p, d in _patterns(config))
         if alphas[0] != alphas[-1]:
             raise AdapterError(
                 f"{source}: alpha_pattern gives {alphas[-1]} for {old_path}, which transformers calls {path} today, and "

@@ -47,7 +47,10 @@ def test_inspect_tells_what_can_be_souped(tmp_path, capsys):
 
 def test_the_base_gives_what_an_ingredient_lacks(tmp_path, capsys):
     tiny_llama().save_pretrained(tmp_path / "base")
-    head, plain = str(tiny_adapter(tmp_path / "head", modules_to_save=["lm_head"])), str(tiny_adapter(tmp_path / "plain", seed=1))
+    head, plain = (
+        str(tiny_adapter(tmp_path / "head", modules_to_save=["lm_head"])),
+        str(tiny_adapter(tmp_path / "plain", seed=1)),
+    )
     out, base = ["--out", str(tmp_path / "soup")], ["--base", str(tmp_path / "base")]
     assert main(["interpolate", head, plain, *out]) == 2
     assert "pass base= (--base)" in capsys.readouterr().err

@@ -83,11 +83,20 @@ def test_names_of_layers_are_converted_as_we_rely_on():
     assert "convert_peft_adapter_state_dict_for_transformers(" in inspect.getsource(set_peft_model_state_dict)
     assert "convert_peft_config_for_transformers(" in inspect.getsource(BaseTuner.inject_adapter)
     signatures = {
-        weight_conversion.convert_peft_adapter_state_dict_for_transformers: ["model", "peft_config", "adapter_state_dict"],
+        weight_conversion.convert_peft_adapter_state_dict_for_transformers: [
+            "model",
+            "peft_config",
+            "adapter_state_dict",
+        ],
         weight_conversion.convert_peft_config_for_transformers: ["peft_config", "model", "conversions"],
         conversion_mapping.get_checkpoint_conversion_mapping: ["model_type"],
         conversion_mapping.get_model_conversion_mapping: ["model"],
-        core_model_loading.rename_source_key: ["source_key", "weight_renamings", "weight_converters", "base_model_prefix"],
+        core_model_loading.rename_source_key: [
+            "source_key",
+            "weight_renamings",
+            "weight_converters",
+            "base_model_prefix",
+        ],
     }
     for function, names in signatures.items():
         assert list(inspect.signature(function).parameters)[: len(names)] == names, function.__name__
@@ -112,7 +121,9 @@ def test_fused_experts_are_laid_out_as_we_rely_on():
     source = inspect.getsource(ParamWrapper.get_delta_factors)
     assert "weight_A.reshape(self.num_experts, -1, weight_A.shape[-1])" in source
     assert "weight_B.reshape(weight_B.shape[0], -1, self.num_experts)" in source
-    parameters = [name for name, _ in MixtralExperts(MixtralConfig(hidden_size=8, intermediate_size=8)).named_parameters()]
+    parameters = [
+        name for name, _ in MixtralExperts(MixtralConfig(hidden_size=8, intermediate_size=8)).named_parameters()
+    ]
     assert parameters == ["gate_up_proj", "down_proj"]  # PEFT wraps them in this order
 
 

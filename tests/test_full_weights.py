@@ -211,7 +211,12 @@ print(growth(lambda: average(sys.argv[1:3], None, sys.argv[3], progress=False)))
 def as_transformers_4(config):
     """A config in the words of transformers 4."""
     written = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype", "head_dim")}
-    return written | {"rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": "float32", "transformers_version": "4.46.0"}
+    return written | {
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "torch_dtype": "float32",
+        "transformers_version": "4.46.0",
+    }
 
 
 CONFIGS = {
@@ -227,10 +232,14 @@ def test_configs_are_compared_as_they_are_read(tmp_path, kind):
     for name in ("config.json", "generation_config.json"):
         path = folders[1] / name
         config = json.loads(path.read_text())
-        path.write_text(json.dumps(CONFIGS[kind](config) if "model_type" in config or kind == "a list of end tokens" else config))
+        path.write_text(
+            json.dumps(CONFIGS[kind](config) if "model_type" in config or kind == "a list of end tokens" else config)
+        )
     out = average(folders, [0.5, 0.5], tmp_path / "out")
     each = [weights(folder) for folder in folders]
-    assert all(torch.equal(t, ((each[0][k].double() + each[1][k].double()) / 2).float()) for k, t in weights(out).items())
+    assert all(
+        torch.equal(t, ((each[0][k].double() + each[1][k].double()) / 2).float()) for k, t in weights(out).items()
+    )
     config = json.loads((folders[1] / "config.json").read_text())
     (folders[1] / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0, "rope_parameters": None}))
     with pytest.raises(rsoups.CheckpointError, match=r"config\.json: rope_parameters differs"):
@@ -245,7 +254,9 @@ def with_more(folder, more):
 
 def test_what_transformers_does_not_read_is_left_out(tmp_path):
     """Rotary buffers of old checkpoints, and the stored copy of a head that is tied to the embeddings."""
-    plain, more = (saved(tmp_path / name, seed, tie_word_embeddings=True) for seed, name in enumerate(("plain", "more")))
+    plain, more = (
+        saved(tmp_path / name, seed, tie_word_embeddings=True) for seed, name in enumerate(("plain", "more"))
+    )
     frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
     with_more(more, lambda tensors: frequencies | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     for folders in ([plain, more], [more, plain]):
