@@ -92,6 +92,9 @@ class ScriptArguments:
         default=None, metadata={"help": "URL of a vLLM server of this base, which answers instead."}
     )
     seed: int = field(default=0, metadata={"help": "Of sampling, and of --random."})
+    allow_base_mismatch: bool = field(
+        default=False, metadata={"help": "Accept adapters that name other bases; recorded."}
+    )
     output_dir: str = field(default="runs/sweep", metadata={"help": "Folder of the records and the report."})
 
 
@@ -134,6 +137,7 @@ def main(script: ScriptArguments) -> None:
         batch_tokens=script.batch_tokens or "auto",
         server=script.server,
         seed=script.seed,
+        allow_base_mismatch=script.allow_base_mismatch,
         notes={"task": script.task, "reward_sources": {reward.name: source for source, reward in loaded.items()}},
         out=out / "records.jsonl",
     )

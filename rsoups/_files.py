@@ -112,6 +112,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a name is of the form ``user/name``, with a subfolder and a revision perhaps, and leads to no other place."""
+    return bool(_HUB_ID.fullmatch(source)) and ".." not in source
+
+
 def from_hub(source: str, names: Iterable[str]) -> tuple[Path, str] | None:
     """Files of a Hub repository, fetched or from the cache.
 

@@ -39,6 +39,14 @@ def resolve(name: str) -> str:
     return str(_PACKAGE / "assets" / asset)
 
 
+def embedded_name(name: str) -> str | None:
+    """``rsoups/<asset>`` of an embedded asset, by that name or by its folder; None of any other name."""
+    if name.startswith(_PREFIX):
+        return name
+    folder = Path(name)
+    return f"{_PREFIX}{folder.name}" if folder.is_absolute() and folder.parent == _PACKAGE / "assets" else None
+
+
 def base_config(name: str, **options: Any) -> Any:
     """A base's config; errors as of `load_base`."""
     from transformers import AutoConfig

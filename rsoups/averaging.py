@@ -29,7 +29,11 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def greedy(
-    adapters: Sequence[Any] | Mapping[str, Any], score: Callable[[Soup], float], *, method: str = "exact"
+    adapters: Sequence[Any] | Mapping[str, Any],
+    score: Callable[[Soup], float],
+    *,
+    method: str = "exact",
+    allow_base_mismatch: bool = False,
 ) -> Soup:
     """The greedy soup (Wortsman et al. 2022, recipe 1; DiWA's restricted selection).
 
@@ -39,7 +43,7 @@ def greedy(
     Args:
         adapters: As `interpolate` takes them.
         score: Soup -> a number, higher is better, such as a reward's mean on held-out prompts. Called at most 2N - 1 times.
-        method: As in `interpolate`.
+        method, allow_base_mismatch: As in `interpolate`.
 
     Returns:
         The uniform soup of the adapters that were kept, in the order of their scores.
@@ -50,10 +54,11 @@ def greedy(
         RewardError: A score that is not finite.
     """
     read = _read(adapters)
-    interpolate(read, method=method)  # refuses what does not go together
+    interpolate(read, method=method, allow_base_mismatch=allow_base_mismatch)  # refuses what does not go together
 
     def soup_of(names: Sequence[str]) -> Soup:
-        soup = interpolate({name: read[name] for name in names}, method=method)
+        kept = {name: read[name] for name in names}
+        soup = interpolate(kept, method=method, allow_base_mismatch=allow_base_mismatch)
         assert isinstance(soup, Soup)
         return soup
 

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from rsoups import __version__
 from rsoups._errors import AdapterError, FrontError, OutputError, RewardError, RsoupsError
 from rsoups._resources import named_sources, shipped
-from rsoups.cli_hub import add_commands
+from rsoups.cli_hub import add_commands, add_override
 
 if TYPE_CHECKING:
     from rsoups.front import Front
     from rsoups.tasks import Task
 
+_BASE = "folder or Hub id of the base, for what only it can tell: whole parameters that some lack, old names of layers"
 _RECIPES = {
     "sweep": "generate and score at every λ, then draw the front and write the report",
     "demo": "the whole recipe on the embedded models, offline, in minutes",
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = _parser().parse_args(arguments)
             args.run(args)
     except RsoupsError as error:
-        print(f"rsoups: {error}", file=sys.stderr)
+        told = " ".join(str(error).splitlines())  # other libraries' reasons may have several lines
+        print(f"rsoups: {told}", file=sys.stderr)
         return 2
     return 0
 
@@ -63,12 +65,16 @@ def _parser() -> argparse.ArgumentParser:
         "--rank", type=_rank, help="of an svd soup; below 1 the largest relative error, which decides the rank"
     )
     interpolate.add_argument("--normalize", action="store_true", help="divide the weights by their sum")
-    interpolate.add_argument("--extrapolate", action="store_true", help="allow weights outside [0, 1]")
+    interpolate.add_argument("--extrapolate", action="store_true", help="allow weights outside [0, 1], and any sum")
+    interpolate.add_argument("--base", help=_BASE)
+    add_override(interpolate)
     interpolate.set_defaults(run=_interpolate)
 
     inspect = commands.add_parser("inspect", help="what adapters are, how far apart, whether they can be souped")
     inspect.add_argument("adapters", nargs="+", help="folders or Hub ids (id@revision)")
     inspect.add_argument("--records", type=Path, help="records.jsonl of a sweep over them: looks for barriers too")
+    inspect.add_argument("--base", help=_BASE)
+    add_override(inspect)
     inspect.set_defaults(run=_inspect)
 
     merge = commands.add_parser("merge", help="write an adapter or a soup into its base: a whole model")
@@ -78,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the model; the base's if left out"
     )
     merge.add_argument("--out", required=True, type=Path, help="folder of the model")
+    add_override(merge)
     merge.set_defaults(run=_merge)
 
     convert = commands.add_parser("convert", help="pickled weights (.bin, .pt) of an adapter or a model to safetensors")
@@ -173,6 +180,7 @@ def _add_explore(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     explore.add_argument("--host", default="127.0.0.1", help="address to listen on")
     explore.add_argument("--port", type=int, help="the first free one from 7860 if left out")
     explore.add_argument("--export", type=Path, metavar="FOLDER", help="write a Hugging Face Space there instead")
+    add_override(explore)
     explore.set_defaults(run=_explore)
 
 
@@ -212,6 +220,8 @@ def _interpolate(args: argparse.Namespace) -> None:
         rank=args.rank,
         normalize=args.normalize,
         extrapolate=args.extrapolate,
+        allow_base_mismatch=args.allow_base_mismatch,
+        base=args.base,
     )
     assert isinstance(soup, Soup)
     soup.save_pretrained(args.out)
@@ -229,8 +239,9 @@ def _inspect(args: argparse.Namespace) -> None:
     from rsoups.inspection import inspect_adapters
 
     adapters = {source: read_adapter(source) for source in args.adapters}
-    print(inspect_adapters(adapters).to_text())
-    for conflict in merge_conflicts(adapters, Front.from_jsonl(args.records) if args.records else None):
+    found = inspect_adapters(adapters, args.base, allow_base_mismatch=args.allow_base_mismatch)
+    print(found.to_text())
+    for conflict in merge_conflicts(found.adapters, Front.from_jsonl(args.records) if args.records else None):
         print(f"conflict: {conflict}")
 
 
@@ -250,7 +261,8 @@ def _merge(args: argparse.Namespace) -> None:
     base = args.base or soup.config.base_model_name_or_path
     if not base:
         raise AdapterError(f"{args.adapter} does not name its base: say --base")
-    soup.merge(base, args.out, dtype=getattr(torch, args.dtype) if args.dtype else None)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    soup.merge(base, args.out, dtype, allow_base_mismatch=args.allow_base_mismatch)
     print(args.out)
 
 
@@ -488,6 +500,7 @@ def _explore(args: argparse.Namespace) -> None:
     if wrong := [pair for pair in args.adapters if "=" not in pair]:
         raise AdapterError(f"--adapters takes NAME=FOLDER or NAME=HUB_ID, got {wrong}")
     models = {"base": args.base, "adapters": named_sources(args.adapters, "adapters")}
+    models["allow_base_mismatch"] = args.allow_base_mismatch
     if args.export:
         write_space(args.folder, args.export, **models)
         print(f"{args.export}\npublish it: hf upload user/name {args.export} . --repo-type space")

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+
+def add_override(command: argparse.ArgumentParser) -> None:
+    """The flag that accepts a base of another name than the adapters'."""
+    command.add_argument(
+        "--allow_base_mismatch",
+        "--allow-base-mismatch",
+        action="store_true",
+        help="accept a base of another name than the adapters'; recorded",
+    )
 
 
 def add_commands(commands: Any) -> None:
@@ -15,6 +26,7 @@ def add_commands(commands: Any) -> None:
     push.add_argument("--front", type=Path, help="records.jsonl of the sweep that the soup was chosen from")
     push.add_argument("--require", type=Path, help="a test suite (YAML) that the soup must pass first")
     push.add_argument("--licence", help="of what is published, by the Hub's name; see the card if left out")
+    push.add_argument("--base", help="name of the base on the Hub, in place of a folder of this disk")
     push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     push.add_argument("--commit-message", help="λ if left out")
     push.add_argument("--create_pr", "--create-pr", action="store_true", help="open a pull request instead of a commit")
@@ -45,6 +57,7 @@ def add_commands(commands: Any) -> None:
     patch.add_argument("adapter", help="the new ingredient, a folder or a Hub id")
     patch.add_argument("--lambda", dest="weight", type=float, required=True, help="its λ")
     patch.add_argument("--name", help="its name; the folder's if left out")
+    add_override(patch)
     revert.add_argument("name", help="of the ingredient")
     for command in (patch, revert):
         command.add_argument("--out", required=True, type=Path, help="folder of the new soup")
@@ -63,6 +76,7 @@ def add_commands(commands: Any) -> None:
     test.add_argument("soup", help="folder or Hub id")
     test.add_argument("--suite", required=True, type=Path, help="YAML: see rsoups/suites.py")
     test.add_argument("--against", help="a parent, instead of the suite's")
+    add_override(test)
     test.set_defaults(run=_test)
 
 
@@ -73,6 +87,7 @@ def _push(args: argparse.Namespace) -> None:
 
     options = {
         "licence": args.licence,
+        "base": args.base,
         "private": args.private,
         "commit_message": args.commit_message,
         "create_pr": args.create_pr,
@@ -124,7 +139,9 @@ def _patch(args: argparse.Namespace) -> None:
     from rsoups.hub import read_soup
     from rsoups.versions import patch
 
-    made = patch(read_soup(args.soup), args.adapter, args.weight, args.name)
+    made = patch(
+        read_soup(args.soup), args.adapter, args.weight, args.name, allow_base_mismatch=args.allow_base_mismatch
+    )
     made.save_pretrained(args.out)
     print(f"{made.mix}\n{args.out}")
 
@@ -139,13 +156,15 @@ def _revert(args: argparse.Namespace) -> None:
 
 
 def _test(args: argparse.Namespace) -> None:
-    _run_suite(args.suite, args.soup, args.against)
+    _run_suite(args.suite, args.soup, args.against, args.allow_base_mismatch)
 
 
-def _run_suite(path: Path, source: str, against: str | None) -> None:
+def _run_suite(path: Path, source: str, against: str | None, allow_base_mismatch: bool = False) -> None:
     from rsoups.suites import Suite, gate, run_suite
 
-    checks = run_suite(Suite.read(path), source, against)
+    suite = Suite.read(path)
+    suite = replace(suite, allow_base_mismatch=allow_base_mismatch or suite.allow_base_mismatch)
+    checks = run_suite(suite, source, against)
     print("\n".join(map(str, checks)))
     gate(checks)
 

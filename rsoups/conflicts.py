@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from itertools import combinations
 
 from rsoups.adapters import Adapter
+from rsoups.base_weights import of_one_base
 from rsoups.front import Front
 from rsoups.stacking import cosines_of_starts
 
@@ -30,6 +31,7 @@ def merge_conflicts(adapters: Mapping[str, Adapter], front: Front | None = None)
         adapters: By name.
         front: Of soups of them, if they were evaluated: barriers show in rewards alone.
     """
+    adapters = of_one_base(adapters)
     names, found = list(adapters), []
     starts = cosines_of_starts(list(adapters.values()))
     for i, j in combinations(range(len(names)), 2):

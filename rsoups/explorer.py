@@ -28,6 +28,7 @@ def explore(
     *,
     base: str | None = None,
     adapters: Mapping[str, str] | None = None,
+    allow_base_mismatch: bool = False,
     host: str = "127.0.0.1",
     port: int | None = None,
     publish: bool = True,
@@ -41,6 +42,7 @@ def explore(
         folder: Of a sweep: records.jsonl, and what `SweepFolder.read` finds from there.
         base: The sweep's by default.
         adapters: By name, the sweep's by default.
+        allow_base_mismatch: Accept ingredients that name other bases.
         host: Address to listen on.
         port: The first free one from 7860 by default.
         publish: Offer saving and publishing. Not for pages that strangers reach: they act with this machine's disk and its
@@ -57,8 +59,10 @@ def explore(
         raise RsoupsError(f"the explorer needs {error.name}: pip install 'rsoups[app]'") from None
     if port is not None:
         _check_port(host, port)
-    found = SweepFolder.read(folder, base=base, adapters=adapters)
-    live = LiveSoup.from_pretrained(found.base, found.adapters, method=found.method)
+    found = SweepFolder.read(folder, base=base, adapters=adapters, allow_base_mismatch=allow_base_mismatch)
+    live = LiveSoup.from_pretrained(
+        found.base, found.adapters, method=found.method, allow_base_mismatch=found.base_mismatch
+    )
     page = Page(Tasting(found, live), publish).blocks
     if publish and host not in _LOOPBACK:
         words = "is not this machine alone: whoever reaches it can save soups, and publish them with your token"

@@ -6,7 +6,7 @@ Weights stream through memory block by block from safetensors to safetensors, so
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,12 +17,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from rsoups import tensor_files
 from rsoups._errors import CheckpointError, LambdasError
 from rsoups._files import from_hub, sha256_of, whole_folder
 from rsoups._resources import resolve, why_not
+from rsoups.base_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from rsoups.convert import converted
+from rsoups.layer_names import skeleton
+from rsoups.lineage import published
 from rsoups.soup import SOUP_FILE, weights_of
 from rsoups.tensor_files import is_finite
 
@@ -35,17 +41,20 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# What goes with the weights: configs and the tokenizer, never code or pickles, nor a card that is not true of the average.
-_COPIED: tuple[str, ...] = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-)
-_COPIED += ("added_tokens.json", "chat_template*", "spm.model", "spiece.model", "sentencepiece*")
-_FREE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}  # may differ between configs
+# What goes with the weights, but no card, which is not true of the average.
+_COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES, *PROCESSOR_FILES)
+# May differ between configs.
+_FREE = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "unsloth_fixed",
+    "unsloth_version",
+}
+# Buffers that old checkpoints hold and transformers computes anew, of models that it has no class for.
+_BUFFER = re.compile(r".*(\.rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|\.position_ids)")
 
 
 @dataclass(frozen=True)
@@ -97,28 +106,22 @@ def interpolate_checkpoints(
     if dtype is not None and dtype not in _NAMES:
         raise CheckpointError(f"dtype is {dtype}, must be one of {[str(known) for known in _NAMES]}")
     named = models if isinstance(models, Mapping) else {f"{i} {Path(str(m)).name}": m for i, m in enumerate(models)}
-    (row,) = weights_of(lambdas, len(named), normalize, extrapolate)
-    opened = [_open(str(source)) for source in named.values()]
+    (row,) = weights_of(lambdas, len(named), normalize, extrapolate, any_sum=False)
+    opened = _without_unread([_open(str(source)) for source in named.values()])
     for other in opened[1:]:
         _check_alike(opened[0], other)
     kept = [(checkpoint, weight) for checkpoint, weight in zip(opened, row, strict=True) if weight]
     with whole_folder(out, SOUP_FILE) as partial, ThreadPoolExecutor(1) as pool:
         hashes = [pool.submit(_hashes, checkpoint) for checkpoint in opened]
-        for path in (path for pattern in _COPIED for path in sorted(opened[0].folder.glob(pattern)) if path.is_file()):
-            shutil.copyfile(path, partial / path.name)
+        copy_files(opened[0].folder, _COPIED, partial)
         _write_weights(opened[0], kept, dtype, partial, progress)
-        if dtype is not None:
-            config = json.loads((partial / "config.json").read_text("utf-8")) | {
-                "dtype": str(dtype).removeprefix("torch.")
-            }
-            config.pop("torch_dtype", None)
-            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        _write_config(partial / "config.json", dtype)
         lineage = {
             "method": "full weights",
             "ingredients": [
                 {
                     "name": name,
-                    "source": Path(c.source).name if Path(c.source).is_absolute() else c.source,
+                    "source": published(c.source),
                     "revision": c.revision,
                     "sha256": found.result(),
                     "lambda": weight,
@@ -129,6 +132,16 @@ def interpolate_checkpoints(
         }
         (partial / SOUP_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
     return Path(out)
+
+
+def _write_config(path: Path, dtype: torch.dtype | None) -> None:
+    """The first model's config, with another dtype if one is asked for, and without the path that it was once read from."""
+    config = _json(path)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    if config.pop("_name_or_path", None) is not None or dtype is not None:
+        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _hashes(checkpoint: _Checkpoint) -> dict[str, str]:
@@ -201,10 +214,10 @@ def _json(path: Path) -> dict[str, Any]:
 def _check_alike(first: _Checkpoint, other: _Checkpoint) -> None:
     """Refuse models that do not add up, before anything is written."""
     pair = f"{first.source} and {other.source}"
-    for key in sorted((first.config.keys() | other.config.keys()) - _FREE):
-        ours, theirs = first.config.get(key), other.config.get(key)
-        if ours != theirs:
-            raise CheckpointError(f"config.json: {key} differs between {pair}: {ours!r} and {theirs!r}")
+    one, two = _as_read(first), _as_read(other)
+    for key in sorted(one.keys() | two.keys()):
+        if one.get(key) != two.get(key):
+            raise CheckpointError(f"config.json: {key} differs between {pair}: {one.get(key)!r} and {two.get(key)!r}")
     if difference := sorted(first.kinds.keys() ^ other.kinds.keys()):
         raise CheckpointError(f"only one of {pair} holds {difference[0]} ({len(difference)} such tensors)")
     for key, (kind, shape) in first.kinds.items():
@@ -218,6 +231,52 @@ def _check_alike(first: _Checkpoint, other: _Checkpoint) -> None:
     _check_tokens(first, other)
 
 
+def _as_read(checkpoint: _Checkpoint) -> dict[str, Any]:
+    """A config as transformers reads it, whatever version wrote it; as it is written where transformers does not have it."""
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False).to_dict()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        config = checkpoint.config
+    return _comparable(config)
+
+
+def _comparable(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {str(name): _comparable(inner, str(name)) for name, inner in value.items() if name not in _FREE}
+    return [value] if key.endswith("_token_id") and isinstance(value, int) else value
+
+
+def _without_unread(checkpoints: list[_Checkpoint]) -> list[_Checkpoint]:
+    """Models without tensors that only some of them hold, and that transformers does not read: buffers that it computes
+    anew, and the stored copy of a head that is tied to the embeddings."""
+    in_all = set.intersection(*(set(c.kinds) for c in checkpoints))
+    if all(c.kinds.keys() == in_all for c in checkpoints):
+        return checkpoints
+    return [
+        replace(c, kinds={k: kind for k, kind in c.kinds.items() if k in in_all or _is_read(c, k)}) for c in checkpoints
+    ]
+
+
+def _is_read(checkpoint: _Checkpoint, key: str) -> bool:
+    model = _skeleton(checkpoint)
+    if model is None:
+        return not _BUFFER.fullmatch(key)
+    source = dict(model.all_tied_weights_keys).get(key)
+    if source in checkpoint.kinds:
+        return not torch.equal(*(checkpoint.handles[checkpoint.files[name]].get_tensor(name) for name in (key, source)))
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    names = {key, rename_source_key(key, renamings, [], model.base_model_prefix, model.state_dict())[0]}
+    return not (_BUFFER.fullmatch(key) and not names & model.state_dict().keys())
+
+
+def _skeleton(checkpoint: _Checkpoint) -> PreTrainedModel | None:
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return skeleton((config.architectures or [""])[0], config)
+
+
 def _check_tokens(first: _Checkpoint, other: _Checkpoint) -> None:
     """Token ids must mean the same: in generation_config.json, and in the vocabularies where both have a tokenizer."""
     pair = f"{first.source} and {other.source}"
@@ -225,7 +284,7 @@ def _check_tokens(first: _Checkpoint, other: _Checkpoint) -> None:
     if all((c.folder / name).is_file() for c in (first, other)):
         ours, theirs = _json(first.folder / name), _json(other.folder / name)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-            if ours.get(key) != theirs.get(key):
+            if _comparable(ours.get(key), key) != _comparable(theirs.get(key), key):
                 raise CheckpointError(f"{name}: {key} differs between {pair}: {ours.get(key)} and {theirs.get(key)}")
     if all((c.folder / "tokenizer_config.json").is_file() for c in (first, other)):
         from transformers import AutoTokenizer
@@ -254,7 +313,7 @@ def _write_weights(
     total = 0
     with tqdm(total=len(first.kinds), unit="tensor", disable=not progress, desc="interpolate") as bar:
         for name in first.handles:
-            keys = [key for key, file in first.files.items() if file == name]
+            keys = [key for key in first.kinds if first.files[key] == name]
             kinds = {key: (_kind(kept, key, dtype), first.kinds[key][1]) for key in keys}
 
             def blocks(key: str, kinds: dict[str, Any] = kinds) -> Iterator[Tensor]:
@@ -266,6 +325,7 @@ def _write_weights(
     if (first.folder / _INDEX).is_file():
         index = _json(first.folder / _INDEX)
         index["metadata"] = (index.get("metadata") or {}) | {"total_size": total}
+        index["weight_map"] = {key: file for key, file in index["weight_map"].items() if key in first.kinds}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 

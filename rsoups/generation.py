@@ -331,7 +331,7 @@ class AttachedPlaces:
         """As `LivePlaces.at`; the models are one."""
         with ExitStack() as stack:
             if not _is_base(models[0]):
-                stack.enter_context(self._soup(models[0]).attached(self._model))
+                stack.enter_context(self._soup(models[0]).attached(self._model, allow_base_mismatch=True))
                 self._model.eval()
             yield None
 
@@ -341,7 +341,8 @@ class AttachedPlaces:
                 soup = interpolate([self._others[model.other]], [1.0])
             else:
                 row = list((model.soup or {}).values())
-                soup = interpolate(self._adapters, row, method=model.method or "exact", extrapolate=True)
+                method = model.method or "exact"
+                soup = interpolate(self._adapters, row, method=method, extrapolate=True, allow_base_mismatch=True)
             assert isinstance(soup, Soup)
             self._made = model.key, soup
         return self._made[1]
@@ -357,7 +358,7 @@ def places_of(
     method: str,
     ensemble: bool,
 ) -> LivePlaces | AttachedPlaces:
-    """Live places where the adapters can be live.
+    """Live places where the adapters can be live. (The names of their bases were compared by `sweep`.)
 
     Raises:
         AdapterError: Adapters that fit neither way; an ensemble of some that cannot be live.
@@ -365,15 +366,17 @@ def places_of(
     model = base.model if isinstance(base, LiveSoup) else base
     live: LiveSoup | None = None
     try:
-        live = base if isinstance(base, LiveSoup) else LiveSoup(model, adapters, method)
-        return LivePlaces(live, LiveSoup(model, others) if others else None, live is base)
+        live = base if isinstance(base, LiveSoup) else LiveSoup(model, adapters, method, allow_base_mismatch=True)
+        beside = LiveSoup(model, others, allow_base_mismatch=True) if others else None
+        return LivePlaces(live, beside, live is base)
     except AdapterError as error:
         if live is not None and live is not base:
             live.remove()
         if ensemble or live is base:
             raise
         logger.info("soups are attached one after the other: %s", error)
-    interpolate(adapters, [1.0] + [0.0] * (len(adapters) - 1), method=method)  # refused here, before the work
+    first = [1.0] + [0.0] * (len(adapters) - 1)
+    interpolate(adapters, first, method=method, allow_base_mismatch=True)  # refused here, before the work
     return AttachedPlaces(model, adapters, others)
 
 

@@ -12,15 +12,20 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from rsoups._errors import HubError, LineageError, OutputError
 from rsoups._files import from_hub, whole_folder
-from rsoups.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from rsoups.adapter_config import CONFIG_FILE
+from rsoups.adapters import WEIGHTS_FILE, holds_tokens, read_adapter
+from rsoups.base_files import TOKENIZER_FILES, copy_files
+from rsoups.bases import public_name, short_name
 from rsoups.front import Front
-from rsoups.lineage import MANIFEST_FILE, SOUP_FILE, manifest_of
+from rsoups.layer_names import written_name
+from rsoups.lineage import MANIFEST_FILE, SOUP_FILE, manifest_of, renamed_base, scrubbed
 from rsoups.model_card import CARD_FILE, PICTURE_FILE, Evaluation, adapter_card, front_card, soup_card
 from rsoups.points import Point
 from rsoups.soup import METHODS, Soup
@@ -39,6 +44,7 @@ def push(
     front: Front | str | Path | None = None,
     private: bool | None = None,
     licence: str | None = None,
+    base: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
     dry_run: bool | str | Path = False,
@@ -53,6 +59,7 @@ def push(
         private: Of a new repository.
         licence: Of the soup, by the Hub's name. By default the strictest of the base's and the ingredients', where all of them
             are known and one of them is the strictest; else the card has none and says why.
+        base: Name of the base on the Hub, in place of a folder of this disk. No path of a disk is published.
         commit_message: The λ by default.
         create_pr: Open a pull request instead of committing to the main branch.
         dry_run: Only write the folder that would be pushed: there, or ``<name>-dry-run`` if True.
@@ -66,11 +73,12 @@ def push(
         FrontError: `front` has no point with this soup's λ.
     """
     evaluation = Evaluation.of(front, soup)
+    told, place = soup.published(base), soup.config.base_model_name_or_path
 
     def write(folder: Path) -> None:
-        soup.save_pretrained(folder)
+        told.save_pretrained(folder)
         _write_front(folder, evaluation)
-        (folder / CARD_FILE).write_text(soup_card(soup, repo_id, evaluation, licence), encoding="utf-8")
+        (folder / CARD_FILE).write_text(soup_card(told, repo_id, evaluation, licence, place), encoding="utf-8")
 
     message = commit_message or f"Soup: {soup.mix}"
     return _publish(repo_id, write, SOUP_FILE, private, message, create_pr, dry_run, token)
@@ -83,6 +91,7 @@ def push_front(
     *,
     private: bool | None = None,
     licence: str | None = None,
+    base: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
     dry_run: bool | str | Path = False,
@@ -95,7 +104,7 @@ def push_front(
 
     Args:
         soups: At least one; all of the same ingredients, by name and hash, each at its own λ.
-        repo_id, front, private, licence, commit_message, create_pr, dry_run, token: As `push`.
+        repo_id, front, private, licence, base, commit_message, create_pr, dry_run, token: As `push`.
 
     Raises:
         HubError: As `push`; or soups that do not make one front.
@@ -106,12 +115,14 @@ def push_front(
     if len(folders) < len(soups):
         raise HubError(f"a front holds one soup at each λ; got {[subfolder(soup) for soup in soups]}")
     evaluation = Evaluation.of(front, *soups)
+    told = {name: soup.published(base) for name, soup in folders.items()}
+    place = soups[0].config.base_model_name_or_path
 
     def write(folder: Path) -> None:
-        for name, soup in folders.items():
+        for name, soup in told.items():
             soup.save_pretrained(folder / name)
         _write_front(folder, evaluation)
-        (folder / CARD_FILE).write_text(front_card(folders, repo_id, evaluation, licence), encoding="utf-8")
+        (folder / CARD_FILE).write_text(front_card(told, repo_id, evaluation, licence, place), encoding="utf-8")
 
     message = commit_message or f"Front of {len(soups)} soups"
     return _publish(repo_id, write, f"{next(iter(folders))}/{SOUP_FILE}", private, message, create_pr, dry_run, token)
@@ -123,6 +134,7 @@ def push_adapter(
     *,
     private: bool | None = None,
     licence: str | None = None,
+    base: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
     dry_run: bool | str | Path = False,
@@ -132,7 +144,7 @@ def push_adapter(
 
     Args:
         source: The run's folder.
-        repo_id, private, licence, commit_message, create_pr, dry_run, token: As `push`.
+        repo_id, private, licence, base, commit_message, create_pr, dry_run, token: As `push`.
 
     Raises:
         AdapterError: As `read_adapter`.
@@ -143,12 +155,20 @@ def push_adapter(
     adapter.check_values()
     if manifest is None:
         raise LineageError(f"{source} holds no {MANIFEST_FILE}: no card can tell what it is; rsoups' recipes write one")
+    place = adapter.config.base_model_name_or_path
+    config = deepcopy(adapter.config)
+    config.base_model_name_or_path = public_name(place, base)
+    told = renamed_base(scrubbed(manifest), {place, short_name(place)}, config.base_model_name_or_path)
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        for name in (WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE):
-            shutil.copyfile(Path(source) / name, folder / name)
-        (folder / CARD_FILE).write_text(adapter_card(adapter.config, manifest, repo_id, licence), encoding="utf-8")
+        shutil.copyfile(Path(source) / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+        written = json.loads((Path(source) / CONFIG_FILE).read_text("utf-8"))
+        _write_json(folder / CONFIG_FILE, written | {"base_model_name_or_path": config.base_model_name_or_path})
+        _write_json(folder / MANIFEST_FILE, told)
+        if holds_tokens(adapter.layout):
+            copy_files(Path(source), TOKENIZER_FILES, folder)
+        (folder / CARD_FILE).write_text(adapter_card(config, told, repo_id, licence, place), encoding="utf-8")
 
     message = commit_message or f"{str(manifest.get('kind', 'adapter')).upper()} adapter"
     return _publish(repo_id, write, None, private, message, create_pr, dry_run, token)
@@ -180,7 +200,7 @@ def read_soup(source: str | Path) -> Soup:
     if manifest.get("method") not in METHODS or not weighed:
         told = f"method {manifest.get('method')!r}, {len(manifest['ingredients'])} ingredients"
         raise LineageError(f"{source}: {SOUP_FILE} is none of a soup of adapters ({told})")
-    state = {name: adapter.tensor(name) for name in adapter.layout}
+    state = {written_name(name, adapter.modules): adapter.tensor(name) for name in adapter.layout}
     return Soup(
         tensors=state,
         config=adapter.config,
@@ -208,7 +228,7 @@ def pull(source: str, out: str | Path) -> Path:
         AdapterError: What is there is no adapter that a soup could hold.
         OutputError: The folder holds something else, or cannot be written.
     """
-    found = from_hub(source, _OURS)
+    found = from_hub(source, (*_OURS, *TOKENIZER_FILES))
     if found is None:
         raise HubError(f"{source!r} is no Hub id (user/name, user/name@revision, user/name/subfolder)")
     read_adapter(source).check_values()
@@ -216,12 +236,17 @@ def pull(source: str, out: str | Path) -> Path:
         for name in _OURS:
             if (found[0] / name).is_file():
                 shutil.copyfile(found[0] / name, partial / name)
+        copy_files(found[0], TOKENIZER_FILES, partial)
     return Path(out)
 
 
 def subfolder(soup: Soup) -> str:
     """Of a soup in a front's repository."""
     return "lambda-" + "-".join(f"{weight:.4g}" for weight in soup.lambdas)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # --- what is pushed --------------------------------------------------------------------------------------------------
@@ -241,7 +266,7 @@ def _write_front(folder: Path, evaluation: Evaluation | None) -> None:
         "points": [_point(point) for point in front.points],
         "settings": evaluation.settings,
     }
-    (folder / FRONT_FILE).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_json(folder / FRONT_FILE, data)
     draw_front(front).savefig(folder / PICTURE_FILE, dpi=160)
 
 
@@ -330,7 +355,7 @@ def _retried(repo_id: str, token: str | None, call: Callable[[], _T]) -> _T:
         except (httpx2.TransportError, ConnectionError, TimeoutError) as error:
             reason, wait = f"{type(error).__name__}", ""
         if attempt < _ATTEMPTS:
-            time.sleep(min(float(wait) if wait.isdigit() else 2.0 ** (attempt - 1), _LONGEST_WAIT))
+            time.sleep(min(float(wait) if wait.isdecimal() else 2.0 ** (attempt - 1), _LONGEST_WAIT))
     raise HubError(f"the Hub did not take {repo_id} in {_ATTEMPTS} attempts ({reason}); nothing is half-published")
 
 

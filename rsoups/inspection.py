@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from rsoups import low_rank
-from rsoups._errors import AdapterError
-from rsoups.adapters import Adapter, check_compatible
+from rsoups._errors import RsoupsError
+from rsoups.adapters import Adapter
+from rsoups.base_weights import BaseWeights, of_one_base
+from rsoups.soup import Soup, interpolate
+from rsoups.soup_config import check_written
 from rsoups.stacking import check_factors, cosines_of_starts
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
@@ -65,32 +71,49 @@ class Inspection:
             lines.append("")
         for a, b in pairs:
             start = self.starts[names.index(a)][names.index(b)]
-            kind = "one initialisation" if start > _ONE_START else "different initialisations"
+            kind = "one initialization" if start > _ONE_START else "different initializations"
             lines.append(f"{a}, {b}: {kind} (cosine of A {start:+.3f})")
-        for method, reason in self.refusals.items() if pairs else ():
+        for method, reason in self.refusals.items():
+            if not pairs and reason is None:
+                continue
             lines.append(f"method {method}: {'yes' if reason is None else f'no: {reason}'}")
         return "\n".join(lines)
 
 
-def inspect_adapters(adapters: Mapping[str, Adapter]) -> Inspection:
-    """Compare adapters that were read.
+def inspect_adapters(
+    adapters: Mapping[str, Adapter], base: Any = None, *, allow_base_mismatch: bool = False
+) -> Inspection:
+    """Compare adapters that were read, and see whether `rsoups.interpolate` takes them.
+
+    Args:
+        adapters: By name.
+        base, allow_base_mismatch: As `interpolate` takes them.
 
     Raises:
         AdapterError: A tensor that is not finite.
     """
     for adapter in adapters.values():
         adapter.check_values()
-    several = list(adapters.values())
-    refusals: dict[str, str | None] = {}
-    for method, checks in (("exact", (check_compatible,)), ("factors", (check_compatible, check_factors))):
-        try:
-            for check in checks:
-                check(several)
-            refusals[method] = None
-        except AdapterError as error:
-            refusals[method] = str(error)
-    starts = cosines_of_starts(several)
-    return Inspection(dict(adapters), _products(several), starts, refusals)
+    named = of_one_base(adapters, BaseWeights(base) if base is not None else None)
+    several = list(named.values())
+    refusals = {"exact": _refusal(lambda: _try_out(named, base, allow_base_mismatch))}
+    refusals["factors"] = refusals["exact"] or _refusal(lambda: check_factors(several))
+    return Inspection(named, _products(several), cosines_of_starts(several), refusals)
+
+
+def _refusal(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except RsoupsError as error:
+        return str(error)
+    return None
+
+
+def _try_out(adapters: Mapping[str, Adapter], base: Any, allow_base_mismatch: bool) -> None:
+    """Refuse what no uniform soup can be made of, or none that PEFT loads."""
+    soup = interpolate(adapters, base=base, allow_base_mismatch=allow_base_mismatch)
+    assert isinstance(soup, Soup)
+    check_written(soup.config, soup.layout)
 
 
 def _products(adapters: list[Adapter]) -> dict[str, list[list[float]]]:
@@ -101,22 +124,27 @@ def _products(adapters: list[Adapter]) -> dict[str, list[list[float]]]:
         factors = [_scaled(adapter, path) if path in adapter.modules else None for adapter in adapters]
         for i, one in enumerate(factors):
             for j, other in enumerate(factors[: i + 1]):
-                if one and other and one[0].shape[1:] == other[0].shape[1:] and len(one[1]) == len(other[1]):
-                    value = low_rank.inner(one, other)
+                if one and other and _shapes(one) == _shapes(other):
+                    value = math.fsum(low_rank.inner(a, b) for a, b in zip(one, other, strict=True))
                     matrix[i][j] += value
                     matrix[j][i] += value * (i != j)
     return found
 
 
-def _scaled(adapter: Adapter, path: str) -> tuple:
+def _scaled(adapter: Adapter, path: str) -> list[tuple[Tensor, Tensor]]:
+    """A and B of each expert, scaled."""
     module = adapter.modules[path]
-    return adapter.tensor(module.A), adapter.tensor(module.B).double() * module.scaling
+    return module.factors(adapter.tensor(module.A), adapter.tensor(module.B).double() * module.scaling)
+
+
+def _shapes(factors: list[tuple[Tensor, Tensor]]) -> list[tuple[int, int]]:
+    return [(b.shape[0], a.shape[1]) for a, b in factors]
 
 
 def _about(name: str, adapter: Adapter) -> list[str]:
     config = adapter.config
     ranks = Counter(module.rank for module in adapter.modules.values())
-    leaves = Counter(path.rsplit(".", 1)[-1] for path in adapter.modules)
+    leaves = Counter(module.parameter or path.rsplit(".", 1)[-1] for path, module in adapter.modules.items())
     parameters = sum(tensor.numel() for tensor in adapter.layout.values())
     size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.layout.values()) / 1e6
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.layout.values()})

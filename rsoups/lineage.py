@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from rsoups._errors import HubError, LineageError
@@ -241,7 +242,7 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
             default = each.default_factory() if each.default_factory is not MISSING else each.default
             value = getattr(given, each.name)
             if value != default and each.name not in _UNTOLD and "token" not in each.name.split("_"):
-                found[each.name] = published(value) if isinstance(value, str) else value
+                found[each.name] = scrubbed(value)
     return found
 
 
@@ -254,12 +255,39 @@ def fingerprint(texts: Iterable[Any]) -> dict[str, Any]:
 
 
 def published(source: str) -> str:
-    """A source as it is told to others: of an absolute path the last part, or what is from `recipes` on, so that no one
-    learns of anyone's disk."""
-    path = Path(source).expanduser()
-    if not path.is_absolute():
+    """A source as it is told to others, so that no one learns of anyone's disk.
+
+    Of a path that is absolute or leads upwards, the last part, or all from `recipes` on. A Hub id, or a path below the current
+    folder, stays as it is.
+    """
+    if not is_disk_path(source):
         return source
-    return "/".join(path.parts[path.parts.index("recipes") :]) if "recipes" in path.parts else path.name
+    parts = PureWindowsPath(source.removeprefix("file://")).parts  # which takes slashes of both kinds
+    return "/".join(parts[parts.index("recipes") :]) if "recipes" in parts else parts[-1].strip("\\/")
+
+
+def is_disk_path(text: str) -> bool:
+    """Whether a text is a path that tells of a disk: from its root, a home folder, a drive, or upwards from here."""
+    path = text.removeprefix("file://")
+    return bool(_ROOT.match(path)) or ".." in PureWindowsPath(path).parts
+
+
+_ROOT = re.compile(r"/|~[\w.-]*(/|$)|\\\\|[A-Za-z]:[\\/]")
+# A path inside a longer text: after a sign that separates, as in --out=/home/me/x or a=/x,b=../y.
+_PATH_INSIDE = re.compile(
+    r"""(?<![^\s=,;:"'\[({<|])(?:file://)?(?:~[\w.-]*/|/(?!/)|[A-Za-z]:[\\/](?!/)|(?:\./)*\.\./)[^\s=,;:"'\])}>|]+"""
+)
+_TOKEN = re.compile(r"\bhf_\w+|(?<=token=).+")
+
+
+def without_paths(text: str) -> str:
+    """A text, a word of a command say, with `published` for each path in it."""
+    flag, separator, value = text.partition("=")
+    if " " in value and is_disk_path(value):  # where a path with spaces ends is known only of a whole value
+        return f"{flag}{separator}{published(value)}"
+    if " " in text and _ROOT.match(text):
+        return published(text)
+    return _PATH_INSIDE.sub(lambda found: published(found[0]), text)
 
 
 def command() -> str:
@@ -269,11 +297,36 @@ def command() -> str:
     head = "rsoups" if path.parts[-2:] == ("rsoups", "cli.py") else published(program)
     if path.suffix == ".py" and head != "rsoups":
         head = f"python {head}"
-    told = [published(word) for word in words]
-    for at, word in enumerate(words):
-        if word.startswith("hf_") or (at and words[at - 1].endswith("token")):
+    told = [_TOKEN.sub("...", without_paths(word)) for word in words]
+    for at, before in enumerate(words[:-1], 1):
+        if before.endswith("token"):
             told[at] = "..."
     return f"{head} {shlex.join(told)}".strip()
+
+
+# Texts that a model reads: a slash in them is no path.
+_TEXTS = {"template", "input", "question", "system", "rubric", "prompt", "command"}
+
+
+def scrubbed(value: Any) -> Any:
+    """A manifest, or a part of one, without paths of a disk."""
+    if isinstance(value, dict):
+        return {
+            key: (without_paths(str(each)) if key == "command" else each) if key in _TEXTS else scrubbed(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [scrubbed(each) for each in value]
+    return published(value) if isinstance(value, str) else value
+
+
+def renamed_base(manifest: Manifest, names: Collection[str | None], told: str | None) -> Manifest:
+    """A manifest that tells another name of its base, and so do those in its history of the same base."""
+    manifests = [manifest, *manifest.get("history", {}).values()]
+    for each in manifests:
+        if (each.get("base") or {}).get("model") in names:
+            each["base"]["model"] = told
+    return manifest
 
 
 def log(manifest: Manifest, name: str) -> str:

@@ -22,7 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from rsoups._errors import AdapterError, LambdasError
 from rsoups._resources import load_base, resolve
-from rsoups.adapters import Adapter, check_compatible, read_adapter
+from rsoups.adapters import Adapter, read_adapter
+from rsoups.attaching import output_scale
+from rsoups.base_weights import BaseWeights, of_one_base
+from rsoups.bases import check_base
+from rsoups.compatibility import check_compatible, check_one_base
 from rsoups.sampling import fast_sampling
 from rsoups.soup import Soup, interpolate, named_adapters, weights_of
 from rsoups.stacking import check_factors
@@ -66,6 +70,7 @@ class _Change:
         ranks: Of each adapter.
         B: (out, Σr), with the adapters' scalings.
         bias: (N, out), scaled too, or None.
+        scale: What the layer multiplies its output by, in `at`: that of some embeddings.
     """
 
     inputs: _Inputs
@@ -74,6 +79,7 @@ class _Change:
     ranks: tuple[int, ...]
     B: Tensor
     bias: Tensor | None
+    scale: float
 
 
 class _Mix:
@@ -162,6 +168,7 @@ class LiveSoup:
         tokenizer: Its tokenizer, None where there is none.
         names: Of the ingredients, in λ's order.
         method: ``exact`` or ``factors``, as in `interpolate`.
+        base_mismatch: Whether adapters of other bases were let in.
     """
 
     def __init__(
@@ -170,19 +177,30 @@ class LiveSoup:
         adapters: Sequence[Any] | Mapping[str, Any],
         method: str = "exact",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        allow_base_mismatch: bool = False,
     ):
         """Put adapters on a loaded base, until `remove`.
 
+        Args:
+            model: The base.
+            adapters: As `interpolate` takes them.
+            method: ``exact`` or ``factors``.
+            tokenizer: The base's tokenizer.
+            allow_base_mismatch: Accept adapters that name other bases; recorded in soups made of them.
+
         Raises:
             AdapterError: As `interpolate`; for whole trained parameters, which no λ of a row can choose; for a base without
-                one of the layers, and for layers that are neither linear nor embeddings.
+                one of the layers, or of another name; and for layers that are neither linear nor embeddings.
         """
         if method not in _METHODS:
             raise LambdasError(f"method is {method!r}, must be one of {list(_METHODS)}")
         named = named_adapters(adapters)
-        self._adapters = {name: a if isinstance(a, Adapter) else read_adapter(a) for name, a in named.items()}
+        read = {name: a if isinstance(a, Adapter) else read_adapter(a) for name, a in named.items()}
+        self._adapters = of_one_base(read, BaseWeights(model))
         several = list(self._adapters.values())
-        check_compatible(several)
+        check_compatible(several, allow_base_mismatch, with_base=True)
+        check_base([(adapter.source, adapter.config) for adapter in several], model, allow_base_mismatch)
         if method == "factors":
             check_factors(several)
         for adapter in several:
@@ -191,9 +209,15 @@ class LiveSoup:
                     f"{adapter.source}: {adapter.full[0]} was trained as a whole: it would have to be another one in each row; "
                     "make a soup for each λ with rsoups.interpolate"
                 )
+            if fused := [p for p, m in adapter.modules.items() if m.experts > 1 or p.endswith(".base_layer")]:
+                raise AdapterError(
+                    f"{adapter.source}: {fused[0]} holds fused experts, whose change is in no layer's output: make a soup for "
+                    "each λ with rsoups.interpolate"
+                )
             adapter.check_values()
         self.model, self.tokenizer, self.method = model.eval(), tokenizer, method
         self.names = list(self._adapters)
+        self.base_mismatch = allow_base_mismatch
         self._mix: ContextVar[_Mix | None] = ContextVar("rsoups_mix", default=None)
         self._turns = _ManyOrOne()
         self._hooks: list[Any] = []
@@ -201,6 +225,7 @@ class LiveSoup:
         try:
             paths = list(dict.fromkeys(path for adapter in several for path in adapter.modules))
             for path in paths:
+                output_scale(_layer(model, path), path, model)
                 _check_shape(_layer(model, path), path, several)
             for group in _of_one_input(paths):
                 self._changes |= self._stacked(group)
@@ -217,6 +242,8 @@ class LiveSoup:
         adapters: Sequence[Any] | Mapping[str, Any],
         method: str = "exact",
         quantization: Any = None,
+        *,
+        allow_base_mismatch: bool = False,
         **kwargs: Any,
     ) -> LiveSoup:
         """Load a base with its tokenizer, and put adapters on it.
@@ -226,6 +253,7 @@ class LiveSoup:
             adapters: As `interpolate` takes them.
             method: ``exact`` or ``factors``.
             quantization: ``"8bit"``, ``"4bit"`` or a quantization config of transformers.
+            allow_base_mismatch: Accept adapters that name other bases.
             kwargs: To ``AutoModelForCausalLM.from_pretrained``: revision, dtype, device_map, ...
 
         Raises:
@@ -235,6 +263,10 @@ class LiveSoup:
         from transformers import AutoTokenizer, BitsAndBytesConfig
 
         source = resolve(base)
+        named = {name: a if isinstance(a, Adapter) else read_adapter(a) for name, a in named_adapters(adapters).items()}
+        if not allow_base_mismatch:  # before the base is loaded
+            check_one_base(named.values())
+            check_base([(a.source, a.config) for a in named.values()], base, revision=kwargs.get("revision"))
         if isinstance(quantization, str):
             if quantization not in ("8bit", "4bit"):
                 raise LambdasError(f"quantization is {quantization!r}, must be '8bit', '4bit' or a config")
@@ -247,7 +279,11 @@ class LiveSoup:
         if quantization is None and "device_map" not in kwargs:
             nn.Module.to(model, device)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=kwargs.get("revision"))
-        return cls(model, adapters, method, tokenizer)
+        live = cls(
+            model, named, method, tokenizer, allow_base_mismatch=True
+        )  # it may be loaded from a copy of another name
+        live.base_mismatch = allow_base_mismatch
+        return live
 
     @contextmanager
     def at(self, lambdas: Any, *, normalize: bool = False, extrapolate: bool = False) -> Iterator[PreTrainedModel]:
@@ -373,7 +409,7 @@ class LiveSoup:
 
     def to_soup(self, lambdas: Sequence[float]) -> Soup:
         """The soup at one λ, to save or publish."""
-        soup = interpolate(self._adapters, list(lambdas), method=self.method)
+        soup = interpolate(self._adapters, list(lambdas), method=self.method, allow_base_mismatch=self.base_mismatch)
         assert isinstance(soup, Soup)
         return soup
 
@@ -384,7 +420,7 @@ class LiveSoup:
         self._hooks = []
 
     def _hook(self, path: str, change: _Change) -> Callable[[nn.Module, tuple, Tensor], Tensor | None]:
-        inputs, B, bias = change.inputs, change.B.T, change.bias
+        inputs, B, bias = change.inputs, change.B.T * change.scale, change.bias
         count = len(change.ranks) if self.method == "factors" else 1
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -435,7 +471,9 @@ class LiveSoup:
         inputs = _Inputs(stacked.to(**to), [ranks for ranks, _, _ in rest], like.embedding)
         stops = list(accumulate(sum(ranks) for ranks, _, _ in rest))
         return {
-            path: _Change(inputs, stop - sum(one[0]), stop, *one)
+            path: _Change(
+                inputs, stop - sum(one[0]), stop, *one, output_scale(_layer(self.model, path), path, self.model)
+            )
             for path, stop, one in zip(paths, stops, rest, strict=True)
         }
 
@@ -454,8 +492,6 @@ def _layer(model: PreTrainedModel, path: str) -> nn.Module:
         layer = model.get_submodule(path)
     except AttributeError:
         raise AdapterError(f"the base {type(model).__name__} has no layer {path}") from None
-    if not isinstance(layer, (nn.Linear, Conv1D, nn.Embedding)):
-        raise AdapterError(f"{path} is a {type(layer).__name__}: a live soup covers linear layers and embeddings")
     return layer
 
 

@@ -6,6 +6,8 @@ Factors of convolutions are (r, in, ...) and (out, r, 1, ...); where it says B·
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,20 @@ def truncate(A: Tensor, B: Tensor, rank: int | float) -> tuple[Tensor, Tensor, f
     k = max(1, min(k, len(s)))
     root = s[:k].sqrt()
     return root[:, None] * (vh[:k] @ q_a.T), (q_b @ u[:, :k]) * root, float(lost[k]), total
+
+
+def truncate_all(factors: Sequence[tuple[Tensor, Tensor]], rank: int | float) -> tuple[Tensor, Tensor, float, float]:
+    """`truncate` of several changes to one rank: the largest that any of them needs.
+
+    Returns:
+        A (n, rank, in) and B (n, out, rank), and the sums of the squared norms.
+    """
+    made = [truncate(a, b, rank) for a, b in factors]
+    largest = max(len(A) for A, *_ in made)
+    if any(len(A) < largest for A, *_ in made):
+        made = [truncate(a, b, largest) for a, b in factors]
+    A, B = torch.stack([one[0] for one in made]), torch.stack([one[1] for one in made])
+    return A, B, sum(one[2] for one in made), sum(one[3] for one in made)
 
 
 def inner(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> float:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from rsoups._errors import FrontError
 from rsoups._resources import resolve
+from rsoups.bases import is_on_hub, short_name
 from rsoups.front import Front
-from rsoups.lineage import Manifest, log
+from rsoups.lineage import Manifest, log, scrubbed
 from rsoups.points import Point
 from rsoups.tasks import TASKS
 
@@ -59,7 +60,7 @@ class Evaluation:
         if not isinstance(front, Front):
             beside = Path(front).with_suffix(".settings.json")
             found = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
-            settings = {key: found[key] for key in _SETTINGS if found.get(key) is not None}
+            settings = scrubbed({key: found[key] for key in _SETTINGS if found.get(key) is not None})
             front = Front.from_jsonl(front)
         return cls(front, [_point_of(front, soup) for soup in soups], settings)
 
@@ -118,10 +119,24 @@ def _point_of(front: Front, soup: Soup) -> Point:
     raise FrontError(f"the front has no soup at λ {wanted}; it has {[point.lambdas for point in front.soups]}")
 
 
-def soup_card(soup: Soup, repo_id: str, evaluation: Evaluation | None = None, licence: str | None = None) -> str:
-    """The card of one soup."""
-    base = soup.config.base_model_name_or_path or ""
-    known, about = _licence_of(base, _parents(soup), licence)
+def soup_card(
+    soup: Soup,
+    repo_id: str,
+    evaluation: Evaluation | None = None,
+    licence: str | None = None,
+    place: str | None = None,
+) -> str:
+    """The card of one soup.
+
+    Args:
+        soup: The soup, as it is published.
+        repo_id: ``user/name``.
+        evaluation: Its front, if there is one.
+        licence: As `rsoups.hub.push`.
+        place: Where the base is read, for its licence; where its config says by default.
+    """
+    base = short_name(soup.config.base_model_name_or_path) or ""
+    known, about = _licence_of(place or soup.config.base_model_name_or_path or "", _parents(soup), licence)
     name = repo_id.rsplit("/", 1)[-1]
     body = f"""# {name}
 
@@ -147,12 +162,16 @@ Base: {_linked(base, soup.config.revision)}.
 
 
 def front_card(
-    folders: Mapping[str, Soup], repo_id: str, evaluation: Evaluation | None = None, licence: str | None = None
+    folders: Mapping[str, Soup],
+    repo_id: str,
+    evaluation: Evaluation | None = None,
+    licence: str | None = None,
+    place: str | None = None,
 ) -> str:
-    """The card of a repository that holds one soup in each of its folders."""
+    """The card of a repository that holds one soup in each of its folders. Arguments as those of `soup_card`."""
     (folder, first), *_ = folders.items()
-    base = first.config.base_model_name_or_path or ""
-    known, about = _licence_of(base, _parents(first), licence)
+    base = short_name(first.config.base_model_name_or_path) or ""
+    known, about = _licence_of(place or first.config.base_model_name_or_path or "", _parents(first), licence)
     name = repo_id.rsplit("/", 1)[-1]
     rows = "\n".join(f"| [{key}](./{key}) | {' | '.join(f'{x:g}' for x in s.lambdas)} |" for key, s in folders.items())
     names = [ingredient.name for ingredient in first.ingredients]
@@ -175,11 +194,14 @@ Base: {_linked(base, first.config.revision)}.
     return _card(name, base, first.config, first.lineage, evaluation, known, body)
 
 
-def adapter_card(config: LoraConfig, manifest: Manifest, repo_id: str, licence: str | None = None) -> str:
-    """The card of a trained adapter: reward and what it reads, KL, data, how to train it again."""
-    base = config.base_model_name_or_path or ""
+def adapter_card(
+    config: LoraConfig, manifest: Manifest, repo_id: str, licence: str | None = None, place: str | None = None
+) -> str:
+    """The card of a trained adapter: reward and what it reads, KL, data, how to train it again. Arguments as `soup_card`."""
+    manifest = scrubbed(manifest)
+    base = short_name(config.base_model_name_or_path) or ""
     parents = [(parent["source"].partition("@")[0], parent["revision"]) for parent in manifest.get("parents", [])]
-    known, about = _licence_of(base, parents, licence)
+    known, about = _licence_of(place or config.base_model_name_or_path or "", parents, licence)
     name, kind = repo_id.rsplit("/", 1)[-1], str(manifest.get("kind", "adapter")).upper()
     rewards = [str(reward.get("name")) for reward in manifest.get("rewards") or ()]
     settings = sorted((manifest.get("config") or {}).items())
@@ -281,7 +303,7 @@ def _datasets(manifest: Manifest) -> list[str]:
 
 
 def _on_hub(name: str) -> bool:
-    return bool(_HUB_ID.fullmatch(name)) and not name.startswith(_EMBEDDED) and not Path(name).exists()
+    return bool(_HUB_ID.fullmatch(name)) and is_on_hub(name) and not Path(name).exists()
 
 
 def _linked(name: str, revision: str | None = None) -> str:
@@ -297,7 +319,8 @@ def _ingredients(soup: Soup, weights: bool = True) -> str:
     lines = [f"| ingredient |{' λ |' if weights else ''} source | revision | sha256 |"]
     lines.append(f"| --- |{' ---: |' if weights else ''} --- | --- | --- |")
     for ingredient, weight in zip(soup.ingredients, soup.lambdas, strict=True):
-        source = _linked(ingredient.source.partition("@")[0], ingredient.revision)
+        source = ingredient.source.partition("@")[0]
+        source = _linked(source, ingredient.revision) if ingredient.revision else f"`{source}`"  # a folder
         revision = f"`{ingredient.revision[:12]}`" if ingredient.revision else "a folder"
         cell = f" {weight:g} |" if weights else ""
         lines.append(f"| {ingredient.name} |{cell} {source} | {revision} | `{ingredient.sha256[:16]}` |")
@@ -334,7 +357,11 @@ def _reproduction(soup: Soup) -> str:
     weights = " ".join(repr(weight) for weight in soup.lambdas)
     options = f" --method {soup.method}" if soup.method != "exact" else ""
     options += f" --rank {soup.lineage.get('rank')}" if soup.method == "svd" else ""
-    options += " --extrapolate" if any(not 0 <= weight <= 1 for weight in soup.lambdas) else ""
+    options += (
+        " --extrapolate"
+        if abs(sum(soup.lambdas) - 1) > 1e-6 or any(not 0 <= weight <= 1 for weight in soup.lambdas)
+        else ""
+    )
     history = soup.lineage.get("history", {})
     trained = [str(history[i.sha256].get("command")) for i in soup.ingredients if i.sha256 in history]
     lines = [_install(soup.lineage), *dict.fromkeys(trained)]

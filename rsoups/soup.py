@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -20,25 +20,38 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from rsoups import stacking, tensor_files
+from rsoups import attaching, stacking, tensor_files
 from rsoups._errors import AdapterError, LambdasError
 from rsoups._files import whole_folder
 from rsoups.adapters import (
     BASE_EMBEDDING,
-    EMBEDDINGS,
     PREFIX,
     WEIGHTS_FILE,
     Adapter,
     adapter_of,
-    check_compatible,
+    holds_tokens,
     read_adapter,
 )
-from rsoups.lineage import SOUP_FILE, Ingredient, command, history_of, parents_of, published
+from rsoups.base_files import TOKENIZER_FILES, copy_files, tokenizer_folder
+from rsoups.base_weights import BaseWeights, of_one_base
+from rsoups.bases import check_base, public_name, short_name
+from rsoups.compatibility import check_compatible
+from rsoups.lineage import (
+    SOUP_FILE,
+    Ingredient,
+    command,
+    history_of,
+    parents_of,
+    pinned,
+    published,
+    renamed_base,
+    scrubbed,
+)
+from rsoups.lora_modules import read_modules
+from rsoups.soup_config import as_written, check_written
 from rsoups.stacking import Blend, Kept, check_factors, pieces_of
 
 if TYPE_CHECKING:
@@ -82,6 +95,7 @@ class Soup:
     _adapters: dict[str, Adapter] = field(default_factory=dict, repr=False)
     _manifest: dict[str, Any] | None = field(default=None, repr=False)  # of a soup that was read, not made
     _file: Adapter | None = field(default=None, repr=False)  # and its own adapter
+    _base: Any = field(default=None, repr=False)  # that `interpolate` was given
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Soup:
@@ -126,7 +140,7 @@ class Soup:
         parents = [(adapter.source, adapter.revision, adapter.sha256) for adapter in self._adapters.values()]
         return {
             "kind": "soup",
-            "base": {"model": self.config.base_model_name_or_path, "revision": self.config.revision},
+            "base": {"model": short_name(self.config.base_model_name_or_path), "revision": self.config.revision},
             "base_mismatch_allowed": self.base_mismatch,
             "ingredients": [
                 {**asdict(ingredient), "lambda": weight}
@@ -134,30 +148,57 @@ class Soup:
             ],
             "method": self.method,
             "rank": max(
-                (t.shape[0] for key, t in self.tensors.items() if ".lora_" in key and "A" in key[-8:]), default=0
+                (module.rank for module in read_modules("the soup", self.config, self.layout).values()), default=0
             ),
             "svd_error": self.svd_error,
             "factors_distance": self.factors_distance,
             "versions": {name: version(name) for name in ("rsoups", "peft", "torch")},
             "command": command(),
-            "history": history_of(parents),
+            "history": scrubbed(history_of(parents)),
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter_model.safetensors, adapter_config.json and soup.json, all or nothing.
 
+        Where the soup holds embeddings of tokens, the tokenizer that came with the ingredients is copied too.
+
         Raises:
             OutputError: The folder holds something other than a soup, or cannot be written.
-            AdapterError: An ingredient's file was written to since it was opened.
+            AdapterError: An ingredient's file was written to since it was opened; PEFT would not load all tensors.
         """
+        check_written(self.config, self.layout)
         order = sorted(self.tensors, key=lambda name: (-self.tensors[name].dtype.itemsize, name))  # safetensors' own
         layout = {name: (tensor_files.NAMES[self.tensors[name].dtype], self.tensors[name].shape) for name in order}
         with whole_folder(folder, SOUP_FILE) as partial:
             _, own = tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: pieces_of(self.tensors[name]))
-            deepcopy(self.config).save_pretrained(str(partial))
+            as_written(self.config).save_pretrained(str(partial))
             manifest = self.lineage | {"sha256": own}
             (partial / SOUP_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            if self.holds_tokens and (tokenizer := self.tokenizer_folder()) is not None:
+                copy_files(tokenizer, TOKENIZER_FILES, partial)
             self._check_unchanged()
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether the soup holds rows of the base's embeddings or head as they were trained."""
+        return holds_tokens(self.tensors)
+
+    def published(self, base: str | None = None) -> Soup:
+        """The soup as others may read of it: no path of this disk, and the base by a name.
+
+        Args:
+            base: Name of the base on the Hub. By default the config's, or the last part of its folder's path, with a warning.
+        """
+        config = deepcopy(self.config)
+        config.base_model_name_or_path = public_name(config.base_model_name_or_path, base)
+        names = {self.config.base_model_name_or_path, short_name(self.config.base_model_name_or_path)}
+        manifest = renamed_base(scrubbed(self.lineage), names, config.base_model_name_or_path)
+        return replace(self, config=config, _manifest=manifest)
+
+    @cached_property
+    def layout(self) -> dict[str, Tensor]:
+        """Names, shapes and dtypes of the tensors."""
+        return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in self.tensors.items()}
 
     def _check_unchanged(self) -> None:
         for adapter in self._adapters.values():
@@ -178,114 +219,91 @@ class Soup:
             self.lambdas if self._adapters else [1.0],
             method="svd",
             rank=rank,
-            normalize=True,
             extrapolate=True,
             allow_base_mismatch=self.base_mismatch,
+            base=self._base,
         )
         assert isinstance(soup, Soup)
         return replace(soup, lambdas=self.lambdas) if self._adapters else soup
 
-    def merge(self, base: str | Path | PreTrainedModel, out: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the whole model, θ0 + Σ λi·Δi, as transformers saves it, with the base's tokenizer where there is one.
+    def merge(
+        self,
+        base: str | Path | PreTrainedModel,
+        out: str | Path,
+        dtype: torch.dtype | None = None,
+        *,
+        allow_base_mismatch: bool = False,
+    ) -> None:
+        """Write the whole model, θ0 + Σ λi·Δi, with the names of tensors that the base's own files have.
+
+        The tokenizer is the one that came with the adapter, or else the base's.
 
         Args:
             base: Hub id or folder, or a loaded model, which is left as it was found. One in 4 or 8 bit cannot take Δ
                 in: its full-precision weights are read again from where it came.
             out: The folder.
             dtype: Of the result; the base's own by default. Sums are in float32, rounded once.
+            allow_base_mismatch: Accept a base of another name than the adapters'; recorded in the model's soup.json.
 
         Raises:
-            AdapterError: The soup does not fit the base.
+            AdapterError: The soup does not fit the base, or the base's kind of model cannot hold what the soup changes.
             OutputError: The folder holds something other than a merged soup, or cannot be written.
         """
         from rsoups.merging import merge
 
-        merge(self, base, out, dtype)
+        merge(self, base, out, dtype, allow_base_mismatch)
 
-    def load(self, base: PreTrainedModel) -> PeftModel:
+    def load(self, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False) -> PeftModel:
         """Attach the soup to its base; `attached` does so for a while.
 
         Every tensor is checked to have arrived: PEFT only warns where a base is deeper or a module is missing.
 
-        Raises:
-            AdapterError: `base` already carries an adapter, or lacks a module of the soup, or has more or other-shaped ones.
-        """
-        if isinstance(base, PeftModel):
-            raise AdapterError("the base already carries an adapter; load the soup on the plain model")
-        config = deepcopy(self.config)
-        config.base_model_name_or_path = None  # PEFT puts this base's in, and warns where there was another
-        try:
-            model = get_peft_model(base, config)
-        except ValueError as error:
-            raise AdapterError(f"the soup does not fit this base: {error}") from None
-        finally:
-            if getattr(base, "peft_config", None) is not None:
-                del base.peft_config  # PEFT leaves it behind and would warn at the next load
-        model.peft_config["default"].base_model_name_or_path = self.config.base_model_name_or_path
-        saved = self.config.modules_to_save or ()
-        with_embeddings = any(
-            key.endswith(BASE_EMBEDDING) or (key.endswith(EMBEDDINGS) and key.split(".")[-2] not in saved)
-            for key in self.state_dict
-        )
-        try:
-            tensors = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings)
-            self._check_fit({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-            set_peft_model_state_dict(model, dict(self.state_dict))
-            for key, loaded in get_peft_model_state_dict(model, save_embedding_layers=with_embeddings).items():
-                if not torch.equal(loaded.cpu(), self.state_dict[key].to(loaded.dtype)):
-                    raise AdapterError(f"PEFT did not load tensor {key} as it is in the soup")
-        except AdapterError:
-            model.unload()
-            raise
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                module.lora_dropout.train(
-                    base.training
-                )  # PEFT makes new layers in training mode, whatever the base's is
-        return model
-
-    @contextmanager
-    def attached(self, base: PreTrainedModel) -> Iterator[PeftModel]:
-        """A context in which the soup is on its base, which is left exactly as it was found (PEFT's `unload` leaves whole
-        parameters of the adapter behind).
+        Args:
+            base: The loaded base. Where it is refused, it is as it was.
+            resize: Give the base as many tokens as the soup has, if the soup holds the embeddings and the head of all of them.
+            allow_base_mismatch: Accept a base of another name than the adapters'.
 
         Raises:
-            AdapterError: As `load`.
+            AdapterError: `base` already carries an adapter, or lacks a module of the soup, or has more or other-shaped ones;
+                or it is not the base that the adapters name.
         """
-        trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
-        names = [key.removeprefix(PREFIX).replace(BASE_EMBEDDING, ".weight") for key in self.state_dict]
-        overwritten = {name: base.get_parameter(name).detach().clone() for name in names if name in trainable}
-        model = self.load(base)
-        originals = {
-            name: module.original_module
-            for name, module in base.named_modules()
-            if isinstance(module, ModulesToSaveWrapper)
-        }
-        try:
-            yield model
-        finally:
-            model.unload()
-            for name, module in originals.items():
-                base.set_submodule(name, module)
-            for name, parameter in base.named_parameters():
-                parameter.requires_grad_(trainable[name])
-                if name in overwritten:
-                    parameter.data.copy_(overwritten[name])
+        return attaching.load(self, base, resize, allow_base_mismatch)
 
-    def _check_fit(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        if absent := sorted(self.state_dict.keys() - wanted.keys()):
-            raise AdapterError(
-                f"the base has no module for {len(absent)} tensor(s) of the soup, the first is {absent[0]}"
-            )
-        if extra := sorted(wanted.keys() - self.state_dict.keys()):
-            raise AdapterError(
-                f"the base has {len(extra)} targeted module(s) more than the soup, the first is {extra[0]}: is it deeper?"
-            )
-        for key, shape in wanted.items():
-            if shape != tuple(self.state_dict[key].shape):
-                raise AdapterError(
-                    f"tensor {key} is {tuple(self.state_dict[key].shape)} in the soup, the base needs {shape}"
-                )
+    def attached(
+        self, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False
+    ) -> AbstractContextManager[PeftModel]:
+        """A context in which the soup is on its base, which comes back exactly as it was, however the context ends.
+
+        Args:
+            base, resize, allow_base_mismatch: As `load`.
+
+        Raises:
+            AdapterError: As `load`; and within the context, where PEFT would merge the soup into the base.
+        """
+        return attaching.attached(self, base, resize, allow_base_mismatch)
+
+    @property
+    def whole(self) -> dict[str, Blend | Tensor]:
+        """Whole parameters of the soup, by the base's names."""
+        names = [key for key in self.tensors if ".lora_" not in key and not key.endswith(BASE_EMBEDDING)]
+        return {name.removeprefix(PREFIX): self.tensors[name] for name in names}
+
+    def tokenizer_folder(self) -> Path | None:
+        """Where the tokenizer that came with the ingredients is; None where none brings one."""
+        for adapter in self._read:
+            if (found := tokenizer_folder(pinned(adapter.source, adapter.revision))) is not None:
+                return found
+        return None
+
+    @property
+    def named_configs(self) -> list[tuple[str, LoraConfig]]:
+        """Where each ingredient is from, with its config; of a soup that was read, the soup's own."""
+        return [(adapter.source, adapter.config) for adapter in self._read] or [("the soup", self.config)]
+
+    @property
+    def _read(self) -> list[Adapter]:
+        """What the soup was made of, or read from."""
+        return list(self._adapters.values()) or [adapter for adapter in [self._file] if adapter is not None]
 
     def push_to_hub(
         self,
@@ -294,6 +312,7 @@ class Soup:
         front: Front | str | Path | None = None,
         private: bool | None = None,
         licence: str | None = None,
+        base: str | None = None,
         commit_message: str | None = None,
         create_pr: bool = False,
         dry_run: bool | str | Path = False,
@@ -312,6 +331,7 @@ class Soup:
             front=front,
             private=private,
             licence=licence,
+            base=base,
             commit_message=commit_message,
             create_pr=create_pr,
             dry_run=dry_run,
@@ -329,6 +349,7 @@ def interpolate(
     extrapolate: bool = False,
     dtype: torch.dtype | None = None,
     allow_base_mismatch: bool = False,
+    base: str | Path | PreTrainedModel | None = None,
 ) -> Soup | list[Soup]:
     """Interpolate adapters of one base.
 
@@ -344,10 +365,13 @@ def interpolate(
         rank: Of an svd soup: an int, or a float below 1 that bounds each module's relative error (.01: 1%). The largest
             rank among the ingredients by default.
         normalize: Divide the weights by their sum.
-        extrapolate: Allow weights outside [0, 1].
+        extrapolate: Allow weights outside [0, 1] and sums other than 1 (task arithmetic: θ0 + Σ λi·Δi still).
         dtype: Of the soup's tensors. By default float32, and for a soup of one ingredient (λ one-hot, or an adapter
             given several times) that adapter's own tensors, bit for bit.
         allow_base_mismatch: Interpolate although the ingredients name different bases; recorded in the lineage.
+        base: Folder or Hub id of the base, or the loaded base. It is needed where only some ingredients hold a parameter that
+            was trained as a whole (a head, embeddings, biases), or where λ do not sum to 1: the rest is the base's own; and
+            where nothing else tells old names of layers from new ones.
 
     Returns:
         A Soup, or a list of them for a matrix.
@@ -371,17 +395,22 @@ def interpolate(
     read = {
         name: source if isinstance(source, Adapter) else read_adapter(source, hold) for name, source in named.items()
     }
-    check_compatible(read.values(), allow_base_mismatch)
+    weights = BaseWeights(base) if base is not None else None
+    if base is not None:
+        check_base([(adapter.source, adapter.config) for adapter in read.values()], base, allow_base_mismatch)
+    read = of_one_base(read, weights)
+    check_compatible(read.values(), allow_base_mismatch, with_base=weights is not None)
     if method == "factors":
         check_factors(list(read.values()))
+        _check_sums(rows)
     for adapter in read.values():
         adapter.check_values()  # those of weight 0 too
     same = _same(list(read.values()))
     kept = [_kept(list(read.values()), same, row) for row in rows]
     several = [row for row in kept if not _is_alone(row, rank)]
-    made = iter(_made(several, method, rank, dtype))
+    made = iter(_made(several, method, rank, dtype, _own(several, weights)))
     parts = [_alone(row[0][0], method, dtype) if _is_alone(row, rank) else next(made) for row in kept]
-    whole: dict[str, Any] = {"method": method, "base_mismatch": allow_base_mismatch, "_adapters": read}
+    whole: dict[str, Any] = {"method": method, "base_mismatch": allow_base_mismatch, "_adapters": read, "_base": base}
     soups = [Soup(lambdas=tuple(row), **part, **whole) for row, part in zip(rows, parts, strict=True)]
     return soups if lambdas is not None and np.ndim(lambdas) == 2 else soups[0]
 
@@ -399,8 +428,15 @@ def named_adapters(adapters: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any
     return dict(zip(names, adapters, strict=True))
 
 
-def weights_of(lambdas: Any, count: int, normalize: bool, extrapolate: bool) -> list[list[float]]:
-    """Checked weights, K rows of `count`."""
+def weights_of(lambdas: Any, count: int, normalize: bool, extrapolate: bool, any_sum: bool = True) -> list[list[float]]:
+    """Checked weights, K rows of `count`.
+
+    Args:
+        lambdas: As `interpolate` takes them, None for uniform ones.
+        count: Number of adapters.
+        normalize, extrapolate: As of `interpolate`.
+        any_sum: Whether `extrapolate` allows sums other than 1: not of whole models, which hold the base themselves.
+    """
     if lambdas is None:
         return [[1 / count] * count]
     try:
@@ -417,8 +453,11 @@ def weights_of(lambdas: Any, count: int, normalize: bool, extrapolate: bool) -> 
             if abs(total) < _SUM_TOLERANCE:
                 raise LambdasError(f"lambdas {row.tolist()} sum to {total:g}: they cannot be normalized")
             row /= total
-        elif abs(total - 1) > _SUM_TOLERANCE:
-            raise LambdasError(f"lambdas {row.tolist()} sum to {total:g}, not 1; normalize=True divides by the sum")
+        elif abs(total - 1) > _SUM_TOLERANCE and not (extrapolate and any_sum):
+            raise LambdasError(
+                f"lambdas {row.tolist()} sum to {total:g}, not 1; normalize=True divides by the sum"
+                + ("; extrapolate=True takes them as they are" if any_sum else "")
+            )
         if not extrapolate and ((row < 0).any() or (row > 1 + _SUM_TOLERANCE).any()):
             raise LambdasError(f"lambdas {row.tolist()} are not all within [0, 1]; extrapolate=True allows it")
     return [[float(value) for value in row] for row in rows]
@@ -481,10 +520,39 @@ def _alone(adapter: Adapter, method: str, dtype: torch.dtype | None) -> dict[str
     return stacking.alone(adapter, dtype) | {"svd_error": 0.0 if method == "svd" else None}
 
 
-def _made(rows: list[Kept], method: str, rank: int | float | None, dtype: torch.dtype | None) -> list[dict[str, Any]]:
+def _made(
+    rows: list[Kept], method: str, rank: int | float | None, dtype: torch.dtype | None, base: Adapter | None
+) -> list[dict[str, Any]]:
     if method == "factors":
         return stacking.factors(rows, dtype)
-    return [stacking.exact(row, dtype) if method == "exact" else stacking.svd(row, rank, dtype) for row in rows]
+    if method == "svd":
+        return [stacking.svd(row, rank, dtype, base) for row in rows]
+    return [stacking.exact(row, dtype, base) for row in rows]
+
+
+def _own(rows: list[Kept], base: BaseWeights | None) -> Adapter | None:
+    """The base's own values of all whole parameters of some soups."""
+    names = {name: adapter for kept in rows for adapter, _ in kept for name in adapter.full}
+    if base is None or not names:
+        return None
+    config = max((a.config for a in names.values()), key=lambda config: bool(config.trainable_token_indices))
+    own = base.like(names, config)
+    for name, adapter in names.items():
+        if (ours := tuple(own.layout[name].shape)) != (theirs := tuple(adapter.layout[name].shape)):
+            raise AdapterError(
+                f"{name} is {theirs} in {adapter.source} and {ours} in the base {base.source}: of other sizes"
+            )
+    return own
+
+
+def _check_sums(rows: list[list[float]]) -> None:
+    """Refuse sums that would scale both factors, and so a change by their square."""
+    for row in rows:
+        if abs(math.fsum(row) - 1) > _SUM_TOLERANCE:
+            raise LambdasError(
+                f"lambdas {row} sum to {math.fsum(row):g}; method 'factors' would scale A and B by it each: use 'exact' "
+                "or 'svd'"
+            )
 
 
 def _ingredient(name: str, adapter: Adapter) -> Ingredient:

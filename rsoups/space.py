@@ -13,6 +13,7 @@ from typing import Any
 from rsoups._errors import AdapterError, OutputError
 from rsoups._files import whole_folder
 from rsoups.adapters import Adapter, read_adapter
+from rsoups.bases import check_base, is_on_hub, same_base
 from rsoups.soup import Soup, interpolate
 from rsoups.sweep_folder import RECORDS, SweepFolder
 
@@ -36,6 +37,7 @@ def write_space(
     *,
     base: str | None = None,
     adapters: Mapping[str, str] | None = None,
+    allow_base_mismatch: bool = False,
 ) -> None:
     """Write the explorer of a sweep as a Space. ``hf upload user/name OUT . --repo-type space`` publishes it.
 
@@ -46,17 +48,20 @@ def write_space(
         out: A new folder.
         base: The sweep's by default: embedded, or on the Hub.
         adapters: By name, the sweep's by default.
+        allow_base_mismatch: Accept ingredients that name other bases.
 
     Raises:
         FrontError: As `SweepFolder.read`.
         AdapterError: Also for a base that only this machine has.
         OutputError: `out` is there already, or cannot be written.
     """
-    found, out = SweepFolder.read(folder, base=base, adapters=adapters), Path(out)
+    found = SweepFolder.read(folder, base=base, adapters=adapters, allow_base_mismatch=allow_base_mismatch)
+    out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} is there already: choose a new folder")
     if _is_local(found.base):
         raise AdapterError(f"the base {found.base!r} is a folder here: publish it, and say --base user/name")
+    renamed = _check_base(found)
     with whole_folder(out, RECORDS) as partial:
         sources = {
             name: _copied(partial, number, name, found) if _is_local(source) else source
@@ -64,11 +69,23 @@ def write_space(
         }
         shutil.copyfile(found.records, partial / RECORDS)
         settings = {key: found.settings[key] for key in _KEPT if key in found.settings}
-        settings |= {"base": found.base, "adapters": sources}
+        settings |= {"base": found.base, "adapters": sources, "base_mismatch_allowed": found.base_mismatch or renamed}
         (partial / RECORDS).with_suffix(".settings.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         (partial / "app.py").write_text(_APP, "utf-8")
         (partial / "requirements.txt").write_text(_requirements(), "utf-8")
         (partial / "README.md").write_text(_card(found, sources), "utf-8")
+
+
+def _check_base(found: SweepFolder) -> bool:
+    """Whether ingredients tell another name of the base: one that is not on the Hub, where it is published under a name now.
+
+    Raises:
+        AdapterError: Ingredients of another base.
+    """
+    named = [(adapter.source, adapter.config) for adapter in found.adapters.values()]
+    hubs = [(source, config) for source, config in named if is_on_hub(config.base_model_name_or_path)]
+    check_base(hubs, found.base, found.base_mismatch)
+    return any(not same_base(config.base_model_name_or_path, found.base) for _, config in named)
 
 
 def _is_local(source: str) -> bool:

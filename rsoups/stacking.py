@@ -7,24 +7,25 @@ that a soup can be saved without being held.
 from __future__ import annotations
 
 import math
-import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from rsoups import low_rank
 from rsoups._errors import AdapterError
-from rsoups.adapters import PREFIX, Adapter, LoraModule, for_inference
+from rsoups.adapters import Adapter
+from rsoups.layer_names import PREFIX, written_name
+from rsoups.lora_modules import LoraModule
+from rsoups.soup_config import faithful_config, stacked_config
 from rsoups.tensor_files import in_blocks, is_finite, rows_of_pieces
 
-_ONE_START = 0.5  # cosine of two ingredients' A above which they are taken to share their initialisation
+_ONE_START = 0.5  # cosine of two ingredients' A above which they are taken to share their initialization
+_SUM_TOLERANCE = 1e-6  # λ in single precision still count as summing to 1
 Kept = list[tuple[Adapter, float]]  # what a soup is made of: adapters that differ, with weights that are not 0
 
 
@@ -44,12 +45,14 @@ class Blend:
         how: `_below`, `_beside` or `_summed`.
         parts: Of what.
         shape, dtype: Of the tensor.
+        experts: How many groups of rows it has, each of which holds those of all parts.
     """
 
     how: Callable[[Blend], Iterator[Tensor]]
     parts: list[Part]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    experts: int = 1
 
     @property
     def bound(self) -> float:
@@ -74,13 +77,20 @@ def pieces_of(tensor: Blend | Tensor) -> Iterable[Tensor]:
 
 
 def _below(blend: Blend) -> Iterator[Tensor]:
-    """Parts one below the other, their factors 1."""
-    for part in blend.parts:
-        for piece in part.adapter.pieces(part.name):
-            if piece.dtype == blend.dtype:
-                yield piece
-            else:
-                yield _made(blend, [piece], lambda block: block)
+    """Parts one below the other, or their rows for each expert; their factors are 1."""
+    for piece in _rows_of_experts(blend) if blend.experts > 1 else _rows_of_parts(blend):
+        yield piece if piece.dtype == blend.dtype else _made(blend, [piece], lambda block: block)
+
+
+def _rows_of_parts(blend: Blend) -> Iterator[Tensor]:
+    return (piece for part in blend.parts for piece in part.adapter.pieces(part.name))
+
+
+def _rows_of_experts(blend: Blend) -> Iterator[Tensor]:
+    for expert in range(blend.experts):
+        for part in blend.parts:
+            rank = part.adapter.layout[part.name].shape[0] // blend.experts
+            yield part.adapter.rows(part.name, expert * rank, (expert + 1) * rank)
 
 
 def _beside(blend: Blend) -> Iterator[Tensor]:
@@ -126,18 +136,18 @@ def _times(block: Tensor, factor: float) -> Tensor:
 def alone(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, Any]:
     """An adapter as it is."""
     tensors = {
-        key: Blend(_below, [Part(adapter, key)], tuple(like.shape), dtype or like.dtype)
+        written_name(key, adapter.modules): Blend(_below, [Part(adapter, key)], tuple(like.shape), dtype or like.dtype)
         for key, like in adapter.layout.items()
     }
-    return {"tensors": fitting(tensors), "config": for_inference(adapter.config)}
+    return {"tensors": fitting(tensors), "config": faithful_config(adapter)}
 
 
-def exact(kept: Kept, dtype: torch.dtype | None) -> dict[str, Any]:
+def exact(kept: Kept, dtype: torch.dtype | None, base: Adapter | None = None) -> dict[str, Any]:
     """Δ = Σ λi·si·Bi·Ai as one pair of stacked factors per module, λi·si in B."""
     dtype = dtype or torch.float32
     modules, tensors = _stacked(kept, dtype)
-    tensors |= _full(kept, dtype)
-    return {"tensors": fitting(tensors), "config": _config([adapter for adapter, _ in kept], modules)}
+    tensors |= _full(kept, dtype, base, modules)
+    return {"tensors": fitting(tensors), "config": stacked_config([adapter for adapter, _ in kept], modules)}
 
 
 def _stacked(kept: Kept, dtype: torch.dtype) -> tuple[dict[str, LoraModule], dict[str, Blend]]:
@@ -147,11 +157,12 @@ def _stacked(kept: Kept, dtype: torch.dtype) -> tuple[dict[str, LoraModule], dic
     for path in dict.fromkeys(path for adapter, _ in kept for path in adapter.modules):
         parts = [(adapter, adapter.modules[path], weight) for adapter, weight in kept if path in adapter.modules]
         rank = sum(module.rank for _, module, _ in parts)
-        soup = modules[path] = _named_module(path, rank, parts[0][1], with_bias)
-        shape = (rank, *soup.shape[1:])
-        tensors[soup.A] = Blend(_below, [Part(adapter, module.A) for adapter, module, _ in parts], shape, dtype)
+        soup = modules[path] = _named_module(path, rank, _best_told(parts), with_bias)
+        rows = rank * soup.experts
+        below = [Part(adapter, module.A) for adapter, module, _ in parts]
+        tensors[soup.A] = Blend(_below, below, (rows, *soup.shape[1:]), dtype, soup.experts)
         scaled = [Part(adapter, module.B, weight * module.scaling) for adapter, module, weight in parts]
-        shape = (soup.shape[0], rank, *(1 for _ in soup.shape[2:]))
+        shape = (soup.shape[0], rows, *(1 for _ in soup.shape[2:]))
         tensors[soup.B] = Blend(_beside, scaled, shape, dtype)
         if soup.bias:
             biases = [Part(a, m.bias, weight * m.scaling) for a, m, weight in parts if m.bias]
@@ -159,7 +170,12 @@ def _stacked(kept: Kept, dtype: torch.dtype) -> tuple[dict[str, LoraModule], dic
     return modules, tensors
 
 
-def svd(kept: Kept, rank: int | float | None, dtype: torch.dtype | None) -> dict[str, Any]:
+def _best_told(parts: Sequence[tuple[Adapter, LoraModule, float]]) -> LoraModule:
+    """The module of the ingredient that tells which parameter it is, if one does."""
+    return max((module for _, module, _ in parts), key=lambda module: bool(module.parameter))
+
+
+def svd(kept: Kept, rank: int | float | None, dtype: torch.dtype | None, base: Adapter | None = None) -> dict[str, Any]:
     """The exact Δ, truncated to a rank, by default the largest among the ingredients, or within a relative error."""
     dtype = dtype or torch.float32
     if rank is None:
@@ -169,18 +185,18 @@ def svd(kept: Kept, rank: int | float | None, dtype: torch.dtype | None) -> dict
     errors, all_lost, all_total = {}, 0.0, 0.0
     for path, module in modules.items():
         a, b = stacked[module.A].tensor(), stacked[module.B].tensor()
-        A, B, lost, total = low_rank.truncate(a.flatten(1), b.flatten(1), rank)
-        tensors[module.A] = A.reshape(len(A), *a.shape[1:]).to(dtype)
-        tensors[module.B] = B.reshape(len(b), -1, *b.shape[2:]).to(dtype)
+        A, B, lost, total = low_rank.truncate_all(module.factors(a, b), rank)
+        tensors[module.A] = A.flatten(0, 1).reshape(-1, *a.shape[1:]).to(dtype)
+        tensors[module.B] = B.permute(1, 2, 0).reshape(len(b), -1, *b.shape[2:]).to(dtype)
         if module.bias:
             tensors[module.bias] = replace(stacked[module.bias], dtype=dtype)
-        modules[path] = replace(module, rank=len(A))
+        modules[path] = replace(module, rank=A.shape[1])
         errors[path] = math.sqrt(lost / total) if total else 0.0
         all_lost, all_total = all_lost + lost, all_total + total
-    tensors |= _full(kept, dtype)
+    tensors |= _full(kept, dtype, base, modules)
     return {
         "tensors": fitting(tensors),
-        "config": _config([adapter for adapter, _ in kept], modules),
+        "config": stacked_config([adapter for adapter, _ in kept], modules),
         "svd_errors": errors,
         "svd_error": math.sqrt(all_lost / all_total) if all_total else 0.0,
     }
@@ -192,7 +208,7 @@ def factors(rows: list[Kept], dtype: torch.dtype | None) -> list[dict[str, Any]]
     adapters = list(dict.fromkeys(adapter for kept in rows for adapter, _ in kept))
     starts = cosines_of_starts(adapters) if len(adapters) > 1 else []
     for kept in rows:
-        tensors = _sums(kept, list(kept[0][0].layout), dtype or torch.float32)
+        tensors = _sums(kept, dtype or torch.float32)
         distance = None
         places = [adapters.index(adapter) for adapter, _ in kept]
         if any(starts[i][j] < _ONE_START for i, j in combinations(places, 2)):
@@ -202,7 +218,7 @@ def factors(rows: list[Kept], dtype: torch.dtype | None) -> list[dict[str, Any]]
                 "Δ away from it; use method 'exact' or 'svd'",
                 stacklevel=3,
             )
-        config = for_inference(kept[0][0].config)
+        config = faithful_config(kept[0][0])
         made.append({"tensors": fitting(tensors), "config": config, "factors_distance": distance})
     return made
 
@@ -234,31 +250,53 @@ def _distance(kept: Kept, tensors: Mapping[str, Blend]) -> float:
     apart = total = 0.0
     for path, module in kept[0][0].modules.items():
         parts = [
-            (adapter.tensor(adapter.modules[path].A), adapter.tensor(adapter.modules[path].B)) for adapter, _ in kept
+            module.factors(adapter.tensor(adapter.modules[path].A), adapter.tensor(adapter.modules[path].B))
+            for adapter, _ in kept
         ]
-        A = torch.cat([a.flatten(1).double() for a, _ in parts])
-        B = torch.cat([w * b.flatten(1).double() for (_, b), (_, w) in zip(parts, kept, strict=True)], dim=1)
-        a, b = tensors[module.A].tensor().flatten(1).double(), tensors[module.B].tensor().flatten(1).double()
-        difference = (torch.cat([A, a]), torch.cat([B, -b], dim=1))
+        averages = module.factors(tensors[module.A].tensor(), tensors[module.B].tensor())
         scale = module.scaling**2
-        apart += scale * low_rank.inner(difference, difference)
-        total += scale * low_rank.inner((A, B), (A, B))
+        for (a, b), *experts in zip(averages, *parts, strict=True):
+            A = torch.cat([one.double() for one, _ in experts])
+            B = torch.cat([w * one.double() for (_, one), (_, w) in zip(experts, kept, strict=True)], dim=1)
+            difference = (torch.cat([A, a.double()]), torch.cat([B, -b.double()], dim=1))
+            apart += scale * low_rank.inner(difference, difference)
+            total += scale * low_rank.inner((A, B), (A, B))
     return math.sqrt(max(apart, 0) / total) if total else 0.0
 
 
-def _sums(kept: Kept, names: Sequence[str], dtype: torch.dtype) -> dict[str, Blend]:
-    """Σ λi·Ti of each named tensor."""
-    layout = kept[0][0].layout
+def _sums(kept: Kept, dtype: torch.dtype) -> dict[str, Blend]:
+    """Σ λi·Ti of each tensor."""
+    first = kept[0][0]
     return {
-        name: Blend(
-            _summed, [Part(adapter, name, weight) for adapter, weight in kept], tuple(layout[name].shape), dtype
+        written_name(name, first.modules): Blend(
+            _summed, [Part(adapter, name, weight) for adapter, weight in kept], tuple(like.shape), dtype
         )
-        for name in names
+        for name, like in first.layout.items()
     }
 
 
-def _full(kept: Kept, dtype: torch.dtype) -> dict[str, Blend]:
-    return _sums(kept, kept[0][0].full, dtype)
+def _full(kept: Kept, dtype: torch.dtype, base: Adapter | None, modules: Mapping[str, LoraModule]) -> dict[str, Blend]:
+    """Σ λi·θi of each whole parameter, and of the base's own where an ingredient lacks it, or where Σλ is not 1."""
+    names = dict.fromkeys(name for adapter, _ in kept for name in adapter.full)
+    return {written_name(name, modules): _whole(kept, name, dtype, base) for name in names}
+
+
+def _whole(kept: Kept, name: str, dtype: torch.dtype, base: Adapter | None) -> Blend:
+    parts = [Part(adapter, name, weight) for adapter, weight in kept if name in adapter.layout]
+    like = parts[0].adapter.layout[name]
+    rest = 1 - math.fsum(part.factor for part in parts)
+    if abs(rest) > _SUM_TOLERANCE and base is not None:
+        parts.append(Part(base, name, rest))
+    elif abs(rest) > _SUM_TOLERANCE:
+        first, *others = (part.adapter.tensor(name) for part in parts)
+        own = all(name in part.adapter.copies for part in parts)
+        if own and all(torch.equal(first, other) for other in others):  # the base's, whatever λ are
+            return Blend(_below, [parts[0]._replace(factor=1.0)], tuple(like.shape), like.dtype)
+        raise AdapterError(
+            f"{name} was saved as a whole, and the weights of the ingredients that have it sum to {1 - rest:g}, not 1: the "
+            "rest is the base's own, pass base= (--base)"
+        )
+    return Blend(_summed, parts, tuple(like.shape), dtype)
 
 
 def fitting(tensors: Mapping[str, Blend | Tensor]) -> Mapping[str, Blend | Tensor]:
@@ -299,21 +337,4 @@ def _named_module(path: str, rank: int, like: LoraModule, with_bias: bool) -> Lo
     kind, suffix = ("lora_embedding_", "") if like.embedding else ("lora_", ".weight")
     start = f"{PREFIX}{path}.{kind}"
     bias = f"{start}B.bias" if with_bias else None
-    return LoraModule(f"{start}A{suffix}", f"{start}B{suffix}", rank, like.shape, 1.0, bias, like.embedding)
-
-
-def _config(adapters: list[Adapter], modules: dict[str, LoraModule]) -> LoraConfig:
-    """A config of the stacked factors: alpha equal to the rank, so that PEFT scales by 1, module by module."""
-    config = for_inference(adapters[0].config)
-    ranks = {path: module.rank for path, module in modules.items()}
-    config.r = config.lora_alpha = Counter(ranks.values()).most_common(1)[0][0]
-    config.rank_pattern = {f"^{re.escape(path)}": r for path, r in ranks.items() if r != config.r}
-    config.alpha_pattern = dict(config.rank_pattern)
-    config.use_rslora = False
-    config.lora_bias = any(module.bias is not None for module in modules.values())
-    config.lora_dropout = 0.0
-    selection = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    if any(getattr(a.config, name) != getattr(config, name) for a in adapters for name in selection):
-        config.target_modules = "|".join(re.escape(path) for path in modules)  # PEFT matches a string as a whole
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    return config
+    return replace(like, A=f"{start}A{suffix}", B=f"{start}B{suffix}", bias=bias, rank=rank, scaling=1.0)

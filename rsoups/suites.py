@@ -94,6 +94,7 @@ class Suite:
     Attributes:
         sets: Of prompts.
         base: The adapter's own by default.
+        allow_base_mismatch: Accept a base of another name than the adapter's.
         against: A parent, as `read_adapter` takes it: rewards are compared on the same prompts, paired.
         tolerance: How far below the parent's a mean may be, with 95% confidence.
         temperature, max_new_tokens, seed: Of sampling.
@@ -101,6 +102,7 @@ class Suite:
 
     sets: tuple[PromptSet, ...]
     base: str | None = None
+    allow_base_mismatch: bool = False
     against: str | None = None
     tolerance: float = 0.0
     temperature: float = 1.0
@@ -129,6 +131,8 @@ class Suite:
                 raise SuiteError(f"{path}: split is {each.split!r}, must be test, or all of one file")
             if each.task not in {*TASKS, "custom"}:
                 raise SuiteError(f"{path}: task is {each.task!r}, must be custom or one of {sorted(TASKS)}")
+        if not isinstance(suite.allow_base_mismatch, bool):
+            raise SuiteError(f"{path}: allow_base_mismatch is {suite.allow_base_mismatch!r}, must be true or false")
         if isinstance(suite.tolerance, bool) or not isinstance(suite.tolerance, (int, float)) or suite.tolerance < 0:
             raise SuiteError(f"{path}: tolerance is {suite.tolerance!r}, must be a number of at least 0")
         return cls(**{f.name: getattr(suite, f.name) for f in fields(cls)} | {"sets": sets})
@@ -185,6 +189,7 @@ def run_suite(suite: Suite, source: Any, against: str | Path | None = None) -> l
                 temperature=suite.temperature,
                 max_new_tokens=suite.max_new_tokens,
                 seed=suite.seed,
+                allow_base_mismatch=suite.allow_base_mismatch,
                 out=Path(temporary) / "records.jsonl",
             )
         where = f"set {number} ({each.task}, {len(prompts)} prompts)"

@@ -14,6 +14,7 @@ from typing import Any
 
 from rsoups._errors import AdapterError, DatasetError, FrontError, OutputError
 from rsoups.adapters import Adapter, read_adapter
+from rsoups.compatibility import check_one_base
 from rsoups.front import Front
 from rsoups.soup import Soup
 from rsoups.tasks import question_of, read_jsonl
@@ -85,6 +86,7 @@ class SweepFolder:
         adapters: The same, read.
         method: Of the soups.
         settings: Of the sweep, as it wrote them; empty where it did not.
+        base_mismatch: Whether ingredients that name other bases are let in.
     """
 
     records: Path
@@ -95,10 +97,16 @@ class SweepFolder:
     adapters: dict[str, Adapter]
     method: str
     settings: dict[str, Any]
+    base_mismatch: bool = False
 
     @classmethod
     def read(
-        cls, path: str | Path | None, *, base: str | None = None, adapters: Mapping[str, str] | None = None
+        cls,
+        path: str | Path | None,
+        *,
+        base: str | None = None,
+        adapters: Mapping[str, str] | None = None,
+        allow_base_mismatch: bool = False,
     ) -> SweepFolder:
         """Read a sweep's folder, and find its models.
 
@@ -107,6 +115,7 @@ class SweepFolder:
             base: The one that records.settings.json or the ingredients' configs name, by default.
             adapters: Ingredients by name; those that records.settings.json names, or ``ppo-NAME`` beside the records, by
                 default. A file may only name Hub ids and folders within its own.
+            allow_base_mismatch: Accept ingredients that name other bases, as the sweep may have done.
 
         Raises:
             FrontError: No sweep there, or one without soups.
@@ -126,9 +135,12 @@ class SweepFolder:
         base = base or settings.get("base") or next(iter(read.values())).config.base_model_name_or_path
         if not base:
             raise AdapterError("neither the sweep nor its ingredients name their base: say --base")
+        allowed = allow_base_mismatch or settings.get("base_mismatch_allowed") is True
+        if not allowed:
+            check_one_base(read.values())
         method = front.soups[0].method or "exact"
         prompts = list({json.dumps(row["prompt"]): row["prompt"] for row in read_jsonl(records)}.values())
-        return cls(records, front, prompts, base, sources, read, method, settings)
+        return cls(records, front, prompts, base, sources, read, method, settings, allowed)
 
     @property
     def folder(self) -> Path:

@@ -40,7 +40,9 @@ from rsoups._errors import (
     RsoupsError,
 )
 from rsoups.adapters import Adapter, read_adapter
+from rsoups.bases import check_base
 from rsoups.checkpoints import only_run_in
+from rsoups.compatibility import check_one_base
 from rsoups.decoding import Prompt, encode
 from rsoups.front import Front
 from rsoups.generation import Answer, Base, Generator, Item, Model, Nats
@@ -89,6 +91,7 @@ def sweep(
     batch_tokens: int | str = "auto",
     server: str | None = None,
     seed: int = 0,
+    allow_base_mismatch: bool = False,
     notes: Mapping[str, Any] | None = None,
     out: str | Path = "records.jsonl",
     progress: bool = True,
@@ -128,6 +131,7 @@ def sweep(
         server: URL of a running vLLM server of this base, which answers instead (`rsoups.vllm_server`); records then have
             neither `kl` nor `base_nll`.
         seed: Of sampling.
+        allow_base_mismatch: Accept adapters that name other bases than this one; recorded in the settings file.
         notes: More to be found in the settings file beside the records.
         out: Records file.
         progress: Show a progress bar.
@@ -150,7 +154,12 @@ def sweep(
     method = live.method if live else method
     beside = {name: _read(source) for name, source in (others or {}).items()}
     _check_names(rewards, ingredients, beside, held_out)
+    allowed = allow_base_mismatch or (live is not None and live.base_mismatch)
+    if not allowed:
+        check_one_base(ingredients.values())
     base = own_base(ingredients) if base is None else base
+    adapted = [(adapter.source, adapter.config) for adapter in [*ingredients.values(), *beside.values()]]
+    check_base(adapted, live.model if live else base, allowed)
     opened = Base(base, tokenizer)
     manifests = {name: manifests_of(adapter) for name, adapter in {**beside, **ingredients}.items()}
     template = _template(chat_template_kwargs, manifests, prompts)
@@ -171,7 +180,13 @@ def sweep(
         "server": server is not None,
         "cut": getattr(cut, "__qualname__", type(cut).__name__),
     }
-    about = {"held_out": list(held_out), "samples": samples, "method": method, **_provenance(base), **(notes or {})}
+    about: dict[str, Any] = {
+        "held_out": list(held_out),
+        "samples": samples,
+        "method": method,
+        "base_mismatch_allowed": allowed,
+    }
+    about |= {**_provenance(base), **(notes or {})}
     for name, sources in (("adapters", ingredients), ("others", beside)):
         about[name] = {key: _told(source, Path(out).parent) for key, source in sources.items()}
     trained_on = {name: _trained_on(found) for name, found in manifests.items()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rsoups._errors import LambdasError, LineageError
+from rsoups._files import is_hub_id
 from rsoups.adapters import Adapter, adapter_of, read_adapter
 from rsoups.hub import read_soup
 from rsoups.lineage import Manifest, manifest_of, parents_of, pinned
@@ -131,8 +132,8 @@ def _deltas(one: Adapter, other: Adapter) -> Iterator[tuple[str, Tensor, Tensor]
 def _delta(adapter: Adapter, path: str) -> Tensor | None:
     if (module := adapter.modules.get(path)) is None:
         return None
-    b = adapter.tensor(module.B).double().flatten(1)
-    return module.scaling * (b @ adapter.tensor(module.A).double().flatten(1))
+    factors = module.factors(adapter.tensor(module.A).double(), adapter.tensor(module.B).double())
+    return module.scaling * torch.stack([b @ a for a, b in factors])
 
 
 def _whole(adapter: Adapter, name: str) -> Tensor | None:
@@ -215,6 +216,8 @@ def locate(soup: Soup, given: Mapping[str, str | Path] | None = None) -> dict[st
         name, source = ingredient.name, given.get(ingredient.name)
         if source is None and ingredient.revision:
             source = pinned(ingredient.source, ingredient.revision)
+            if not is_hub_id(source) or Path(source).exists():
+                raise LineageError(f"ingredient {name!r} ({source}) is no Hub id: say --ingredient {name}=FOLDER")
         elif source is None:
             # A path that comes from a file leads nowhere but down from here.
             here, place = Path.cwd(), (Path.cwd() / ingredient.source).resolve()
@@ -233,15 +236,23 @@ def locate(soup: Soup, given: Mapping[str, str | Path] | None = None) -> dict[st
     return found
 
 
-def _made(adapters: dict[str, Adapter], soup: Soup, lambdas: list[float], method: str, rank: int | None = None) -> Soup:
-    made = interpolate(
-        adapters, lambdas, method=method, rank=rank, extrapolate=True, allow_base_mismatch=soup.base_mismatch
-    )
+def _made(
+    adapters: dict[str, Adapter],
+    soup: Soup,
+    lambdas: list[float],
+    method: str,
+    rank: int | None = None,
+    allow_base_mismatch: bool = False,
+) -> Soup:
+    allowed = allow_base_mismatch or soup.base_mismatch
+    made = interpolate(adapters, lambdas, method=method, rank=rank, extrapolate=True, allow_base_mismatch=allowed)
     assert isinstance(made, Soup)
     return made
 
 
-def patch(soup: Soup, adapter: str | Path, weight: float, name: str | None = None) -> Soup:
+def patch(
+    soup: Soup, adapter: str | Path, weight: float, name: str | None = None, *, allow_base_mismatch: bool = False
+) -> Soup:
     """Add one ingredient: (1 - λ)·soup + λ·adapter, so that the others keep their ratio. Theirs are not needed.
 
     Args:
@@ -249,6 +260,7 @@ def patch(soup: Soup, adapter: str | Path, weight: float, name: str | None = Non
         adapter: Folder or Hub id.
         weight: λ, in [0, 1].
         name: Of the new ingredient; its folder's by default.
+        allow_base_mismatch: As `interpolate`.
 
     Raises:
         LambdasError: λ outside [0, 1], or a name that is taken.
@@ -261,7 +273,7 @@ def patch(soup: Soup, adapter: str | Path, weight: float, name: str | None = Non
         raise LambdasError(f"the soup has an ingredient {name!r} already: give the new one another name")
     method = "factors" if soup.method == "factors" else "exact"
     parts = {"soup": soup._file or adapter_of("soup", soup.config, soup.state_dict), name: read_adapter(adapter)}
-    made = _made(parts, soup, [1 - weight, weight], method)
+    made = _made(parts, soup, [1 - weight, weight], method, allow_base_mismatch=allow_base_mismatch)
     if soup.svd_error:  # what was cut off is in none of the ingredients: the soup itself is one
         return made
     manifest, before = made.lineage, soup.lineage

@@ -100,7 +100,8 @@ class Server:
             self._unload()
             name = f"rsoups-{os.getpid()}-{self._folder.name[-6:]}-{len(list(self._folder.iterdir()))}"
             if model.soup:
-                soup = interpolate(self._adapters, list(model.soup.values()), method=model.method or "exact")
+                row, method = list(model.soup.values()), model.method or "exact"
+                soup = interpolate(self._adapters, row, method=method, allow_base_mismatch=True)  # compared by `sweep`
             else:
                 soup = interpolate([self._others[model.other or ""]], [1.0])
             assert isinstance(soup, Soup)

@@ -3,14 +3,16 @@
 import hashlib
 import json
 import struct
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_adapter
+from tiny import assert_is_sum, tiny_adapter
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import rsoups
-from rsoups.adapters import read_adapter
+from rsoups.adapters import PREFIX, read_adapter
 
 
 @pytest.fixture
@@ -118,12 +120,23 @@ FIELDS = [
     ({"use_dora": True}, "use_dora is set"),
     ({"init_lora_weights": "pissa"}, "pissa.*convert"),
     ({"init_lora_weights": "olora"}, "olora"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"init_lora_weights": "corda"}, "corda"),
+    ({"init_lora_weights": "loftq", "loftq_config": {}}, "loftq"),
+    ({"init_lora_weights": "lora_ga"}, "lora_ga"),
+    ({"init_lora_weights": "orthogonal"}, "orthogonal"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication is set"),
+    ({"megatron_config": {"a": 1}}, "megatron_config is set"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices is set .* no tensor holds"),
+    ({"trainable_token_indices": ["a"]}, "trainable_token_indices is .*a list of token ids"),
+    ({"target_parameters": "experts"}, "target_parameters is 'experts', must be a list of texts"),
+    ({"ensure_weight_tying": "no"}, "ensure_weight_tying is 'no', must be true or false"),
+    ({"auto_mapping": "Llama"}, "auto_mapping is 'Llama', must be an object"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ({"field_of_tomorrow": 3}, "field_of_tomorrow.*upgrade"),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.init_lora_weights. is 'corda' but")
 @pytest.mark.parametrize(("fields", "words"), FIELDS, ids=lambda v: str(v)[:40])
 def test_fields_are_named(adapter, fields, words):
     edit(adapter, **fields)
@@ -136,8 +149,56 @@ def test_tensors_and_config_must_agree(adapter):
     refuses(adapter, r"model\.layers\.0\.self_attn\.q_proj has factors \['B'\]")
     retouch(adapter, lambda tensors: tensors.update({key: torch.zeros(4, 32, dtype=torch.int8)}))
     refuses(adapter, "q_proj.lora_A.weight is not floating-point")
-    retouch(adapter, lambda tensors: tensors.update({key: torch.zeros(4, 32), "stray.weight": torch.zeros(1)}))
+    retouch(adapter, lambda tensors: tensors.update({key: torch.zeros(4, 32), PREFIX + "stray.weight": torch.zeros(1)}))
     refuses(adapter, "stray.weight is one that adapter_config.json does not account for")
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lm_head"])
+def test_tensors_without_elements_are_refused(tmp_path, part):
+    """ZeRO-3 leaves them behind: of factors, and of modules that were trained as a whole."""
+    folder = tiny_adapter(tmp_path / "a", modules_to_save=["lm_head"])
+    retouch(folder, lambda tensors: tensors.update({key: torch.empty(0) for key in tensors if part in key}))
+    refuses(folder, rf"{part}.* has no elements.*save it again with the parameters gathered")
+
+
+def test_an_adapter_in_a_folder_of_its_name_is_hinted_at(tmp_path):
+    tiny_adapter(tmp_path / "checkpoint-10" / "policy")
+    refuses(tmp_path / "checkpoint-10", r"holds no adapter_config\.json: the adapter is in .*checkpoint-10/policy")
+
+
+def test_a_flag_for_tied_layers_that_ties_none_is_fine(tmp_path, adapter):
+    """PEFT's flag does nothing to an adapter of other layers."""
+    edit(adapter, ensure_weight_tying=True)
+    assert rsoups.interpolate([adapter]).config.ensure_weight_tying is False
+    folder = tiny_adapter(tmp_path / "head", target_modules=["embed_tokens", "q_proj"])
+    edit(folder, ensure_weight_tying=True)
+    refuses(folder, "ensure_weight_tying is set, and adapters that are shared by tied layers")
+
+
+def test_fan_in_fan_out_is_what_peft_makes_of_it(tmp_path):
+    """A config tells it of the last layer that PEFT wrapped; PEFT corrects it, layer by layer, when it loads."""
+
+    config = {
+        "vocab_size": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 16,
+        "tie_word_embeddings": False,
+    }
+    config |= {"bos_token_id": 1, "eos_token_id": 2}
+
+    def base():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(**config)).eval()
+
+    attention = tiny_adapter(tmp_path / "attention", base(), target_modules=["c_attn"], fan_in_fan_out=True)
+    head = tiny_adapter(tmp_path / "head", base(), seed=1, target_modules=["lm_head"])
+    assert rsoups.interpolate([attention]).config.fan_in_fan_out != rsoups.interpolate([head]).config.fan_in_fan_out
+    for folders in ([attention, head], [head, attention]):
+        with warnings.catch_warnings(action="ignore"):  # PEFT tells that it corrects
+            rsoups.interpolate(folders, [0.4, 0.6]).save_pretrained(tmp_path / "soup")
+            assert_is_sum(tmp_path / "soup", base, folders, [0.4, 0.6])
 
 
 def test_a_config_without_tensors(adapter):

@@ -39,10 +39,28 @@ def test_inspect_tells_what_can_be_souped(tmp_path, capsys):
     assert main(["inspect", a, b, other]) == 0
     shown = capsys.readouterr().out
     assert "rank     4 (4 modules); alpha 8" in shown and "q_proj x2, v_proj x2" in shown
-    assert "different initialisations" in shown and "method exact: yes" in shown
+    assert "different initializations" in shown and "method exact: yes" in shown
     assert "method factors: no: method 'factors' needs one rank" in shown
     assert main(["inspect", a]) == 0
     assert "method" not in capsys.readouterr().out
+
+
+def test_the_base_gives_what_an_ingredient_lacks(tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    head, plain = (
+        str(tiny_adapter(tmp_path / "head", modules_to_save=["lm_head"])),
+        str(tiny_adapter(tmp_path / "plain", seed=1)),
+    )
+    out, base = ["--out", str(tmp_path / "soup")], ["--base", str(tmp_path / "base")]
+    assert main(["interpolate", head, plain, *out]) == 2
+    assert "pass base= (--base)" in capsys.readouterr().err
+    assert main(["inspect", head, plain]) == 0
+    assert "method exact: no" in capsys.readouterr().out
+    assert main(["inspect", head, plain, *base]) == 0
+    assert "method exact: yes" in capsys.readouterr().out
+    assert main(["interpolate", head, plain, "--lambdas", "0.9", "0.4", "--extrapolate", *out, *base]) == 0
+    lineage = json.loads((tmp_path / "soup" / "soup.json").read_text())
+    assert [ingredient["lambda"] for ingredient in lineage["ingredients"]] == [0.9, 0.4]
 
 
 def test_merge_writes_a_model(tmp_path, capsys):

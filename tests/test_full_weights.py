@@ -83,7 +83,9 @@ def test_one_hot_and_uniform(tmp_path):
     assert all(torch.equal(uniform[key], even[key]) for key in even)
     with pytest.raises(rsoups.LambdasError, match="normalize"):
         average(folders, [1, 1], tmp_path / "bad")
-    average(folders, [1.5, -0.5], tmp_path / "extra", extrapolate=True)
+    beyond, first = weights(average(folders, [1.5, -0.5], tmp_path / "extra", extrapolate=True)), weights(folders[0])
+    for key, tensor in beyond.items():
+        assert torch.equal(tensor, (1.5 * first[key].double() - 0.5 * original[key].double()).float()), key
 
 
 def test_reward_models_with_their_tokenizers(tmp_path):
@@ -140,7 +142,7 @@ def test_models_that_do_not_add_up_are_refused_before_anything_is_written(tmp_pa
     check(other, "corrupt")
     (other / "model.safetensors").unlink()
     torch.save({}, other / "pytorch_model.bin")
-    check(other, "pickles are never opened")
+    check(other, "only pickled weights")
     with pytest.raises(rsoups.CheckpointError, match="does not fit into torch.float16"):
         big = {key: tensor * 1e7 for key, tensor in weights(first).items()}
         save_file(big, first / "model.safetensors")
@@ -156,6 +158,22 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, name):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(rsoups.CheckpointError, match="not a file of its folder"):
         average([folder, folder], [0.5, 0.5], tmp_path / "out")
+
+
+def test_no_code_no_pickle_and_no_path_goes_along(tmp_path):
+    folders = [saved(tmp_path / str(i), i) for i in range(2)]
+    tiny_tokenizer(["a", "b"]).save_pretrained(folders[0])
+    for name in ("modeling_x.py", "tokenizer_x.py", "vocab.py", "extra.bin", "tokenizer.bin", "vocab.pkl"):
+        (folders[0] / name).write_bytes(b"1")
+    (tmp_path / "secret.json").write_text("{}")
+    (folders[0] / "tokenizer_more.json").symlink_to(tmp_path / "secret.json")
+    edit(folders[0], "config.json", _name_or_path="/home/someone/x")
+    out = average({"a": f"{folders[1]}/../0", "b": folders[1]}, None, tmp_path / "o")
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert not [name for name in names if name.endswith((".py", ".bin", ".pkl"))] and "tokenizer_more.json" not in names
+    assert "someone" not in (out / "config.json").read_text()
+    assert [i["source"] for i in json.loads((out / "soup.json").read_text())["ingredients"]] == ["0", "1"]
 
 
 def test_integers_must_be_the_same(tmp_path):
@@ -188,3 +206,71 @@ print(growth(lambda: average(sys.argv[1:3], None, sys.argv[3], progress=False)))
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 40 * (2 + 2), "the largest tensor has 40 MB, the model 240"
     assert weights(tmp_path / "out")["5"].unique().tolist() == [5.0]
+
+
+def as_transformers_4(config):
+    """A config in the words of transformers 4."""
+    written = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype", "head_dim")}
+    return written | {
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "torch_dtype": "float32",
+        "transformers_version": "4.46.0",
+    }
+
+
+CONFIGS = {
+    "transformers 4": as_transformers_4,
+    "Unsloth's mark": lambda config: config | {"unsloth_fixed": True, "unsloth_version": "2026.1"},
+    "a list of end tokens": lambda config: config | {"eos_token_id": [config["eos_token_id"]]},
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_configs_are_compared_as_they_are_read(tmp_path, kind):
+    folders = [saved(tmp_path / str(i), i) for i in range(2)]
+    for name in ("config.json", "generation_config.json"):
+        path = folders[1] / name
+        config = json.loads(path.read_text())
+        path.write_text(
+            json.dumps(CONFIGS[kind](config) if "model_type" in config or kind == "a list of end tokens" else config)
+        )
+    out = average(folders, [0.5, 0.5], tmp_path / "out")
+    each = [weights(folder) for folder in folders]
+    assert all(
+        torch.equal(t, ((each[0][k].double() + each[1][k].double()) / 2).float()) for k, t in weights(out).items()
+    )
+    config = json.loads((folders[1] / "config.json").read_text())
+    (folders[1] / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0, "rope_parameters": None}))
+    with pytest.raises(rsoups.CheckpointError, match=r"config\.json: rope_parameters differs"):
+        average(folders, [0.5, 0.5], tmp_path / "out")
+
+
+def with_more(folder, more):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | more(tensors), path, metadata={"format": "pt"})
+
+
+def test_what_transformers_does_not_read_is_left_out(tmp_path):
+    """Rotary buffers of old checkpoints, and the stored copy of a head that is tied to the embeddings."""
+    plain, more = (
+        saved(tmp_path / name, seed, tie_word_embeddings=True) for seed, name in enumerate(("plain", "more"))
+    )
+    frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    with_more(more, lambda tensors: frequencies | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    for folders in ([plain, more], [more, plain]):
+        out = average(folders, [0.5, 0.5], tmp_path / "out")
+        assert weights(out).keys() == weights(plain).keys()
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    with_more(more, lambda tensors: {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1})  # not tied at all
+    with pytest.raises(rsoups.CheckpointError, match=r"only one of .* holds lm_head\.weight"):
+        average([plain, more], [0.5, 0.5], tmp_path / "out")
+
+
+def test_whole_models_sum_to_one_even_where_extrapolated(tmp_path):
+    """Each holds the base, so that other sums would scale it."""
+    folders = [saved(tmp_path / str(i), i) for i in range(2)]
+    with pytest.raises(rsoups.LambdasError, match="sum to 1.6, not 1; normalize=True divides by the sum$"):
+        average(folders, [0.9, 0.7], tmp_path / "out", extrapolate=True)

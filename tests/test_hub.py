@@ -6,16 +6,22 @@ import os
 import subprocess
 import sys
 
+import httpx2
 import pytest
 import yaml
 from hub_server import CUT, Client, HubServer
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from test_front import records
 from tiny import tiny_adapter, tiny_llama
 
 import rsoups
+from rsoups.cli import main
+from rsoups.hub import _retried, push_adapter
+from rsoups.lineage import write_manifest
 from rsoups.model_card import soup_card, strictest
 
+REQUEST = httpx2.Request("POST", "https://huggingface.co/api/models/x/commit/main")
 TOKEN = "hf_neverToBePrintedAnywhere"
 PUSH = """
 import ast, sys, rsoups, rsoups.hub
@@ -147,6 +153,63 @@ def test_busy_hubs_and_conflicts_are_tried_again(hub, two):
     assert len(hub.history("someone/soup")) == 1 and len(hub.puts()) == 1  # the weights went over once
     heads = [path for method, path in hub.seen if (method, path) == ("GET", "/api/models/someone/soup")]
     assert len(heads) == 4  # each attempt looked where the head is
+
+
+@pytest.mark.parametrize(
+    ("told", "waited"),
+    [
+        ("86400", 60),
+        ("0", 0),
+        ("9" * 400, 60),
+        ("-1", 1),
+        ("inf", 1),
+        ("\u00b2", 1),
+        ("Fri, 31 Dec 2099 23:59:59 GMT", 1),
+    ],
+)
+def test_a_hub_cannot_make_anyone_wait_for_ever(monkeypatch, told, waited):
+    slept, answers = [], [429, 200]
+    monkeypatch.setattr("rsoups.hub.time.sleep", slept.append)
+
+    def call():
+        if (status := answers.pop(0)) == 200:
+            return "done"
+        response = httpx2.Response(status, headers=[(b"Retry-After", told.encode("latin-1"))], request=REQUEST)
+        raise HfHubHTTPError("busy", response=response)
+
+    assert _retried("someone/soup", None, call) == "done" and slept == [waited]
+
+
+def test_a_commit_is_made_on_the_head_that_was_looked_at(hub, two, tmp_path):
+    """Someone else pushes between the look and the commit: ours is refused, and made on theirs."""
+    code = """
+import sys, rsoups, rsoups.hub
+from huggingface_hub import CommitOperationAdd, HfApi
+rsoups.hub.time.sleep = lambda seconds: print(f"waited {seconds:g}")
+look, raced = HfApi.model_info, []
+def then_someone_else_pushes(api, repo_id, **more):
+    found = look(api, repo_id, **more)
+    if not raced:
+        raced.append(True)
+        api.create_commit(repo_id, [CommitOperationAdd("theirs.txt", b"theirs")], commit_message="theirs")
+    return found
+HfApi.model_info = then_someone_else_pushes
+print(rsoups.interpolate(sys.argv[1:], [0.3, 0.7]).push_to_hub("someone/soup", commit_message="ours"))
+"""
+    out = python(hub, tmp_path, code, *two).splitlines()
+    assert out[0] == "waited 1" and "/commit/" in out[1]
+    assert [commit["message"] for commit in hub.history("someone/soup")] == ["theirs", "ours"]
+    assert "theirs.txt" in hub.files("someone/soup")
+
+
+def test_the_licence_is_that_of_the_revision(hub, two, tmp_path):
+    for licence in ("mit", "apache-2.0"):
+        push(hub, two, licence=licence)
+    first, second = (commit["oid"] for commit in hub.history("someone/soup"))
+    code = (
+        "import sys; from rsoups.model_card import _stated; print([_stated('someone/soup', r) for r in sys.argv[1:]])"
+    )
+    assert python(hub, tmp_path, code, first, second) == "['mit', 'apache-2.0']"
 
 
 def test_what_waiting_cannot_help_is_not_tried_again(hub, two):
@@ -355,6 +418,92 @@ def test_the_card_is_true(two, tmp_path):
     metadata = yaml.safe_load(soup_card(rsoups.interpolate(two), "someone/soup", licence="other").split("---")[1])
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("huggyllama/llama-7b", "adapter")
     assert metadata["license"] == "other"
+
+
+SECRET = "someone-secret"
+
+
+@pytest.fixture
+def secret(tmp_path, monkeypatch):
+    """A base and two runs' adapters of it in a folder that nobody shall know of, and a soup of them."""
+    home = tmp_path / SECRET
+    tiny_llama().save_pretrained(home / "mybase")
+    monkeypatch.chdir(home)
+    for seed, name in enumerate("ab"):
+        folder = tiny_adapter(home / name, type(tiny_llama()).from_pretrained(home / "mybase"), seed=seed)
+        monkeypatch.setattr(sys, "argv", ["ppo_reward.py", f"--output_dir={home}/{name}", "--reward", f"{home}/r.yaml"])
+        write_manifest(
+            folder,
+            "ppo",
+            base={"model": str(home / "mybase"), "revision": None},
+            recipe=str(home / "ppo.py"),
+            config={"reward": [f"{home}/r.yaml"], "deepspeed": f"{home}/ds.json"},
+            data={"dataset": str(home / "rows.jsonl"), "template": "/think {question}"},
+            rewards=[{"name": "r", "model": str(home / "rm"), "input": "/x {response}", "models": [f"{home}/one"]}],
+            seed=0,
+        )
+    monkeypatch.setattr(sys, "argv", ["rsoups", "interpolate", f"--out={home}/soup", f"a={home}/a"])
+    rsoups.interpolate([home / "a", home / "b"], [0.3, 0.7]).save_pretrained(home / "soup")
+    return home
+
+
+def published_texts(folder):
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".md", ".json")]
+    texts = {path.name: path.read_text("utf-8") for path in paths}
+    assert not [name for name, text in texts.items() if SECRET in text]
+    return texts
+
+
+@pytest.mark.parametrize("what", ["soup", "made here", "front", "adapter"])
+def test_no_path_of_a_disk_is_published(secret, tmp_path, what):
+    """Neither those of the base nor of ingredients, rewards, data and commands; the base has the name that is given."""
+    soup = rsoups.Soup.from_pretrained(secret / "soup")
+    here = rsoups.interpolate({name: secret / name for name in "ab"}, [0.3, 0.7])
+    push = {
+        "soup": lambda **more: soup.push_to_hub("someone/x", **more),
+        "made here": lambda **more: here.push_to_hub("someone/x", **more),
+        "front": lambda **more: rsoups.push_front("someone/x", [here], **more),
+        "adapter": lambda **more: push_adapter(secret / "a", "someone/x", **more),
+    }[what]
+    with pytest.warns(UserWarning, match="published as 'mybase', which nobody else can load"):
+        push(dry_run=tmp_path / "warned")
+    assert "`mybase`" in published_texts(tmp_path / "warned")["README.md"]
+    push(dry_run=tmp_path / "named", base="someone/base")
+    texts = published_texts(tmp_path / "named")
+    assert "[someone/base](https://huggingface.co/someone/base)" in texts["README.md"]
+    assert json.loads(texts["adapter_config.json"])["base_model_name_or_path"] == "someone/base"
+    manifest = json.loads(texts["lineage.json" if what == "adapter" else "soup.json"])
+    assert manifest["base"]["model"] == "someone/base"
+    run = manifest if what == "adapter" else next(iter(manifest["history"].values()))
+    assert run["data"]["template"] == "/think {question}" and run["rewards"][0]["input"] == "/x {response}"
+    assert run["config"]["reward"] == ["r.yaml"] and run["rewards"][0]["model"] == "rm"
+    assert PeftModel.from_pretrained(tiny_llama(), next((tmp_path / "named").rglob("adapter_config.json")).parent)
+
+
+def test_the_command_line_publishes_under_a_name(secret, capsys, recwarn):
+    assert main(["push", "soup", "someone/x", "--dry-run", "--out", "dry"]) == 0
+    assert "--base user/name" in str(recwarn.list[-1].message)
+    assert main(["push", "soup", "someone/x", "--dry-run", "--out", "dry", "--base", "someone/base"]) == 0
+    assert "someone/base" in published_texts(secret / "dry")["README.md"]
+
+
+def test_the_dataset_of_a_front_is_no_path(secret, tmp_path, front):
+    settings = front.with_suffix(".settings.json")
+    settings.write_text(json.dumps({"dataset": str(secret / "rows.jsonl"), "task": "custom"}))
+    weights = next(p for p in rsoups.Front.from_jsonl(front).soups if 0 < p.lambdas["helpful"] < 1)
+    named = {"helpful": secret / "a", "harmless": secret / "b"}
+    soup = rsoups.interpolate(named, list(weights.lambdas.values()))
+    soup.push_to_hub("someone/x", front=front, base="someone/base", dry_run=tmp_path / "dry")
+    assert json.loads(published_texts(tmp_path / "dry")["front.json"])["settings"]["dataset"] == "rows.jsonl"
+
+
+def test_what_is_saved_here_still_finds_its_base(secret):
+    """Its own adapter_config.json keeps the path, which PEFT and `rsoups merge` read; soup.json does not tell it."""
+    config = json.loads((secret / "soup" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(secret / "mybase")
+    assert SECRET not in (secret / "soup" / "soup.json").read_text()
+    assert main(["merge", str(secret / "soup"), "--out", "merged"]) == 0
+    assert SECRET not in (secret / "merged" / "soup.json").read_text() + (secret / "merged" / "config.json").read_text()
 
 
 def test_licences_are_not_guessed(two, tmp_path):

@@ -48,6 +48,6 @@ def test_it_tells_whether_two_started_alike(tmp_path):
     def look():
         return inspect_adapters({str(i): read_adapter(folder) for i, folder in enumerate(folders)})
 
-    assert abs(look().starts[0][1]) < 0.3 and "different initialisations" in look().to_text()
+    assert abs(look().starts[0][1]) < 0.3 and "different initializations" in look().to_text()
     one_start(folders)
-    assert look().starts[0][1] > 0.9 and "one initialisation" in look().to_text()
+    assert look().starts[0][1] > 0.9 and "one initialization" in look().to_text()

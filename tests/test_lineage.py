@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 import sys
 
@@ -100,6 +101,19 @@ def test_what_a_manifest_tells_of_the_command_and_the_flags(monkeypatch, tmp_pat
     assert command() == "python recipes/ppo_reward.py --config a.yaml --hub_token ... ... --lr .1"
     monkeypatch.setattr(sys, "argv", ["/x/rsoups/cli.py", "sweep", "a b"])
     assert command() == "rsoups sweep 'a b'"
+    words = ["--out=/home/me/x", "a=/home/me/b,c=~/d", "--from", "../me/y", "['/home/me/z']", "--o=/home/my files/b"]
+    words += [
+        "--hub_token=secret",
+        "--server=http://host/v1",
+        "C:\\Users\\me\\w",
+        "user/name@main",
+        "file:///home/me/v",
+    ]
+    monkeypatch.setattr(sys, "argv", ["/x/rsoups/cli.py", *words])
+    told = shlex.split(command())[1:]
+    assert told == [
+        *"--out=x a=b,c=d --from y ['z'] --o=b --hub_token=... --server=http://host/v1 w user/name@main v".split()
+    ]
     config = rsoups.PPOConfig(output_dir=str(tmp_path), bf16=False, learning_rate=3e-5, hub_token="hf_abc", seed=4)
     told = settings_of(config)
     assert told["learning_rate"] == 3e-5 and not [key for key in told if "token" in key.split("_")]
@@ -176,19 +190,44 @@ def test_verify_finds_what_is_not_so(here, capsys):
     )
 
 
-@pytest.mark.parametrize("source", ["../outside", "/outside", "link"])
-def test_a_manifest_leads_nowhere_else(here, source, monkeypatch):
+SOURCES = {"upwards": "../outside", "absolute": "{here}/outside", "a link": "link", "home": "~/outside"}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_manifest_leads_nowhere_else(here, kind, monkeypatch):
     """Ingredients are named by whoever wrote soup.json: they are looked for below the current folder only."""
+    rsoups.interpolate({"helpful": "helpful"}, [1.0]).save_pretrained("alone")
+    assert locate(rsoups.Soup.from_pretrained("alone"))["helpful"].sha256 == read_adapter("helpful").sha256
     (here / "inner").mkdir()
-    shutil.move("soup", "inner/soup")
+    shutil.move("alone", "inner/soup")
     shutil.move("helpful", "outside")
     monkeypatch.chdir(here / "inner")
+    monkeypatch.setenv("HOME", str(here))
     (here / "inner" / "link").symlink_to(here / "outside")
     path = here / "inner" / "soup" / "soup.json"
     data = json.loads(path.read_text())
-    data["ingredients"][0]["source"] = source.replace("/outside", str(here / "outside")) if source[0] == "/" else source
+    data["ingredients"][0]["source"] = SOURCES[kind].format(here=here)
     path.write_text(json.dumps(data))
-    with pytest.raises(rsoups.LineageError, match="is not here"):
+    with pytest.raises(rsoups.LineageError, match="ingredient 'helpful'.*is not here: say --ingredient helpful=FOLDER"):
+        locate(rsoups.Soup.from_pretrained("soup"))
+
+
+@pytest.mark.parametrize(
+    ("source", "revision"), [("../outside", "x"), ("a", "/../../outside"), ("{here}/outside", "x")]
+)
+def test_a_revision_makes_no_hub_id_of_a_path(here, source, revision, monkeypatch):
+    """`source@revision` is a folder's name too, where somebody made such a folder."""
+    rsoups.interpolate({"helpful": "helpful"}, [1.0]).save_pretrained("alone")
+    (here / "inner" / "a@").mkdir(parents=True)
+    shutil.move("alone", "inner/soup")
+    shutil.copytree("helpful", "outside@x")
+    shutil.move("helpful", "outside")
+    monkeypatch.chdir(here / "inner")
+    path = here / "inner" / "soup" / "soup.json"
+    data = json.loads(path.read_text())
+    data["ingredients"][0] |= {"source": source.format(here=here), "revision": revision}
+    path.write_text(json.dumps(data))
+    with pytest.raises(rsoups.LineageError, match="ingredient 'helpful'.*is no Hub id"):
         locate(rsoups.Soup.from_pretrained("soup"))
 
 

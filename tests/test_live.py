@@ -4,13 +4,22 @@ import threading
 
 import pytest
 import torch
+from peft import PeftModel
 from test_merging import gpt2
 from test_soup import IDS, VARIETIES
 from tiny import tiny_adapter, tiny_llama, tiny_tokenizer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BitsAndBytesConfig,
+    XGLMConfig,
+    XGLMForCausalLM,
+)
 
 import rsoups
 from rsoups import LiveSoup
+from rsoups.attaching import output_scale
 
 ROWS = [[1.0, 0.0], [0.3, 0.7], [0.0, 1.0], [0.5, 0.5]]
 FOUR = torch.cat([IDS, IDS.flip(0)])
@@ -270,3 +279,89 @@ def test_what_cannot_be_live_is_refused(tmp_path):
         LiveSoup(tiny_llama(), plain, method="svd")
     with pytest.raises(rsoups.LambdasError, match="without a tokenizer"):
         live.generate(["x"], [1, 0])
+
+
+def gemma(kind):
+    import transformers
+
+    name = {"1": "Gemma", "2": "Gemma2", "3": "Gemma3"}[kind]
+    config = getattr(transformers, f"{name}TextConfig" if kind == "3" else f"{name}Config")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    torch.manual_seed(0)
+    made = config(**sizes, num_attention_heads=4, num_key_value_heads=4, initializer_range=0.2)
+    return getattr(transformers, f"{name}ForCausalLM")(made).eval()
+
+
+def bart(**more):
+    sizes = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "init_std": 0.2}
+    sizes |= {
+        f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("attention_heads", 4), ("ffn_dim", 64))
+    }
+    torch.manual_seed(0)
+    return BartForConditionalGeneration(BartConfig(**sizes, max_position_embeddings=64, **more)).eval()
+
+
+def xglm():
+    sizes = {"vocab_size": 64, "d_model": 32, "ffn_dim": 64, "num_layers": 1, "attention_heads": 4}
+    torch.manual_seed(0)
+    return XGLMForCausalLM(XGLMConfig(**sizes, max_position_embeddings=64, init_std=0.2)).eval()
+
+
+SCALED = {
+    "Gemma 1": lambda: gemma("1"),
+    "Gemma 2": lambda: gemma("2"),
+    "Gemma 3": lambda: gemma("3"),
+    "BART": lambda: bart(scale_embedding=True),
+    "XGLM": xglm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("kind", SCALED)
+def test_embeddings_that_are_scaled(tmp_path, kind):
+    """Live, merged and loaded are what PEFT itself computes of the soup's file."""
+    make = SCALED[kind]
+    lora = {"target_modules": ["q_proj", "embed_tokens"], "task_type": None}
+    folders = [tiny_adapter(tmp_path / str(i), make(), seed=i, **lora) for i in range(2)]
+    soup = rsoups.interpolate(folders, [0.3, 0.7])
+    soup.save_pretrained(tmp_path / "soup")
+    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if kind == "BART" else {})
+    live = LiveSoup(make(), folders)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(make(), tmp_path / "soup").eval()(**inputs).logits
+        assert not torch.allclose(expected, make()(**inputs).logits, atol=1e-2)
+        with live.at([0.3, 0.7]) as model:
+            assert torch.allclose(model(**inputs).logits, expected, atol=2e-5)
+        with live.merged([0.3, 0.7]) as model:
+            assert torch.allclose(model(**inputs).logits, expected, atol=2e-5)
+        assert torch.allclose(soup.load(make()).eval()(**inputs).logits, expected, atol=2e-5)
+
+
+class _Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(32, 4)
+
+
+def test_layers_that_do_more_with_their_weights_are_refused(tmp_path):
+    positions = tiny_adapter(tmp_path / "a", bart(), target_modules=["encoder.embed_positions"], task_type=None)
+    for refused in (
+        lambda: LiveSoup(bart(), [positions]),
+        lambda: rsoups.interpolate([positions]).merge(bart(), "out"),
+    ):
+        with pytest.raises(
+            rsoups.AdapterError, match="embed_positions is a BartLearnedPositionalEmbedding, which does more"
+        ):
+            refused()
+    inside = _Attention()
+    with pytest.raises(rsoups.AdapterError, match="read inside torch's MultiheadAttention"):
+        output_scale(inside.attention.out_proj, "attention.out_proj", inside)
+
+
+def test_prompts_are_padded_on_the_left_whatever_the_tokenizer_says(tmp_path):
+    base, folders = pretrained(tmp_path)
+    live = LiveSoup.from_pretrained(base, folders)
+    live.tokenizer.padding_side = "right"
+    prompts = ["w1 w2 w3 w4 w5", "w7 w9"]
+    both = live.generate(prompts, [0.5, 0.5], max_new_tokens=8, do_sample=False)
+    assert both == [live.generate([one], [0.5, 0.5], max_new_tokens=8, do_sample=False)[0] for one in prompts]

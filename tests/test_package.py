@@ -17,27 +17,37 @@ SOURCES = sorted((ROOT / "rsoups").glob("*.py"))
 # DESIGN: imports point one way. A module may import from rsoups only what stands in an earlier row.
 ORDER = [
     {"_errors"},
-    {"_cards", "_files", "tensor_files"},
+    {"_cards", "_files", "_unpickle", "tensor_files"},
     {
         "actor_critic",
-        "adapters",
+        "adapter_config",
         "callbacks",
         "checkpoints",
         "estimates",
         "grids",
         "judge_client",
+        "layer_names",
         "lineage",
         "low_rank",
     }
     | {"reward_inputs", "rl_math", "sampling", "tasks", "votes"},
+    {"convert"},
+    {"_resources"},
+    {"bases"},
+    {"base_files", "lora_modules"},
+    {"adapters"},
+    {"compatibility"},
+    {"soup_config"},
     {"comparison", "decoding", "points", "records", "selection", "stacking", "text_metrics"},
     {"front", "text_checks"},
-    {"_resources", "function_rewards"},
+    {"function_rewards"},
+    {"base_weights"},
+    {"attaching"},
     {"soup", "judge"},
     {"averaging", "conflicts", "full_weights", "inspection", "live", "merging", "sweep_folder"},
-    {"generation", "scoring", "streaming"},
+    {"generation", "ppo_config", "scoring", "streaming"},
     {"ppo", "probing", "vllm_server"},
-    {"sweeps"},
+    {"run_plan", "sweeps"},
     {"suites"},
     {"charts", "plots", "space", "tasting"},
     {"report"},
@@ -52,7 +62,7 @@ ORDER = [
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # `Soup.push_to_hub` and `.merge` are methods as users expect them; their work is in modules imported when they are called.
-ALLOWED = {("soup", "hub"), ("soup", "merging")}
+ALLOWED = {("soup", "hub"), ("soup", "merging"), ("lineage", "convert")}
 
 
 def imports_of(path: Path) -> set[str]:

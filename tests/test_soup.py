@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -161,6 +162,25 @@ def test_the_same_adapter_twice_is_itself(two):
     assert all(torch.equal(soup.state_dict[key], original[key]) for key in original)
 
 
+def test_one_file_with_two_alphas_is_two_adapters(tmp_path, two):
+    """Their weights have one hash, their changes differ."""
+    louder = shutil.copytree(two[0], tmp_path / "louder")
+    config = json.loads((louder / "adapter_config.json").read_text()) | {"lora_alpha": 80}
+    (louder / "adapter_config.json").write_text(json.dumps(config))
+    soup = rsoups.interpolate([two[0], louder], [0.5, 0.5])
+    once, expected = delta_of(soup), {path: 5.5 * delta for path, delta in dense(two[0]).items()}  # (8 + 80) / 2 / 8
+    assert all(torch.allclose(once[path], delta, rtol=1e-5, atol=1e-7) for path, delta in expected.items())
+
+
+def test_ranks_of_unlike_ingredients(tmp_path):
+    """The default of svd is the largest rank among the ingredients, the lineage tells the largest of the soup's modules."""
+    small = tiny_adapter(tmp_path / "small", seed=1, r=2, target_modules=["q_proj"])
+    large = tiny_adapter(tmp_path / "large", seed=2, r=4, target_modules=["v_proj", "q_proj"])
+    assert rsoups.interpolate([small, large], [0.5, 0.5], method="svd").config.r == 4
+    exact = rsoups.interpolate([small, large], [0.5, 0.5])
+    assert exact.lineage["rank"] == 6  # of q_proj, 2 + 4; v_proj has 4
+
+
 def test_half_precision_ingredients_are_summed_in_more(tmp_path):
     folders = [tiny_adapter(tmp_path / str(i), seed=i, dtype=torch.bfloat16) for i in range(2)]
     soup = rsoups.interpolate(folders, [0.3, 0.7])
@@ -201,6 +221,31 @@ def test_factors_of_unlike_starts_warns_with_the_distance_it_has_measured(two):
         apart, total = apart + float((2 * delta - exact).norm() ** 2), total + float(exact.norm() ** 2)
     assert soup.factors_distance == pytest.approx(math.sqrt(apart / total), rel=1e-6)
     assert soup.lineage["factors_distance"] == soup.factors_distance > 0.1
+
+
+def test_the_distance_counts_scalings(tmp_path):
+    """Modules that are scaled more weigh more in it."""
+    folders = [tiny_adapter(tmp_path / str(i), seed=i, alpha_pattern={"v_proj": 40}) for i in range(2)]
+    with pytest.warns(UserWarning, match="do not start from one"):
+        soup = rsoups.interpolate(folders, [0.3, 0.7], method="factors")
+    first, second = map(dense, folders)
+    apart = total = 0.0
+    for path, delta in delta_of(soup).items():
+        exact = 0.3 * first[path] + 0.7 * second[path]
+        scaling = 10 if "v_proj" in path else 2
+        apart, total = apart + float((scaling * delta - exact).norm() ** 2), total + float(exact.norm() ** 2)
+    assert soup.factors_distance == pytest.approx(math.sqrt(apart / total), rel=1e-6)
+
+
+def test_a_module_that_did_not_change_keeps_one_rank(two):
+    for folder in two:
+        path = folder / "adapter_model.safetensors"
+        still = {k: t * (not ("layers.0" in k and "lora_B" in k)) for k, t in load_file(path).items()}
+        save_file(still, path, metadata={"format": "pt"})
+    soup = rsoups.interpolate(two, [0.5, 0.5], method="svd", rank=0.1)
+    ranks = {key: t.shape[0] for key, t in soup.state_dict.items() if "lora_A" in key}
+    assert {rank for key, rank in ranks.items() if "layers.0" in key} == {1} and max(ranks.values()) > 1
+    assert all(math.isfinite(error) for error in soup.svd_errors.values())
 
 
 def test_factors_is_refused_where_it_has_no_meaning(tmp_path, two):
@@ -388,6 +433,7 @@ BAD_LAMBDAS = [
     ([0.5], "shape"),
     ([0.2, 0.3, 0.5], "shape"),
     ([0.5, 0.6], "sum to 1.1"),
+    ([0.5, 0.501], "sum to 1.001"),
     ([float("nan"), 1.0], "NaN"),
     ([float("inf"), 0.0], "NaN or infinity"),
     ([1.5, -0.5], "extrapolate"),

@@ -1,7 +1,7 @@
 """Tiny models, tokenizers and adapters, made from configs; nothing is fetched."""
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     DebertaV2Config,
@@ -12,6 +12,8 @@ from transformers import (
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -85,9 +87,53 @@ def tiny_adapter(folder, base=None, *, seed=0, dtype=torch.float32, **lora):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator) * 0.1
-                parameter.copy_(parameter + noise if "modules_to_save" in name else noise)
+                whole = any(part in name for part in ("modules_to_save", "trainable_tokens", ".bias"))
+                parameter.copy_(parameter + noise if whole else noise)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     model.save_pretrained(folder, save_embedding_layers="embed_tokens" in settings["target_modules"])
     return folder
+
+
+def tiny_mixtral():
+    """Two layers of three experts, whose weights are one parameter for all."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.2,
+    }
+    shape |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 3,
+        "experts_implementation": "eager",
+    }
+    return MixtralForCausalLM(MixtralConfig(**shape)).eval()
+
+
+def merged_by_peft(base, folder):
+    """The base's parameters with an adapter merged in, by PEFT, in float64.
+
+    Args:
+        base: Makes the base.
+        folder: The adapter's.
+    """
+    merged = PeftModel.from_pretrained(base().double(), folder).merge_and_unload()
+    return {name: tensor.double() for name, tensor in merged.state_dict().items()}
+
+
+def assert_is_sum(soup_folder, base, folders, lambdas):
+    """PEFT reads a saved soup as θ0 + Σ λi·(θi - θ0), each θi as PEFT itself merges it."""
+    zero = {name: tensor.double() for name, tensor in base().state_dict().items()}
+    ends = [merged_by_peft(base, folder) for folder in folders]
+    found = merged_by_peft(base, soup_folder)
+    moved = 0.0
+    for name, start in zero.items():
+        expected = start + sum(weight * (end[name] - start) for weight, end in zip(lambdas, ends, strict=True))
+        assert torch.allclose(found[name], expected, rtol=1e-6, atol=1e-7), name
+        moved = max(moved, float((expected - start).abs().max()))
+    assert moved > 1e-2  # the adapters do something
