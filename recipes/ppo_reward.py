@@ -47,6 +47,7 @@ from rsoups._errors import OutputError, SettingsError, in_one_line
 from rsoups._files import hub_commit
 from rsoups._resources import LAST_TENTH, base_config, is_table, load_base, resolve, train_and_held_out
 from rsoups.adapters import read_adapter
+from rsoups.bases import check_base
 from rsoups.checkpoints import last_checkpoint
 from rsoups.convert import conversion_of, convert, holds_only_pickles
 from rsoups.decoding import encode
@@ -115,6 +116,9 @@ class ScriptArguments:
         default=64, metadata={"help": "Held-out prompts of the summary at the end, before and after training; 0: none."}
     )
     reward_device: str | None = field(default=None, metadata={"help": "Device of the rewards; the policy's if unset."})
+    allow_base_mismatch: bool = field(
+        default=False, metadata={"help": "Train an adapter that names another base: the same weights under another name."}
+    )
     convert_pickles: bool = field(
         default=False,
         metadata={
@@ -233,6 +237,8 @@ def policy(script: ScriptArguments, model: ModelConfig, trusted: bool = False) -
     if script.adapter_name_or_path:
         # PEFT would open a pickle; and what no soup can hold is better known before the training.
         start = read_adapter(resolve(script.adapter_name_or_path))
+        named = [(script.adapter_name_or_path, start.config)]
+        check_base(named, model.model_name_or_path, script.allow_base_mismatch, model.model_revision)
         return PeftModel.from_pretrained(base, start.folder, is_trainable=True, config=start.config), None
     return base, LoraConfig(
         task_type="CAUSAL_LM",

@@ -12,6 +12,8 @@ from rsoups._resources import embedded_name, resolve
 from rsoups.lineage import is_disk_path, published
 
 _SAMPLES, _SAMPLE = 16, 4096  # how many, of how many bytes
+# Repositories that are gone from the Hub, and the ones that hold the same weights.
+_MOVED = {"decapoda-research/llama-7b-hf": "huggyllama/llama-7b"}
 OVERRIDE = "If they are the same weights, pass allow_base_mismatch=True (on the command line --allow_base_mismatch)"
 
 
@@ -21,6 +23,7 @@ def same_base(one: str | None, other: str | None) -> bool:
     Hub ids are compared as they are, two folders of this disk by what they hold. Any other folder is on another machine: it is
     the same base where the last part of its path is the same.
     """
+    one, other = (_MOVED.get(name or "", name) for name in (one, other))
     if not one or not other or one == other:
         return True
     ours, theirs = _place(one), _place(other)
