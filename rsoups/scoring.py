@@ -314,7 +314,7 @@ class Reward:
         """Whether this model may see no padding; says by how much its precision makes scores move with their batch."""
         import torch
 
-        rows = self.encode(["a", "a"], ["a", " ".join(["a b c d"] * 8)])
+        rows = self.encode(["a", "a"], ["", " ".join(["a"] * min(self.card.max_length // 8, 32))])
         with torch.inference_mode():
             try:
                 alone = torch.cat([self._logits([row]) for row in rows]).double()
