@@ -15,6 +15,7 @@ from one adapter: the one in `--adapter_name_or_path`, or a fresh one drawn from
 run's own seed.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -41,6 +42,7 @@ from trl import (
 from trl.trainer.utils import use_adapter
 
 from rsoups import PPOConfig, PPOTrainer, load_reward
+from rsoups._files import hub_commit
 from rsoups._resources import LAST_TENTH, base_config, is_table, load_base, resolve, train_and_held_out
 from rsoups.adapters import read_adapter
 from rsoups.convert import conversion_of, convert, holds_only_pickles
@@ -226,7 +228,7 @@ def write_lineage(
     weights = training.reward_weights or [1.0] * len(rewards)
     cards = [asdict(card) if is_dataclass(card := getattr(r, "card", None)) else {"name": r.name} for r in rewards]
     cards = [with_conversion(card, card.get("model"), card.get("revision")) for card in cards]
-    base = {"model": model.model_name_or_path, "revision": getattr(trainer.model.config, "_commit_hash", None)}
+    base = {"model": model.model_name_or_path, "revision": hub_commit(model.model_name_or_path, model.model_revision)}
     data = {"dataset": script.dataset or task_of(script).dataset, "split": "train", "task": script.task}
     rule = LAST_TENTH if is_table(task_of(script), script.dataset) else "the test split"
     data |= {"held_out": {"rule": rule, **fingerprint(held_out)}, "prompt_marks": prompt_marks(asked)}
@@ -279,6 +281,8 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     if script.convert_pickles:
         with training.main_process_first(desc="conversion"):
             convert_pickles(script, model)
+    # It tells of CPU kernels that only 4-bit bases miss, and at each matrix product that 8 bit computes in float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT looks for the base's config under its published name, to see whether the vocabulary grew. It did not.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
     device, trusted = script.reward_device or str(training.device), training.trust_remote_code

@@ -142,6 +142,21 @@ def from_hub(source: str, names: Iterable[str]) -> tuple[Path, str] | None:
     return folder / inside, folder.name  # the cache keeps each commit in a folder of its name
 
 
+def hub_commit(source: str, revision: str | None = None) -> str | None:
+    """The commit of a model's config in the cache, as it was loaded last; None where `source` is no Hub id.
+
+    Args:
+        source: ``user/name``.
+        revision: A branch, tag or commit; main if None.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if not _HUB_ID.fullmatch(source) or Path(source).is_dir() or source.count("/") != 1:
+        return None
+    found = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def hub_files(source: str) -> list[str] | None:
     """Names of the files of a Hub repository (or of its subfolder), without those of further subfolders.
 
