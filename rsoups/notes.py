@@ -65,7 +65,7 @@ def trained_on_of(settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     found = settings.get("trained_on")
     told: dict[str, dict[str, float]] = {}
     for name, weights in found.items() if isinstance(found, dict) else ():
-        if isinstance(weights, dict) and all(_is_number(weight) for weight in weights.values()):
+        if isinstance(weights, dict) and all(isinstance(r, str) and _is_number(w) for r, w in weights.items()):
             told[name] = {reward: float(weight) for reward, weight in weights.items()}
     return told
 
