@@ -41,8 +41,9 @@ def not_learned(front: Front) -> list[str]:
         gain = _objective(front, point, weights)
         if gain is None or gain.is_above_zero or (gain.low is None and gain.value > 0):
             continue
+        learned = "did not learn" if gain.value <= 0 else "is not seen to have learned"
         sure = "below" if gain.is_below_zero else "not above" if gain.value <= 0 else "not surely above"
-        found.append(f"{name} did not learn: {_told(weights)} is {sure} the base's, by {_signed(gain)}.")
+        found.append(f"{name} {learned}: {_told(weights)} is {sure} the base's, by {_signed(gain)}.")
     return found
 
 
