@@ -3,7 +3,8 @@
     accelerate launch recipes/ppo_reward.py                                    # embedded policy, first embedded reward
     accelerate launch recipes/ppo_reward.py --reward coverage --output_dir runs/coverage
     accelerate launch recipes/ppo_reward.py --reward naturalness coverage --reward_weights .5 .5      # MORL
-    accelerate launch recipes/ppo_reward.py --config recipes/configs/llama7b-assistant.yaml --reward deberta-v3-large-v2
+    accelerate launch --config_file accelerate_config.yaml recipes/ppo_reward.py --convert_pickles \\
+        --config recipes/configs/llama7b-assistant.yaml --reward deberta-v3-large-v2                  # the paper's
     accelerate launch recipes/ppo_reward.py --config recipes/configs/embedded-grpo.yaml --algorithm rloo     # or grpo: TRL's
 
 With neither `--config` nor `--model_name_or_path`, recipes/configs/embedded.yaml applies. Flags override the file.
@@ -14,6 +15,7 @@ from one adapter: the one in `--adapter_name_or_path`, or a fresh one drawn from
 run's own seed.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -23,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -39,13 +42,16 @@ from trl import (
 from trl.trainer.utils import use_adapter
 
 from rsoups import PPOConfig, PPOTrainer, load_reward
+from rsoups._files import hub_commit
 from rsoups._resources import base_config, load_base, resolve, train_and_held_out
 from rsoups.adapters import read_adapter
+from rsoups.convert import conversion_of, convert, holds_only_pickles
 from rsoups.function_rewards import check_columns, columns_read
 from rsoups.hub import push_adapter, reserve
 from rsoups.lineage import fingerprint, settings_of, write_manifest
 from rsoups.ppo import reset_adapter
-from rsoups.scoring import reward_function
+from rsoups.run_plan import GB, run_plan
+from rsoups.scoring import models_of, reward_function
 from rsoups.tasks import TASKS, Task, columns_of, find_task, fit_prompts, with_prefixes
 
 # A soup does not care how its ingredients were trained: same cards, tasks, adapters and outputs for each.
@@ -98,6 +104,13 @@ class ScriptArguments:
         default=64, metadata={"help": "Held-out prompts of the summary at the end, before and after training; 0: none."}
     )
     reward_device: str | None = field(default=None, metadata={"help": "Device of the rewards; the policy's if unset."})
+    convert_pickles: bool = field(
+        default=False,
+        metadata={
+            "help": "Convert an adapter, a base or a reward model that is published as a pickle only, once, into the cache "
+            "(rsoups convert). On the command line only, not in a config file."
+        },
+    )
 
 
 def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, GRPOConfig | RLOOConfig, ModelConfig]:
@@ -107,6 +120,8 @@ def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, GRPOConfig | 
     # The algorithm decides which settings there are, so it is looked up before the rest is parsed.
     flags = dict(zip(argv, argv[1:], strict=False))
     file = yaml.safe_load(Path(flags["--config"]).read_text("utf-8")) if "--config" in flags else {}
+    if "convert_pickles" in file:
+        raise SystemExit("convert_pickles: pass --convert_pickles on the command line; a config file cannot allow it")
     name = flags.get("--algorithm", file.get("algorithm", "ppo"))
     settings, _ = ALGORITHMS.get(name, ALGORITHMS["ppo"])  # an unknown one is refused by the parser, by its choices
     script, training, model = TrlParser((ScriptArguments, settings, ModelConfig)).parse_args_and_config(argv)
@@ -149,6 +164,22 @@ def tokens(tokenizer: Any, prompt: str | list) -> list[int]:
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
+def convert_pickles(script: ScriptArguments, model: ModelConfig) -> None:
+    """Convert what this run needs and the Hub (or a folder) holds as a pickle only; every reader then finds it in the cache."""
+    sources = [(model.model_name_or_path, model.model_revision), (script.adapter_name_or_path, None)]
+    for name in script.reward:
+        sources += models_of(name)
+    for source, revision in sources:
+        if source and holds_only_pickles(resolve(source), revision):
+            convert(f"{resolve(source)}@{revision}" if revision else resolve(source))
+
+
+def with_conversion(entry: dict[str, Any], source: str | None, revision: str | None) -> dict[str, Any]:
+    """A lineage entry, with the hashes of the pickle and of its conversion where there is one."""
+    found = conversion_of(resolve(source), revision) if source else None
+    return entry | ({"conversion": found} if found else {})
+
+
 def policy(script: ScriptArguments, model: ModelConfig, trusted: bool = False) -> tuple:
     """The base with either a fresh LoRA's config, or an existing adapter to train on."""
     base = load_base(
@@ -160,9 +191,9 @@ def policy(script: ScriptArguments, model: ModelConfig, trusted: bool = False) -
         quantization_config=get_quantization_config(model),
     )
     if script.adapter_name_or_path:
-        source = resolve(script.adapter_name_or_path)
-        read_adapter(source)  # PEFT would open a pickle; and what no soup can hold is better known before the training
-        return PeftModel.from_pretrained(base, source, is_trainable=True), None
+        # PEFT would open a pickle; and what no soup can hold is better known before the training.
+        start = read_adapter(resolve(script.adapter_name_or_path))
+        return PeftModel.from_pretrained(base, start.folder, is_trainable=True, config=start.config), None
     return base, LoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_r,
@@ -185,12 +216,14 @@ def write_lineage(
     start = read_adapter(resolve(script.adapter_name_or_path)) if script.adapter_name_or_path else None
     weights = training.reward_weights or [1.0] * len(rewards)
     cards = [asdict(card) if is_dataclass(card := getattr(r, "card", None)) else {"name": r.name} for r in rewards]
+    cards = [with_conversion(card, card.get("model"), card.get("revision")) for card in cards]
+    base = {"model": model.model_name_or_path, "revision": hub_commit(model.model_name_or_path, model.model_revision)}
     data = {"dataset": script.dataset or task_of(script).dataset, "split": "train", "task": script.task}
     prompt = trainer.train_dataset["prompt"]
     write_manifest(
         training.output_dir,
         script.algorithm,
-        base={"model": model.model_name_or_path, "revision": getattr(trainer.model.config, "_commit_hash", None)},
+        base=with_conversion(base, model.model_name_or_path, model.model_revision),
         recipe="recipes/ppo_reward.py",
         config=settings_of(script, training, model) | {"steps": trainer.state.global_step},
         data=data | {"template": script.template or prompt[0]} | fingerprint(prompt),
@@ -232,6 +265,11 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     hub, training.push_to_hub = training.push_to_hub and training.process_index == 0, False
     options = {"private": training.hub_private_repo, "token": training.hub_token}
     repository = reserve(training.hub_model_id or Path(training.output_dir).name, **options) if hub else None
+    if script.convert_pickles:
+        with training.main_process_first(desc="conversion"):
+            convert_pickles(script, model)
+    # It tells of CPU kernels that only 4-bit bases miss, and at each matrix product that 8 bit computes in float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT looks for the base's config under its published name, to see whether the vocabulary grew. It did not.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
     device, trusted = script.reward_device or str(training.device), training.trust_remote_code
@@ -260,11 +298,17 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     # The adapter names its base as the user did, not by a path of this machine.
     trainer.model.peft_config["default"].base_model_name_or_path = model.model_name_or_path
     trainer.model.peft_config["default"].revision = model.model_revision
+    if isinstance(trainer, PPOTrainer):
+        longest = max(len(tokens(tokenizer, prompt)) for prompt in train["prompt"])
+        trainer.accelerator.print(run_plan(trainer.model, rewards, training, len(train["prompt"]), longest, device))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or script.resume or None)
     if trainer.state.global_step < trainer.state.max_steps:
         sys.exit(130)  # Ctrl-C: there is a checkpoint, and no adapter yet
     trainer.save_model()
     trainer.save_state()  # the log of the run beside the adapter
+    if training.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / GB
+        trainer.accelerator.print(f"memory   {peak:.1f} GB at most were allocated on this GPU")
     results = summary(trainer) if held_out else {}
     if trainer.accelerator.is_main_process:
         write_lineage(script, training, model, trainer, rewards, results)

@@ -21,6 +21,7 @@ from trl import TrlParser
 from rsoups import load_reward, simplex, sweep, write_report
 from rsoups._resources import load_rows, named_sources
 from rsoups.function_rewards import check_columns, columns_read
+from rsoups.grids import edges
 from rsoups.scoring import rewards_by_name
 from rsoups.tasks import TASKS, columns_of, find_task, read_jsonl
 
@@ -54,6 +55,13 @@ class ScriptArguments:
     )
     prompts: int = field(default=200, metadata={"help": "Test prompts."})
     samples: int = field(default=1, metadata={"help": "Responses of each model to each prompt."})
+    grid: str = field(
+        default="simplex",
+        metadata={
+            "help": "simplex: the whole grid of λ; edges: each ingredient alone, all of them equally, and the λ between two.",
+            "choices": ["simplex", "edges"],
+        },
+    )
     points: int = field(default=11, metadata={"help": "λ on each edge of the simplex."})
     random: int = field(default=0, metadata={"help": "So many λ more, drawn from the whole simplex."})
     refine: int = field(default=0, metadata={"help": "So many λ more, each where the front has its largest gap."})
@@ -82,12 +90,17 @@ def main(script: ScriptArguments) -> None:
     different = list({repr(row["prompt"]): row for row in reversed(rows)}.values())[::-1]
     columns = columns_of(different[: script.prompts])
     check_columns(list(loaded.values()), columns)
+    if script.grid == "edges":
+        lambdas = edges(len(adapters), script.points)
+        lambdas += simplex(len(adapters), 2, random=script.random, seed=script.seed)[len(adapters) :]
+    else:
+        lambdas = simplex(len(adapters), script.points, random=script.random, seed=script.seed)
     front = sweep(
         script.model_name_or_path,
         adapters,
         rewards,
         columns.pop("prompt"),
-        simplex(len(adapters), script.points, random=script.random, seed=script.seed),
+        lambdas,
         method=script.method,
         samples=script.samples,
         others=others,

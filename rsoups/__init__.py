@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         RewardError,
         RsoupsError,
         ServerError,
+        SettingsError,
         SuiteError,
         TrainingError,
         VotesError,
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from rsoups.hub import push_front
     from rsoups.judge import Judge, JudgeCard
     from rsoups.live import LiveSoup
-    from rsoups.ppo import PPOConfig, PPOTrainer
+    from rsoups.ppo import PPOTrainer
+    from rsoups.ppo_config import PPOConfig
     from rsoups.probing import Probe, Sample, probe
     from rsoups.report import write_report
     from rsoups.scoring import Reward, RewardCard, load_reward
@@ -55,6 +57,7 @@ _HOMES = {
         "RewardError",
         "RsoupsError",
         "ServerError",
+        "SettingsError",
         "SuiteError",
         "TrainingError",
         "VotesError",
@@ -67,7 +70,8 @@ _HOMES = {
     "grids": ("simplex",),
     "judge": ("Judge", "JudgeCard"),
     "live": ("LiveSoup",),
-    "ppo": ("PPOConfig", "PPOTrainer"),
+    "ppo": ("PPOTrainer",),
+    "ppo_config": ("PPOConfig",),
     "probing": ("Probe", "Sample", "probe"),
     "report": ("write_report",),
     "scoring": ("Reward", "RewardCard", "load_reward"),
@@ -101,6 +105,7 @@ __all__ = [
     "RsoupsError",
     "Sample",
     "ServerError",
+    "SettingsError",
     "Soup",
     "SuiteError",
     "TrainingError",

@@ -5,6 +5,7 @@ RsoupsError
 ├── CheckpointError       a model's full weights (also a ValueError)
 ├── LambdasError          interpolation weights, method or rank (also a ValueError)
 ├── RewardError           a reward card, its model or its scores (also a ValueError)
+├── SettingsError         settings of a run that contradict one another (also a ValueError)
 ├── DatasetError          prompts and datasets (also a ValueError)
 ├── FrontError            records and fronts (also a ValueError)
 ├── VotesError            choices between generations (also a ValueError)
@@ -35,6 +36,10 @@ class LambdasError(RsoupsError, ValueError):
 
 class RewardError(RsoupsError, ValueError):
     """A reward card that is invalid, or a reward that returned something other than one finite number per sample."""
+
+
+class SettingsError(RsoupsError, ValueError):
+    """Settings of a run that contradict one another, or that do not divide."""
 
 
 class DatasetError(RsoupsError, ValueError):

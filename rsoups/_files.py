@@ -140,3 +140,52 @@ def from_hub(source: str, names: Iterable[str]) -> tuple[Path, str] | None:
     except HfHubHTTPError as error:
         raise HubError(f"cannot fetch {source!r} from the Hub: {error}") from None
     return folder / inside, folder.name  # the cache keeps each commit in a folder of its name
+
+
+def hub_commit(source: str, revision: str | None = None) -> str | None:
+    """The commit of a model's config in the cache, as it was loaded last; None where `source` is no Hub id.
+
+    Args:
+        source: ``user/name``.
+        revision: A branch, tag or commit; main if None.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if not _HUB_ID.fullmatch(source) or Path(source).is_dir() or source.count("/") != 1:
+        return None
+    found = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def hub_files(source: str) -> list[str] | None:
+    """Names of the files of a Hub repository (or of its subfolder), without those of further subfolders.
+
+    Args:
+        source: As `from_hub` takes it. Without network, the files that the cache has.
+
+    Returns:
+        The names; None where `source` is no Hub id.
+
+    Raises:
+        HubError: The Hub cannot be reached or refuses.
+    """
+    found = _HUB_ID.fullmatch(source)
+    if not found or ".." in source:
+        return None
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HfHubHTTPError
+
+    inside = found["subfolder"].strip("/")
+    if HF_HUB_OFFLINE:
+        fetched = from_hub(source, ["*"])
+        return sorted(path.name for path in fetched[0].iterdir() if path.is_file()) if fetched else None
+    try:
+        paths = HfApi().list_repo_files(found["repo"], revision=found["revision"])
+    except HfHubHTTPError as error:
+        raise HubError(f"cannot list the files of {source!r} on the Hub: {error}") from None
+    except OSError as error:
+        raise HubError(f"the Hub is not reached to list the files of {source!r}: {error}") from None
+    start = f"{inside}/" if inside else ""
+    names = [path.removeprefix(start) for path in paths if path.startswith(start)]
+    return sorted(name for name in names if "/" not in name)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from rsoups._errors import AdapterError, CheckpointError, DatasetError, RsoupsError
+from rsoups._errors import AdapterError, CheckpointError, DatasetError, HubError, RsoupsError
 from rsoups.tasks import read_jsonl
 
 if TYPE_CHECKING:
@@ -56,23 +56,50 @@ def load_base(name: str, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    with _base_of(name):
-        options = {"trust_remote_code": False, "use_safetensors": True, **options}
-        return AutoModelForCausalLM.from_pretrained(resolve(name), **options)
+    options = {"trust_remote_code": False, **options}
+    with _base_of(name, options.get("revision")):
+        return from_safetensors(AutoModelForCausalLM.from_pretrained, resolve(name), **options)
+
+
+def from_safetensors(load: Callable[..., Any], source: str, **options: Any) -> Any:
+    """A model by transformers' own `load`; where it holds only pickles, its conversion in the cache, if there is one.
+
+    Raises:
+        OSError: It cannot be loaded.
+    """
+    from rsoups.convert import converted
+
+    try:
+        return load(source, use_safetensors=True, **options)
+    except OSError:
+        copy = converted(source, options.pop("revision", None))
+        if copy is None:
+            raise
+        return load(str(copy), use_safetensors=True, **options)
 
 
 @contextmanager
-def _base_of(name: str) -> Iterator[None]:
+def _base_of(name: str, revision: str | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"cannot load {name!r} (only safetensors are read, never a pickle): {error}") from error
+        raise CheckpointError(f"cannot load {name!r}: {why_not(name, revision) or error}") from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         raise CheckpointError(
             f"{name!r} brings Python code of its own; read it, and allow it with trust_remote_code (in Python: =True)"
         ) from None
+
+
+def why_not(source: str, revision: str | None = None) -> str | None:
+    """What to do about a model that holds only pickles; None where that is not why it was not loaded."""
+    from rsoups.convert import holds_only_pickles, remedy
+
+    try:
+        return remedy(source, revision) if holds_only_pickles(source, revision) else None
+    except (CheckpointError, HubError):
+        return None
 
 
 def load_rows(

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from rsoups._errors import AdapterError
 from rsoups._files import READING, from_hub
+from rsoups.convert import converted, holds_only_pickles, remedy
 from rsoups.tensor_files import Scan, TensorFile, largest, rows_of_pieces
 
 CONFIG_FILE = "adapter_config.json"
@@ -102,6 +103,11 @@ class Adapter:
     _scan: Future[Scan]  # of all values, beside the other work
     revision: str | None = None
     _file: tuple[Path, os.stat_result] | None = None  # of the weights, as it was found
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its files are; None for a live model."""
+        return self._file[0].parent if self._file else None
 
     @property
     def sha256(self) -> str:
@@ -239,16 +245,10 @@ def _from_files(source: str, hold: bool) -> Adapter:
     config = _read_config(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        raise AdapterError(
-            f"{folder} holds no {WEIGHTS_FILE}"
-            + (
-                ", only adapter_model.bin, a pickle, which rsoups never opens: where you trust it, load it with PEFT and "
-                "save it again with model.save_pretrained(folder, safe_serialization=True)"
-                if pickled
-                else ": is this the folder of a PEFT adapter?"
-            )
-        )
+        if (copy := converted(source)) is None:
+            why = remedy(source) if holds_only_pickles(source) else "is this the folder of a PEFT adapter?"
+            raise AdapterError(f"{source} holds no {WEIGHTS_FILE}: {why}")
+        weights = copy / WEIGHTS_FILE
 
     def corrupt(error: Exception) -> AdapterError:
         return AdapterError(f"{weights} is corrupt or not a safetensors file ({error}); copy it again")

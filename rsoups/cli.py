@@ -79,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, type=Path, help="folder of the model")
     merge.set_defaults(run=_merge)
 
+    convert = commands.add_parser("convert", help="pickled weights (.bin, .pt) of an adapter or a model to safetensors")
+    convert.add_argument("source", help="folder, file or Hub id (id@revision)")
+    convert.add_argument(
+        "--out", type=Path, help="new folder; the cache if left out, where every command finds it under the same name"
+    )
+    convert.set_defaults(run=_convert)
+
     rewards = commands.add_parser("rewards", help="the reward cards that ship with rsoups")
     rewards.set_defaults(run=_rewards)
 
@@ -213,6 +220,12 @@ def _inspect(args: argparse.Namespace) -> None:
     print(inspect_adapters(adapters).to_text())
     for conflict in merge_conflicts(adapters, Front.from_jsonl(args.records) if args.records else None):
         print(f"conflict: {conflict}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from rsoups.convert import convert
+
+    convert(args.source, args.out)
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from torch import Tensor
 from rsoups import tensor_files
 from rsoups._errors import CheckpointError, LambdasError
 from rsoups._files import from_hub, sha256_of, whole_folder
-from rsoups._resources import resolve
+from rsoups._resources import resolve, why_not
+from rsoups.convert import converted
 from rsoups.soup import SOUP_FILE, weights_of
 from rsoups.tensor_files import is_finite
 
@@ -153,7 +154,11 @@ def _open(source: str) -> _Checkpoint:
             raise CheckpointError(f"{folder / _INDEX} has no weight_map of tensors and files")
         names = sorted(set(files.values()))
     if not names:
-        raise CheckpointError(f"{source} holds neither {_ONE_FILE} nor {_INDEX}; pickles are never opened")
+        if (copy := converted(source)) is not None:
+            return replace(_open(str(copy)), source=source, revision=revision)
+        raise CheckpointError(
+            f"{source} holds neither {_ONE_FILE} nor {_INDEX}" + (f": {w}" if (w := why_not(source)) else "")
+        )
     handles, where, kinds = {}, {}, {}
     for name in names:
         path = _inside(folder, name)

@@ -76,7 +76,10 @@ def manifest_of(source: str | Path) -> Manifest | None:
     for name in (SOUP_FILE, MANIFEST_FILE):
         if (folder / name).is_file():
             return read_manifest(folder / name)
-    return None
+    from rsoups.convert import converted
+
+    copy = converted(str(source))  # of pickled weights, whose own folder tells nothing
+    return read_manifest(copy / MANIFEST_FILE) if copy else None
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -121,7 +124,8 @@ def _check(where: str, data: Any) -> None:
     for parent in _listed(where, data):
         texts = [parent.get(field) for field in ("name", "source")]
         hashes = parent.get("sha256")  # of a whole model one for each file
-        texts += list(hashes.values()) if isinstance(hashes, dict) and data.get("method") == _WHOLE else [hashes]
+        several = data.get("method") == _WHOLE or data.get("kind") == "conversion"
+        texts += list(hashes.values()) if isinstance(hashes, dict) and several else [hashes]
         if not all(isinstance(text, str) for text in texts) or not isinstance(
             parent.get("revision"), (str, type(None))
         ):
@@ -148,7 +152,7 @@ def parents_of(manifest: Manifest) -> list[dict[str, Any]]:
     return _listed("a manifest", manifest)
 
 
-def history_of(parents: Iterable[tuple[str, str | None, str]]) -> dict[str, Manifest]:
+def history_of(parents: Iterable[tuple[str, str | None, Any]]) -> dict[str, Manifest]:
     """Manifests by the hash of the weights: of the parents, each (source, revision, sha256), and of theirs.
 
     A manifest that tells of other weights than those beside it is left out: someone exchanged them.
@@ -180,7 +184,7 @@ def write_manifest(
     recipe: str,
     config: Mapping[str, Any],
     data: Mapping[str, Any],
-    parent: tuple[str, str | None, str] | None = None,
+    parent: tuple[str, str | None, Any] | None = None,
     rewards: Iterable[Mapping[str, Any]] = (),
     seed: int | None = None,
     results: Mapping[str, Any] | None = None,
@@ -194,7 +198,7 @@ def write_manifest(
         recipe: The script.
         config: Settings that differ from their defaults, say; what is no JSON is told by its text.
         data: ``{"dataset", "split", "prompts", "sha256", ...}``.
-        parent: (source, revision, sha256) of the adapter that was trained on.
+        parent: (source, revision, sha256) of the adapter that was trained on, or of what was converted (a hash for each file).
         rewards: Their cards.
         seed: Of the run.
         results: ``{"prompts": n, "before": {figure: value}, "after": {...}}`` on held-out prompts, if there were any.
@@ -207,7 +211,8 @@ def write_manifest(
     parents = []
     if parent is not None:
         source, revision, sha256 = parent
-        parents = [{"name": "start", "source": published(source), "revision": revision, "sha256": sha256}]
+        name = "original" if kind == "conversion" else "start"
+        parents = [{"name": name, "source": published(source), "revision": revision, "sha256": sha256}]
     place = str(base.get("model") or "")
     below = manifest_of(place) if Path(place).expanduser().is_dir() else None
     manifest = {
@@ -232,7 +237,7 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     """What was set otherwise than by default in some dataclasses of flags; no tokens, no absolute paths."""
     found = {}
     for given in arguments:
-        for each in fields(given):
+        for each in (one for one in fields(given) if one.init):
             default = each.default_factory() if each.default_factory is not MISSING else each.default
             value = getattr(given, each.name)
             if value != default and each.name not in _UNTOLD and "token" not in each.name.split("_"):
@@ -320,4 +325,5 @@ def _summary(data: Manifest | None) -> str:
     words += [f"{config['steps']} steps"] if "steps" in config else []
     words += [f"KL {config['kl_coef']:g}"] if isinstance(config.get("kl_coef"), (int, float)) else []
     words += [f"{data['data']['dataset']}"] if (data.get("data") or {}).get("dataset") else []
-    return ", ".join([*words, f"seed {data.get('seed')}"])
+    words += [f"seed {data['seed']}"] if data.get("seed") is not None else []
+    return ", ".join(words)

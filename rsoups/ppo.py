@@ -13,7 +13,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import RepeatSampler, pad, use_adapter
+from trl.trainer.utils import RepeatSampler, pad, shuffle_sequence_dict, split_tensor_dict, use_adapter
 
 from rsoups import rl_math
 from rsoups._errors import DatasetError, OutputError, TrainingError
 from rsoups.actor_critic import ValueHead, add_actor_critic_forward
 from rsoups.callbacks import Interrupt, PPOProgress
 from rsoups.checkpoints import finish_checkpoint, last_checkpoint, only_run_in
+from rsoups.ppo_config import PPOConfig
 from rsoups.sampling import fast_sampling
 from rsoups.scoring import check_scores, named_failures
 
@@ -44,78 +44,6 @@ _ROLLOUT = "rollout-{}.safetensors"  # one for each process
 _COLLAPSED = 0.05  # share of distinct responses below which a warning is due
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class PPOConfig(GRPOConfig):
-    """TRL's GRPOConfig with PPO's own settings; the defaults are the paper's (Ramé et al. 2023, LLaMA experiments).
-
-    A rollout is ``per_device_train_batch_size * steps_per_generation`` responses on each process. It is gone through
-    ``num_iterations`` times, ``per_device_train_batch_size * gradient_accumulation_steps`` of them for each step of the
-    optimizer. GRPO's own settings of groups, advantages and losses have no effect; ``beta`` is set from ``kl_coef``.
-    """
-
-    learning_rate: float = field(default=1.41e-5, metadata={"help": "The initial learning rate for AdamW."})
-    num_generations: int | None = field(default=1, metadata={"help": "Responses per prompt in a rollout."})
-    num_iterations: int = field(default=4, metadata={"help": "PPO epochs: passes over each rollout."})
-    max_completion_length: int | None = field(default=32, metadata={"help": "Longest response, in tokens."})
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "No dropout: rollout, reference and update must see one and the same policy."}
-    )
-    kl_coef: float = field(default=0.2, metadata={"help": "Initial coefficient of the KL penalty per token."})
-    kl_target: float | None = field(
-        default=6.0, metadata={"help": "KL to hold, nats per response, by adapting kl_coef; none keeps kl_coef fixed."}
-    )
-    kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which kl_coef adapts."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount of GAE."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
-    cliprange: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value around the rollout's value."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    kl_limit: float | None = field(
-        default=100.0, metadata={"help": "Nats per response: above half of it warn, above it stop; none never stops."}
-    )
-    min_distinct: float = field(
-        default=0.0, metadata={"help": "Stop where a smaller share of a rollout's responses differ; 0 only warns."}
-    )
-    min_completion_length: int | None = field(
-        default=None,
-        metadata={"help": "Draw each response's limit between this and max_completion_length, as the paper does."},
-    )
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Subtracted from the score of a response that was cut before its end token."}
-    )
-    local_rollout_forward_batch_size: int | None = field(
-        default=None, metadata={"help": "Responses generated at one time on a process; the whole rollout's if unset."}
-    )
-    adapter_init_seed: int = field(
-        default=0,
-        metadata={"help": "Seed of a fresh adapter's weights, the same for all runs that will share a soup."},
-    )
-
-    def __post_init__(self) -> None:
-        responses = self.num_generations
-        # TRL refuses one response per prompt, which only GRPO's group baseline needs more of. Its check that groups
-        # fill the rollout holds for any number of responses once a process's whole rollout counts as one group.
-        if responses == 1:
-            self.num_generations_eval = self.num_generations_eval or 1
-            steps = self.steps_per_generation or self.gradient_accumulation_steps
-            self.num_generations = self.generation_batch_size or self.per_device_train_batch_size * steps
-            if self.num_generations < 2:
-                raise ValueError(
-                    "a rollout of one response has no advantages to whiten: raise per_device_train_batch_size"
-                )
-        if self.kl_coef < 0:
-            raise ValueError(f"kl_coef is {self.kl_coef}, must be at least 0")
-        if self.min_completion_length and not 1 <= self.min_completion_length <= (self.max_completion_length or 0):
-            raise ValueError("min_completion_length must be between 1 and max_completion_length")
-        if self.use_transformers_continuous_batching and (self.bf16 or self.fp16):
-            raise ValueError(
-                "use_transformers_continuous_batching casts the adapter to 16 bit in TRL: leave one of them out"
-            )
-        self.beta = self.kl_coef or 1e-8  # not 0: makes TRL keep the reference of a continued adapter
-        super().__post_init__()
-        self.num_generations = responses
 
 
 class PPOTrainer(GRPOTrainer):
@@ -178,7 +106,8 @@ class PPOTrainer(GRPOTrainer):
         batch = self._rollout_tensors(prompt_ids, response_ids)
         mask = batch["completion_mask"]
 
-        chunk = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        # Without gradients there is room for more rows than the update has at one time.
+        chunk = max(self.args.per_device_train_batch_size or 1, self.args.per_device_eval_batch_size)
         checkpointing: Any = self.args.activation_checkpointing_kwargs
         with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
             logps, values = self._actor_critic(self.model, batch, chunk)
@@ -199,6 +128,34 @@ class PPOTrainer(GRPOTrainer):
         batch["num_items_in_batch"] = tokens
         self._log_rollout(mode, prompts, responses, scores, batch, ref_logps)
         return batch
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        """TRL's dataloader, whose batches are a process's prompts of one rollout."""
+        if kwargs.get("is_training"):
+            # TRL's number, unless processes take turns and a pass over the rollout has more steps than rows.
+            batch_size = int(self.args.generation_batch_size or 0) // self.accelerator.num_processes
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
+        """This process's rows of the next pass; a new rollout first where the last one was gone through."""
+        if not self.model.training:
+            return self._generate_and_score_completions(generation_batch)
+        passes = int(self.args.steps_per_generation or 1)
+        if self._step % (passes * self.num_iterations) == 0 or self._buffered_inputs is None:
+            rollout: Any = self._generate_and_score_completions(generation_batch)
+            rollout = shuffle_sequence_dict(rollout)
+            self._buffered_inputs = self._rows_of_passes(rollout)
+        return self._buffered_inputs[self._step % passes]
+
+    def _rows_of_passes(self, rollout: dict[str, Any]) -> list[dict[str, Any]]:
+        """A process's rows of each pass. Where processes take turns, its rows of the other steps have no tokens."""
+        shares = self.args.shares
+        rows: list[dict[str, Any]] = split_tensor_dict(rollout, len(rollout["prompt_ids"]) // shares.per_device)
+        if shares.turns == 1:
+            return rows
+        empty = [row | {"completion_mask": torch.zeros_like(row["completion_mask"])} for row in rows]
+        turn = self.accelerator.process_index % shares.turns
+        return [(rows if step % shares.turns == turn else empty)[step // shares.turns] for step in range(shares.steps)]
 
     @property
     def _value_head(self) -> ValueHead:
@@ -366,8 +323,8 @@ class PPOTrainer(GRPOTrainer):
         needed = int(self.args.generation_batch_size or 0) // int(self.num_generations or 1)
         if hasattr(dataset, "__len__") and len(dataset) < needed:
             raise DatasetError(
-                f"{len(dataset)} prompts are less than one rollout of {needed}: add some, or lower "
-                "per_device_train_batch_size or steps_per_generation"
+                f"{len(dataset)} prompts are fewer than one rollout of {needed} needs: add some, or lower "
+                "generation_batch_size"
             )
 
     @contextmanager

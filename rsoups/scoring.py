@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from rsoups._cards import DTYPES, check_calibration, made, read_card_file
 from rsoups._errors import RewardError, RsoupsError
-from rsoups._resources import resolve, shipped
+from rsoups._resources import from_safetensors, resolve, shipped, why_not
 from rsoups.function_rewards import FunctionCard, FunctionReward, check_scores, imported
 from rsoups.judge import Judge, JudgeCard
 from rsoups.reward_inputs import FIELD, FIELDS, batches, encode_pairs, encode_texts, filled, padded
@@ -217,19 +217,19 @@ class Reward:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         # Of "main", said aloud, transformers also looks for the conversion bot's safetensors where it holds a pickle only.
-        options = {"revision": self.card.revision or "main", "trust_remote_code": trust_remote_code}
+        revision = self.card.revision or "main"
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        load = AutoModelForSequenceClassification.from_pretrained
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            return AutoModelForSequenceClassification.from_pretrained(
-                source, dtype=self._dtype() or "auto", use_safetensors=True, **options
-            )
+            return from_safetensors(load, source, dtype=self._dtype() or "auto", **options)
         except (OSError, ValueError) as error:
             what = f"reward {self.name!r}: cannot load {self.card.model or self.card.models!r}"
             if "trust_remote_code" in str(error):
                 raise RewardError(
                     f"{what}: it brings Python code of its own; read it, and allow it with trust_remote_code (in Python: =True)"
                 ) from None
-            raise RewardError(f"{what} (only safetensors are read, never a pickle): {error}") from error
+            raise RewardError(f"{what}: {why_not(source, self.card.revision) or error}") from error
 
     def _padding(self, config: Any) -> int | None:
         """The id that pads; None where there is none (GPT-2)."""
@@ -428,6 +428,19 @@ def rewards_by_name(loaded: Mapping[str, LoadedReward]) -> dict[str, LoadedRewar
             )
         sources[reward.name] = source
     return {name: loaded[source] for name, source in sources.items()}
+
+
+def models_of(source: str) -> list[tuple[str, str | None]]:
+    """Models and revisions that a reward will load, as far as its card or its name tells; errors as of `load_reward`."""
+    path = cards().get(source, Path(source))
+    if path.is_file():
+        card = read_card(path)
+        if not isinstance(card, RewardCard):
+            return []
+        if card.model is not None:
+            return [(card.model, card.revision)]
+        return [(model, revision or None) for model, _, revision in (name.partition("@") for name in card.models or ())]
+    return [(source, None)] if path.is_dir() or _HUB_ID.fullmatch(source) else []
 
 
 def reward_function(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
@@ -236,6 +237,11 @@ class Soup:
         except AdapterError:
             model.unload()
             raise
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_dropout.train(
+                    base.training
+                )  # PEFT makes new layers in training mode, whatever the base's is
         return model
 
     @contextmanager

@@ -326,7 +326,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="review",
-            dataset="imdb",
+            dataset="stanfordnlp/imdb",
             columns=("text",),
             prompt=_review_prompt,
             references=lambda row: [_one_line(row["text"])],

@@ -77,6 +77,17 @@ class HubServer(ThreadingHTTPServer):
         tree = repository.commits[repository.resolve(ref)]["files"]
         return {path: self.blobs[blob] for path, blob in tree.items()}
 
+    def publish(self, name, folder, ref="main"):
+        """Commit a folder's files as they are; a dataset's name begins with datasets/. Another ref starts from main."""
+        repository = self.repositories.setdefault(name, Repository(False))
+        repository.refs.setdefault(ref, repository.refs["main"])
+        files = {}
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            data = path.read_bytes()
+            files[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+            self.blobs[hashlib.sha256(data).hexdigest()] = data
+        return repository.commit(ref, files, [], name.encode(), "as the Hub has it")
+
     def puts(self):
         return [path for method, path in self.seen if method == "PUT"]
 
@@ -195,9 +206,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer()
 
     def _repository(self, path, query, body):
-        api = path.startswith("/api/models/")
-        words = path.removeprefix("/api/models/").strip("/").split("/")
-        name = "/".join(words[:2]).removesuffix(".git")
+        words = path.strip("/").split("/")
+        api, words = words[0] == "api", words[words[0] == "api" :]
+        kind, words = ("datasets/", words[1:]) if words[0] == "datasets" else ("", words[words[0] == "models" :])
+        name = kind + "/".join(words[:2]).removesuffix(".git")
         repository = self.server.repositories.get(name)
         if repository is None or (repository.private and "Authorization" not in self.headers):
             return self._error(401, "Repository not found", {"X-Error-Code": "RepoNotFound"})
@@ -208,19 +220,37 @@ class _Handler(BaseHTTPRequestHandler):
             return self._preupload(json.loads(body)["files"])
         if action == "commit":
             return self._commit(name, repository, rest[0], body, "create_pr" in query)
-        revision = "/".join(rest[:3]) if rest[0] == "refs" else rest[0]
+        parts = 3 if rest[0] == "refs" else 1
+        revision, inside = "/".join(rest[:parts]), "/".join(rest[parts:])
         oid = repository.resolve(revision)
         if oid is None:
             return self._error(404, f"Invalid rev id: {revision}", {"X-Error-Code": "RevisionNotFound"})
-        if action == "resolve":
-            return self._file(repository.commits[oid]["files"], oid, "/".join(rest[revision.count("/") + 1 :]))
         files = repository.commits[oid]["files"]
+        if action == "resolve":
+            return self._file(files, oid, inside)
         if api and action == "tree":
-            return self._answer([self._entry(path, blob) for path, blob in files.items()])
-        about = {"id": name, "modelId": name, "sha": oid, "private": repository.private, "tags": [], "downloads": 0}
-        return self._answer(
-            about | {"siblings": [{"rfilename": path} for path in files], "cardData": self._card(files)}
-        )
+            return self._tree(files, inside, query.get("recursive") in (["True"], ["true"], ["1"]))
+        if api and action == "paths-info":
+            wanted = (parse_qs(body.decode()) if body[:1] != b"{" else json.loads(body))["paths"]
+            found = [self._entry(path, files[path]) for path in wanted if path in files]
+            folders = [path for path in wanted if any(file.startswith(f"{path}/") for file in files)]
+            return self._answer(found + [self._folder(path) for path in folders])
+        about = {"id": name.removeprefix(kind), "modelId": name, "sha": oid, "private": repository.private, "tags": []}
+        about |= {"downloads": 0, "siblings": [{"rfilename": path} for path in files]}
+        return self._answer(about | ({} if kind else {"cardData": self._card(files)}))
+
+    def _tree(self, files, folder, recursive):
+        start = f"{folder}/" if folder else ""
+        inside = {path: blob for path, blob in files.items() if path.startswith(start)}
+        here = [path for path in inside if recursive or "/" not in path.removeprefix(start)]
+        parents = {path.rsplit("/", 1)[0] for path in inside if "/" in path.removeprefix(start)}
+        if not inside:
+            return self._error(404, f"{folder} does not exist", {"X-Error-Code": "EntryNotFound"})
+        folders = parents if recursive else {start + path.removeprefix(start).split("/")[0] for path in parents}
+        return self._answer([self._folder(path) for path in sorted(folders)] + [self._entry(p, files[p]) for p in here])
+
+    def _folder(self, path):
+        return {"type": "directory", "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0, "path": path}
 
     def _card(self, files):
         import yaml

@@ -80,7 +80,7 @@ def test_a_pickle_is_never_opened(adapter, tmp_path):
 
     torch.save(Bomb(), adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
-    refuses(adapter, "a pickle, which rsoups never opens")
+    refuses(adapter, "rsoups convert .* --out adapter-safetensors")
     assert not trace.exists()
 
 

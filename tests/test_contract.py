@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 from peft.tuners.lora import LoraLayer
+from transformers import Trainer
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils
@@ -13,6 +14,15 @@ METHODS = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_prepare_inputs": ["self", "generation_batch"],
+    "_get_dataloader": [
+        "self",
+        "dataset",
+        "description",
+        "batch_size",
+        "sampler_fn",
+        "is_training",
+        "dataloader_key",
+    ],
     "_compute_loss": ["self", "model", "inputs"],
     "_generate_single_turn": [
         "self",
@@ -38,9 +48,10 @@ def test_trls_online_loop_still_has(name):
     assert parameters == METHODS[name], f"GRPOTrainer.{name} changed to {parameters}: adapt rsoups/ppo.py"
 
 
-def test_the_loop_buffers_what_our_rollout_returns():
-    source = inspect.getsource(GRPOTrainer._prepare_inputs)
-    assert "self._generate_and_score_completions(" in source and "self._buffered_inputs" in source
+def test_the_loop_asks_for_the_rows_of_each_pass():
+    assert "is_training=True" in inspect.getsource(GRPOTrainer.get_train_dataloader)
+    assert "inputs = self._prepare_inputs(inputs)" in inspect.getsource(Trainer.training_step)
+    assert "self._step += 1" in inspect.getsource(GRPOTrainer.training_step)
     assert "self._compute_loss(" in inspect.getsource(GRPOTrainer.compute_loss)
 
 
@@ -63,4 +74,6 @@ def test_vllm_is_handed_the_weights_by_name():
 def test_helpers_exist():
     assert list(inspect.signature(utils.use_adapter).parameters) == ["model", "adapter_name"]
     assert {"padding_value", "padding_side"} <= set(inspect.signature(utils.pad).parameters)
+    assert list(inspect.signature(utils.shuffle_sequence_dict).parameters) == ["seq_dict"]
+    assert list(inspect.signature(utils.split_tensor_dict).parameters) == ["tensor_dict", "num_chunks"]
     assert "init_lora_weights" in inspect.signature(LoraLayer.reset_lora_parameters).parameters

@@ -1,4 +1,4 @@
-"""Two processes (gloo) against one with twice the batch: the same rollouts give the same losses, gradients and KL control."""
+"""Two processes (gloo) against one: the same rollouts give the same losses, gradients, KL control and adapters."""
 
 import json
 import os
@@ -19,21 +19,27 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from safetensors.torch import save_file
+import rsoups.ppo
 from test_ppo import PROMPTS, trainer
 
 torch.set_num_threads(1)
-out, batch = Path(sys.argv[2]), int(sys.argv[3])
+whole = {"generation_batch_size": 32, "mini_batch_size": 32, "max_steps": 6, "kl_target": 0.01, "kl_horizon": 100}
+# One response in each minibatch: of two processes one waits, in turns.
+turns = {"generation_batch_size": 4, "mini_batch_size": 1, "max_steps": 8}
+bare = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None, "steps_per_generation": None}
 
 
 def pays_for_length_and_prompt(prompts, completions, **columns):
     return [len(text.split()) / 4 + prompt.count("w1") for prompt, text in zip(prompts, completions)]
 
 
-run = trainer(
-    out, pays_for_length_and_prompt, per_device_train_batch_size=batch, steps_per_generation=1, max_steps=6,
-    kl_target=0.01, kl_horizon=100, learning_rate=1e-2, per_device_eval_batch_size=batch // 4,
-)
-gradients = []
+def in_one_order(rollout):
+    # The order in which two processes that take turns see the rows that each of them has.
+    rows = len(rollout["prompt_ids"])
+    order = torch.arange(rows)
+    if run.accelerator.num_processes == 1 and run.args.mini_batch_size == 1:
+        order = order.view(2, rows // 2).T.flatten()
+    return {key: value[order] if value.ndim else value for key, value in rollout.items()}
 
 
 def same_for_a_prompt(prompt_ids, *args, **kwargs):
@@ -45,9 +51,6 @@ def same_for_a_prompt(prompt_ids, *args, **kwargs):
     return responses, None
 
 
-norm = run._get_grad_norm
-
-
 def seen(model, grad_norm=None):
     if not gradients:
         parameters = run.accelerator.unwrap_model(model).named_parameters()
@@ -55,17 +58,23 @@ def seen(model, grad_norm=None):
     return norm(model, grad_norm)
 
 
-run._generate_single_turn = same_for_a_prompt
-run._get_grad_norm = seen
-run.train_dataset = PROMPTS.select(range(56))  # an epoch is a rollout of 32, and 24 prompts that make no whole one
-run.train()
-run.evaluate(PROMPTS.select(range(5)))  # not as many as two processes take at a time
-if run.accelerator.is_main_process:
-    out.mkdir(exist_ok=True)
-    save_file(gradients[0], out / "gradients.safetensors")
-    run.save_model(str(out / "adapter"))
-    rows = run.state.log_history
-    (out / "log.json").write_text(json.dumps({"rows": rows, "processes": run.accelerator.num_processes}))
+rsoups.ppo.shuffle_sequence_dict = in_one_order
+for name, sizes in (("whole", whole), ("turns", turns)):
+    out, gradients = Path(sys.argv[2]) / name, []
+    run = trainer(
+        out, pays_for_length_and_prompt, learning_rate=1e-2, per_device_eval_batch_size=int(sys.argv[3]), **bare, **sizes
+    )
+    norm = run._get_grad_norm
+    run._generate_single_turn, run._get_grad_norm = same_for_a_prompt, seen
+    run.train_dataset = PROMPTS.select(range(56))  # an epoch is a rollout of 32, and 24 prompts that make no whole one
+    run.train()
+    run.evaluate(PROMPTS.select(range(5)))  # not as many as two processes take at a time
+    if run.accelerator.is_main_process:
+        out.mkdir(exist_ok=True)
+        save_file(gradients[0], out / "gradients.safetensors")
+        run.save_model(str(out / "adapter"))
+        rows = run.state.log_history
+        (out / "log.json").write_text(json.dumps({"rows": rows, "processes": run.accelerator.num_processes}))
 """
 
 
@@ -80,24 +89,30 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("processes")
     (root / "script.py").write_text(SCRIPT)
     found = {}
-    for processes, batch in ((1, 32), (2, 16)):
+    for processes in (1, 2):
         out = root / str(processes)
         # `accelerate launch --cpu` starts several processes through MPI only; --multi_gpu through torch's launcher.
         command = [sys.executable, "-m", "accelerate.commands.launch", *(["--multi_gpu"] if processes > 1 else [])]
         command += ["--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", str(free_port()), str(root / "script.py"), str(TESTS), str(out), str(batch)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=CPU)
+        command += ["--main_process_port", str(free_port()), str(root / "script.py"), str(TESTS), str(out)]
+        command += [str(8 // processes)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=CPU)
         assert run.returncode == 0, run.stderr[-3000:]
-        log = json.loads((out / "log.json").read_text())
-        assert log["processes"] == processes
-        adapter = load_file(out / "adapter" / "adapter_model.safetensors")
-        found[processes] = (log["rows"], load_file(out / "gradients.safetensors"), adapter)
-    return found[1], found[2]
+        found[processes] = {name: read(out / name, processes) for name in ("whole", "turns")}
+    return {name: (found[1][name], found[2][name]) for name in ("whole", "turns")}
 
 
-def test_the_first_gradients_are_the_same(runs):
-    (_, one, _), (_, two, _) = runs
+def read(folder, processes):
+    log = json.loads((folder / "log.json").read_text())
+    assert log["processes"] == processes
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    return log["rows"], load_file(folder / "gradients.safetensors"), adapter
+
+
+@pytest.mark.parametrize("name", ["whole", "turns"])
+def test_the_first_gradients_are_the_same(runs, name):
+    (_, one, _), (_, two, _) = runs[name]
     assert one.keys() == two.keys() and any("value_head" in key for key in one)
     assert max(float(gradient.abs().max()) for gradient in one.values()) > 1e-4
     for key, gradient in one.items():
@@ -109,18 +124,19 @@ def test_the_first_gradients_are_the_same(runs):
     ["reward", "kl", "kl_coef", "policy_loss", "value_loss", "entropy", "explained_variance", "distinct", "grad_norm"],
 )
 def test_what_is_logged_is_of_all_processes(runs, metric):
-    one, two = ([row[metric] for row in rows if metric in row] for rows, _, _ in runs)
+    one, two = ([row[metric] for row in rows if metric in row] for rows, _, _ in runs["whole"])
     assert len(one) == (6 if "loss" in metric or metric == "grad_norm" else 3)
     assert one == pytest.approx(two, rel=1e-3, abs=2e-5)
 
 
 @pytest.mark.parametrize("metric", ["reward", "rewards/pays_for_length_and_prompt", "kl", "distinct"])
 def test_an_uneven_evaluation_counts_each_prompt_once(runs, metric):
-    one, two = (next(row[f"eval_{metric}"] for row in rows if f"eval_{metric}" in row) for rows, _, _ in runs)
+    one, two = (next(row[f"eval_{metric}"] for row in rows if f"eval_{metric}" in row) for rows, _, _ in runs["whole"])
     assert one == pytest.approx(two, rel=1e-3, abs=2e-5)
 
 
-def test_the_adapters_end_alike(runs):
-    (_, _, one), (_, _, two) = runs
+@pytest.mark.parametrize("name", ["whole", "turns"])
+def test_the_adapters_end_alike(runs, name):
+    (_, _, one), (_, _, two) = runs[name]
     for key, tensor in one.items():
         assert torch.allclose(tensor, two[key], rtol=1e-3, atol=1e-5), key

@@ -452,7 +452,7 @@ def test_a_dataset_smaller_than_a_rollout_is_refused(tmp_path):
     """TRL's sampler leaves incomplete rollouts out, and a run without any would end well, untrained."""
     run = trainer(tmp_path)
     run.train_dataset = PROMPTS.select(range(31))
-    with pytest.raises(DatasetError, match="31 prompts are less than one rollout of 32"):
+    with pytest.raises(DatasetError, match="31 prompts are fewer than one rollout of 32"):
         run.train()
 
 

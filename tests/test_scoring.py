@@ -244,7 +244,7 @@ def test_a_pickled_reward_is_never_opened(tmp_path):
 
     (folder / "model.safetensors").unlink()
     torch.save(Bomb(), folder / "pytorch_model.bin")
-    with pytest.raises(rsoups.RewardError, match="never a pickle"):
+    with pytest.raises(rsoups.RewardError, match="rsoups convert"):
         load_reward(write_card(tmp_path, name="r", model=folder))
     assert not (tmp_path / "opened").exists()
 

@@ -561,6 +561,6 @@ def test_a_bases_own_code_runs_on_leave_only(two, tmp_path, monkeypatch):
         rsoups.sweep(str(folder), two, REWARDS, PROMPTS, out=tmp_path / "records.jsonl", progress=False)
     with pytest.raises(rsoups.CheckpointError, match="brings Python code of its own"):
         rsoups.LiveSoup.from_pretrained(str(folder), two)
-    with pytest.raises(rsoups.CheckpointError, match="cannot load.*only safetensors"):
+    with pytest.raises(rsoups.CheckpointError, match="cannot load"):
         rsoups.LiveSoup.from_pretrained(str(tmp_path / "none"), two)
     assert not mark.exists()

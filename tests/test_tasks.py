@@ -191,7 +191,7 @@ def test_datasets_of_the_hub_are_asked_for_the_papers_splits(monkeypatch):
         ("argilla/news-summary", None, "train", False),
         ("openai/summarize_from_feedback", "comparisons", "validation", False),
         ("lvwerra/stack-exchange-paired", None, "train", True),
-        ("imdb", None, "test", False),
+        ("stanfordnlp/imdb", None, "test", False),
     ]
 
 

@@ -1,0 +1,208 @@
+"""The Hub as the paper's LLaMA experiments need it: the very ids, revisions, classes, tokenizers and data formats, tiny.
+
+The texts are made up here; sizes and weights are the only things that differ from what the ids hold.
+"""
+
+import gzip
+import io
+import json
+import random
+import shutil
+
+import pyarrow
+import pyarrow.parquet
+import sentencepiece
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+WORDS = (
+    "what how why can you please tell me about the best way to cook rice fix a bike learn to draw plant a tree find "
+    "a job and is it safe to eat snow good answer first then wash it well because water helps people often forget "
+    "that they need time so start small do more later ask a friend read the label never mix it with bleach"
+).split()
+ALPACA = {  # adapter_config.json of tloen/alpaca-lora-7b, keys of PEFT's first versions included
+    "base_model_name_or_path": "decapoda-research/llama-7b-hf",
+    "bias": "none",
+    "enable_lora": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "merge_weights": False,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": 16,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "task_type": "CAUSAL_LM",
+}
+
+
+def sentence(rng, least=4, most=9):
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(least, most))).capitalize() + "."
+
+
+def spm(path, kind, size, **options):
+    """A SentencePiece model trained on made-up sentences."""
+    rng, model = random.Random(0), io.BytesIO()
+    lines = iter(
+        [sentence(rng) for _ in range(400)] + ["### Instruction: ### Input: ### Response: Human: Assistant:"] * 9
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, model_type=kind, vocab_size=size, minloglevel=2, **options
+    )
+    path.write_bytes(model.getvalue())
+
+
+def dump(path, value):
+    path.write_text(json.dumps(value, indent=2))
+
+
+def llama(folder):
+    """huggyllama/llama-7b: two safetensors files with an index, a tokenizer without a pad token."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=2048, rms_norm_eps=1e-6, pad_token_id=0, initializer_range=0.2, dtype="float16",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).half()
+    model.save_pretrained(folder, max_shard_size="60KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    spm(
+        folder / "tokenizer.model",
+        "bpe",
+        384,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+    )
+    token = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    tokenizer = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": token | {"content": "<s>"},
+        "clean_up_tokenization_spaces": False,
+        "eos_token": token | {"content": "</s>"},
+        "model_max_length": 2048,
+        "pad_token": None,
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+        "unk_token": token | {"content": "<unk>"},
+    }
+    dump(folder / "tokenizer_config.json", tokenizer)
+    return model.float()
+
+
+def alpaca(folder, base):
+    """tloen/alpaca-lora-7b: a pickle and the config of its time."""
+    folder.mkdir()
+    torch.manual_seed(1)
+    known = {key: value for key, value in ALPACA.items() if key not in ("enable_lora", "merge_weights")}
+    model = get_peft_model(base, LoraConfig(**known | {"inference_mode": False, "base_model_name_or_path": None}))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    torch.save(dict(get_peft_model_state_dict(model)), folder / "adapter_model.bin")
+    dump(folder / "adapter_config.json", ALPACA)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\nA card.\n")
+
+
+def deberta(folder, seed):
+    """A DeBERTa-v3 reward model of OpenAssistant; its tokenizer is a SentencePiece model alone."""
+    torch.manual_seed(seed)
+    config = DebertaV2Config(
+        vocab_size=201, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=512, type_vocab_size=0, num_labels=1, relative_attention=True, position_buckets=256,
+        norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], max_relative_positions=-1,
+        position_biased_input=False, pooler_hidden_size=16, pooler_dropout=0, initializer_range=0.3,
+    )  # fmt: skip
+    DebertaV2ForSequenceClassification(config).save_pretrained(folder)
+    ids = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+    pieces = {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
+    spm(folder / "spm.model", "unigram", 200, hard_vocab_limit=False, **ids, **pieces)
+    special = {"bos_token": "[CLS]", "cls_token": "[CLS]", "eos_token": "[SEP]", "mask_token": "[MASK]"}
+    special |= {"pad_token": "[PAD]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    dump(folder / "special_tokens_map.json", special)
+    dump(folder / "added_tokens.json", {"[MASK]": 200})
+    settings = {"do_lower_case": False, "split_by_punct": False, "sp_model_kwargs": {}, "vocab_type": "spm"}
+    dump(folder / "tokenizer_config.json", special | settings | {"tokenizer_class": "DebertaV2Tokenizer"})
+
+
+def electra(folder, seed):
+    """The ELECTRA reward model, with a WordPiece vocabulary."""
+    torch.manual_seed(seed)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *dict.fromkeys(WORDS)]
+    words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"] + list("abcdefghijklmnopqrstuvwxyz")
+    (folder / "vocab.txt").parent.mkdir(exist_ok=True)
+    words = list(dict.fromkeys(words))
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    config = ElectraConfig(
+        vocab_size=len(words), hidden_size=16, embedding_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_labels=1, initializer_range=0.3,
+    )  # fmt: skip
+    ElectraForSequenceClassification(config).save_pretrained(folder)
+    dump(folder / "tokenizer_config.json", {"do_lower_case": True, "tokenizer_class": "ElectraTokenizer"})
+
+
+def as_the_bot_found_it(folder):
+    """main's files: the weights as a pickle. What the conversion bot added is returned as a folder of its own."""
+    safe = folder.with_name(f"{folder.name}-safetensors")
+    safe.mkdir()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    shutil.move(folder / "model.safetensors", safe / "model.safetensors")
+    return safe
+
+
+def hh_rlhf(folder):
+    """Anthropic/hh-rlhf: a folder of gzipped JSON lines for each part, chosen and rejected conversations."""
+    rng = random.Random(1)
+    for part in ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"):
+        (folder / part).mkdir(parents=True)
+        for split, count in (("train", 60), ("test", 12)):
+            with gzip.open(folder / part / f"{split}.jsonl.gz", "wt") as lines:
+                for _ in range(count):
+                    start = f"\n\nHuman: {sentence(rng).replace('.', '?')}\n\nAssistant: {sentence(rng)}\n\nHuman: {sentence(rng)}"
+                    row = {name: f"{start}\n\nAssistant: {sentence(rng)}" for name in ("chosen", "rejected")}
+                    lines.write(json.dumps(row) + "\n")
+    (folder / "red-team-attempts").mkdir()
+    with gzip.open(folder / "red-team-attempts" / "red_team_attempts.jsonl.gz", "wt") as lines:
+        lines.write(json.dumps({"transcript": "\n\nHuman: Hi", "rating": 0.0}) + "\n")
+    (folder / "README.md").write_text("---\nlicense: mit\ntags:\n- human-feedback\n---\n\n# A card\n")
+
+
+DEBERTA = {
+    "OpenAssistant/reward-model-deberta-v3-large-v2": "refs/pr/3",
+    "OpenAssistant/reward-model-deberta-v3-base": "refs/pr/1",
+    "theblackcat102/reward-model-deberta-v3-base-v2": "refs/pr/1",
+}
+ELECTRA = ("OpenAssistant/reward-model-electra-large-discriminator", "refs/pr/1")
+
+
+def publish_assistant(hub, root):
+    """What the assistant task needs."""
+    base = llama(root / "llama")
+    hub.publish("huggyllama/llama-7b", root / "llama")
+    alpaca(root / "alpaca", base)
+    hub.publish("tloen/alpaca-lora-7b", root / "alpaca")
+    for seed, (name, revision) in enumerate([*DEBERTA.items(), ELECTRA]):
+        folder = root / f"reward{seed}"
+        (electra if (name, revision) == ELECTRA else deberta)(folder, seed)
+        safe = as_the_bot_found_it(folder)
+        hub.publish(name, folder)
+        for number in range(1, int(revision.rpartition("/")[2]) + 1):
+            hub.repositories[name].refs[f"refs/pr/{number}"] = hub.repositories[name].refs["main"]
+        hub.publish(name, safe, revision)
+    hh_rlhf(root / "hh")
+    hub.publish("datasets/Anthropic/hh-rlhf", root / "hh")
