@@ -93,10 +93,7 @@ def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> No
         write_manifest(
             training.output_dir,
             "sft",
-            base={
-                "model": model.model_name_or_path,
-                "revision": hub_commit(model.model_name_or_path, model.model_revision),
-            },
+            base={"model": model.model_name_or_path, "revision": hub_commit(model.model_name_or_path, model.model_revision)},
             recipe="recipes/sft.py",
             config=settings_of(script, training, model) | {"steps": trainer.state.global_step},
             data={"dataset": script.dataset or task.dataset, "split": "train", "task": script.task} | seen,

@@ -176,7 +176,7 @@ def _choice_sentences(front: Front) -> list[str]:
     try:
         return [f"Best soup above the base: {front.select(above_base=True)}."]
     except FrontError as error:
-        return [f"{error}."]
+        return [f"{str(error)[0].upper()}{str(error)[1:]}."]
 
 
 def _chord_sentences(front: Front) -> list[str]:

@@ -57,9 +57,7 @@ def sentence(rng, least=4, most=9):
 def spm(path, kind, size, **options):
     """A SentencePiece model trained on made-up sentences."""
     rng, model = random.Random(0), io.BytesIO()
-    lines = iter(
-        [sentence(rng) for _ in range(400)] + ["### Instruction: ### Input: ### Response: Human: Assistant:"] * 9
-    )
+    lines = iter([sentence(rng) for _ in range(400)] + ["### Instruction: ### Input: ### Response: Human: Assistant:"] * 9)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines, model_writer=model, model_type=kind, vocab_size=size, minloglevel=2, **options
     )
@@ -80,14 +78,7 @@ def llama(folder):
     model = LlamaForCausalLM(config).half()
     model.save_pretrained(folder, max_shard_size="60KB")
     assert (folder / "model.safetensors.index.json").is_file()
-    spm(
-        folder / "tokenizer.model",
-        "bpe",
-        384,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-    )
+    spm(folder / "tokenizer.model", "bpe", 384, byte_fallback=True, split_digits=True, normalization_rule_name="identity")
     token = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     tokenizer = {
         "add_bos_token": True,
