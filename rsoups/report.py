@@ -208,7 +208,7 @@ def _texts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[
 
 
 def _key(name: str, lambdas: Mapping[str, float] | None, method: str | None) -> str:
-    return f"{name} {lambdas} {method}"
+    return f"{name} {sorted((lambdas or {}).items())} {method}"
 
 
 def _kept(front: Front) -> list[Point]:

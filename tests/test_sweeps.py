@@ -339,6 +339,8 @@ def test_records_of_another_sweep_are_not_mixed_in(two, tmp_path):
     for others in (exchanged, {"a": two["a"], "c": two["b"]}):
         with pytest.raises(rsoups.OutputError, match=r"differing: \['ingredients'\]"):
             run(others, tmp_path / "records.jsonl")
+    with pytest.raises(rsoups.OutputError, match=r"differing: \['the order of the ingredients'\]"):
+        run({"b": two["b"], "a": two["a"]}, tmp_path / "records.jsonl")
     with only_run_in(tmp_path), pytest.raises(rsoups.OutputError, match="another run is writing"):
         run(two, tmp_path / "records.jsonl")
     assert (tmp_path / "records.jsonl").read_bytes() == before
