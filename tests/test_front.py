@@ -346,7 +346,7 @@ def simulated(repeats, prompts, noise, draws, kind):
         own = random.normal(size=(prompts, len(soups) + 5, 2)) * noise
         own[:, [len(soups), -1]] = own[:, [0, len(soups) - 1]]
         values = np.concatenate([soups, five])[None] + own + random.normal(size=(prompts, 1, 2)) * 0.8
-        shares = resampling(prompts, repeat)[:draws]
+        shares = random.multinomial(prompts, np.full(prompts, 1 / prompts), size=draws) / prompts
         stack = means_with_draws(values, shares)
         sets = (stack[:, : len(soups)], stack[:, len(soups) :])
         found = advantage(*sets, (2, 5), ["a", "b"], [-0.5, -0.5])
