@@ -52,7 +52,9 @@ def evenly_spread(lambdas: Sequence[Sequence[float]], count: int, with_ends: boo
     if at.shape[1] == 2:
         steps = count - 1 if with_ends else count + 1
         for second in np.linspace(0, 1, steps + 1)[slice(None) if with_ends else slice(1, -1)]:
-            chosen.append(min(free, key=lambda place: abs(at[place, 1] - second)))
+            # Of two that are as near, the one nearer to the middle, so that both sides of the front are alike.
+            off = np.round(np.abs(at[:, 1] - second), 9), np.abs(at[:, 1] - 0.5)
+            chosen.append(min(free, key=lambda place: (off[0][place], off[1][place])))
             free.remove(chosen[-1])
         return sorted(chosen)
 

@@ -111,6 +111,21 @@ def check_record(number: int, record: Mapping[str, Any], rewards: list[str]) -> 
     return known
 
 
+def lambdas_of(number: int, record: Mapping[str, Any], ingredients: Sequence[str]) -> dict[str, float]:
+    """λ of a soup's record, in the order of the ingredients.
+
+    Raises:
+        FrontError: They are no weights by name, or of other ingredients.
+    """
+    lambdas = record["lambdas"]
+    if not isinstance(lambdas, Mapping) or sorted(lambdas) != sorted(ingredients):
+        of = list(lambdas) if isinstance(lambdas, Mapping) else repr(lambdas)
+        raise FrontError(
+            f"record {number} is of a soup of {of}, others are of {list(ingredients)}: make a front of each"
+        )
+    return {name: lambdas[name] for name in ingredients}
+
+
 def prompt_key(prompt: str | list[dict[str, Any]]) -> str:
     """A prompt as a text: messages as JSON."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)

@@ -177,7 +177,7 @@ def _choice_sentences(front: Front) -> list[str]:
     try:
         return [f"Best soup above the base: {front.select(above_base=True)}."]
     except FrontError as error:
-        return [f"{error}."]
+        return [f"{str(error)[0].upper()}{str(error)[1:]}."]
 
 
 def _chord_sentences(front: Front) -> list[str]:
@@ -209,7 +209,7 @@ def _texts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[
 
 
 def _key(name: str, lambdas: Mapping[str, float] | None, method: str | None) -> str:
-    return f"{name} {lambdas} {method}"
+    return f"{name} {sorted((lambdas or {}).items())} {method}"
 
 
 def _kept(front: Front) -> list[Point]:

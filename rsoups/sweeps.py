@@ -167,10 +167,11 @@ def sweep(
         "rewards": list(rewards),
         "prompts": _digest(asked.prompts),
         "columns": _digest(asked.columns),
-        "chat_template_kwargs": template,
         "server": server is not None,
         "cut": getattr(cut, "__qualname__", type(cut).__name__),
     }
+    if template:
+        settings["chat_template_kwargs"] = template
     about = {"held_out": list(held_out), "samples": samples, "method": method, **_provenance(base), **(notes or {})}
     for name, sources in (("adapters", ingredients), ("others", beside)):
         about[name] = {key: _told(source, Path(out).parent) for key, source in sources.items()}

@@ -31,6 +31,7 @@ ORDER = [
     }
     | {"reward_inputs", "rl_math", "sampling", "tasks", "votes"},
     {"comparison", "decoding", "points", "records", "selection", "stacking", "text_metrics"},
+    {"notes"},
     {"front", "text_checks"},
     {"_resources", "function_rewards"},
     {"soup", "judge"},

@@ -272,7 +272,7 @@ def test_from_adapters_to_the_report(runs, tmp_path):
 
 def test_the_assistant_task_runs_on_any_file_in_the_format_of_hh_rlhf(tmp_path):
     with gzip.open(tmp_path / "hh.jsonl.gz", "wt") as file:
-        for i in range(40):
+        for i in range(80):
             turns = f"\n\nHuman: How do I mend {i} socks?\n\nAssistant: With a needle.\n\nHuman: Ok\n\nAssistant: Bye."
             file.write(json.dumps({"chosen": turns, "rejected": turns}) + "\n")
     flags = [
