@@ -176,11 +176,13 @@ def test_verify_finds_what_is_not_so(here, capsys):
     )
 
 
-@pytest.mark.parametrize("source", ["../outside", "/outside", "link"])
+@pytest.mark.parametrize("source", ["../outside", "/outside", "link", "inside"])
 def test_a_manifest_leads_nowhere_else(here, source, monkeypatch):
     """Ingredients are named by whoever wrote soup.json: they are looked for below the current folder only."""
+    rsoups.interpolate({"helpful": "helpful"}, [1.0]).save_pretrained("alone")
     (here / "inner").mkdir()
-    shutil.move("soup", "inner/soup")
+    shutil.move("alone", "inner/soup")
+    shutil.copytree("helpful", "inner/inside")
     shutil.move("helpful", "outside")
     monkeypatch.chdir(here / "inner")
     (here / "inner" / "link").symlink_to(here / "outside")
@@ -188,8 +190,12 @@ def test_a_manifest_leads_nowhere_else(here, source, monkeypatch):
     data = json.loads(path.read_text())
     data["ingredients"][0]["source"] = source.replace("/outside", str(here / "outside")) if source[0] == "/" else source
     path.write_text(json.dumps(data))
-    with pytest.raises(rsoups.LineageError, match="is not here"):
-        locate(rsoups.Soup.from_pretrained("soup"))
+    soup = rsoups.Soup.from_pretrained("soup")
+    if source == "inside":
+        assert [*locate(soup)] == ["helpful"]
+    else:
+        with pytest.raises(rsoups.LineageError, match="ingredient 'helpful'.* is not here"):
+            locate(soup)
 
 
 def test_patch_keeps_the_others_ratio(here, capsys):
