@@ -30,7 +30,7 @@ ORDER = [
         "low_rank",
     }
     | {"reward_inputs", "rl_math", "sampling", "tasks", "votes"},
-    {"comparison", "decoding", "points", "records", "selection", "stacking", "text_metrics"},
+    {"comparison", "decoding", "points", "records", "selection", "stacking", "text_metrics", "training_data"},
     {"notes"},
     {"front", "text_checks"},
     {"_resources", "function_rewards"},
