@@ -12,7 +12,6 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl.generation.vllm_generation import VLLMGeneration
 
-
 from rsoups import DatasetError, PPOConfig, PPOTrainer, RewardError, TrainingError
 from rsoups.actor_critic import _token_logps, add_actor_critic_forward
 from rsoups.checkpoints import last_checkpoint
