@@ -56,9 +56,9 @@ def stream(
         raise LambdasError("this LiveSoup was made without a tokenizer: there is nothing to write texts with")
     count = len(live.names)
     rows = [[0.0] * count if row is None else weights_of(row, count, False, False)[0] for row in lambdas]
-    ids = torch.tensor([encode(tokenizer, prompt, template)] * len(rows), device=live.model.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    _check_room(live, ids.shape[1], max_new_tokens)
+    read = torch.tensor([encode(tokenizer, prompt, template)] * len(rows), device=live.model.device)
+    inputs = {"input_ids": read, "attention_mask": torch.ones_like(read)}
+    _check_room(live, read.shape[1], max_new_tokens)
     steps, stop = _Steps(), _Stop()
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
