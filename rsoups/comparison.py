@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsoups._errors import FrontError
-from rsoups.estimates import Estimate, Volume, hypervolume_and_error, hypervolumes
+from rsoups.estimates import Estimate, Volume, hypervolume_and_error, hypervolumes, shared_means
 from rsoups.grids import evenly_spread, simplex
 
 Stack = NDArray[np.float64]
@@ -250,7 +250,7 @@ def _means(values: NDArray[np.float64], shares: NDArray[np.float64], prompts: ND
     """Means over some of the prompts in each draw."""
     weights = shares[:, prompts]
     weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-12)
-    return np.tensordot(weights, values[prompts], axes=1)
+    return shared_means(weights, values[prompts])
 
 
 def _preferences(rewards: int) -> NDArray[np.float64]:

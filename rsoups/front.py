@@ -51,6 +51,14 @@ if TYPE_CHECKING:
 MORL = "MORL"  # begins the names of runs that were trained on several rewards at once
 
 
+def _check_scored(groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], rewards: Sequence[str]) -> None:
+    """Refuse a model none of whose responses a reward has scored."""
+    for key, found in groups.items():
+        for reward in rewards:
+            if all(record["rewards"][reward] is None for records in found.values() for record in records):
+                raise FrontError(f"{reward} has no score (None) for any response of {key}: leave this reward out")
+
+
 class Front:
     """Models compared on the same prompts by the same rewards, all of which are maximised.
 
@@ -122,6 +130,7 @@ class Front:
                     "finish the sweep"
                 )
         shares = resampling(len(prompts), seed)
+        _check_scored(groups, rewards)
         points = [point_of_records([found[prompt] for prompt in prompts], rewards, shares) for found in groups.values()]
         return cls(points, rewards, prompts, shares)
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rsoups.estimates import Estimate
 from rsoups.points import Point, estimates_of
 
@@ -25,6 +27,12 @@ def notes_of(front: Front) -> list[str]:
         found.append(
             f"Of the {len(front.prompts)} prompts, {told} were trained on: the figures are not of new prompts."
         )
+    for place, reward in enumerate(front.rewards):
+        missing = float(np.mean([np.isnan(point.values[:, place]).mean() for point in front.points]))
+        if missing:
+            found.append(
+                f"{reward} has no score for the responses to {missing:.0%} of the prompts: its means are over the others."
+            )
     if len(front.rewards) == 1:
         found.append(f"There is one reward only, {front.rewards[0]}: a trade-off needs two.")
     if len(front.points) == 1:

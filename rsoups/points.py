@@ -106,6 +106,8 @@ def check_record(number: int, record: Mapping[str, Any], rewards: list[str]) -> 
         raise FrontError(f"{where} has rewards {sorted(record['rewards'])}, others have {rewards}")
     for reward in known:
         score = record["rewards"][reward]
+        if score is None and reward in record.get("abstained", ()):
+            continue
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
             raise FrontError(f"{where}: {reward} is {score!r}, must be a finite number")
     return known
@@ -131,12 +133,18 @@ def prompt_key(prompt: str | list[dict[str, Any]]) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
+def mean_score(records: Sequence[Mapping[str, Any]], reward: str) -> float:
+    """The mean of a reward over the records that it scored; NaN where it scored none (None, named under ``abstained``)."""
+    scores = [score for record in records if (score := record["rewards"][reward]) is not None]
+    return float(np.mean(scores)) if scores else math.nan
+
+
 def point_of_records(
     records: Sequence[Sequence[Mapping[str, Any]]], rewards: list[str], shares: NDArray[np.float64] | None
 ) -> Point:
     """A point from its records: for each prompt those of its samples."""
     head = records[0][0]
-    values = np.array([np.mean([[r["rewards"][name] for name in rewards] for r in some], axis=0) for some in records])
+    values = np.array([[mean_score(some, name) for name in rewards] for some in records])
     found = estimates_of(values, rewards, shares)
     mean = {name: estimate.value for name, estimate in found.items()}
     low = {name: estimate.low for name, estimate in found.items() if estimate.low is not None}

@@ -485,7 +485,8 @@ class _Page:
         def column(point: Point) -> str:
             record = self._texts[_key(point.name, point.lambdas, point.method)][prompt]
             scores = "".join(
-                f"<span>{escaped(name)} {score:.2f}</span>" for name, score in sorted(record["rewards"].items())
+                f"<span>{escaped(name)} {'none' if score is None else format(score, '.2f')}</span>"
+                for name, score in sorted(record["rewards"].items())
             )
             text = escaped(record["response"]) if record["response"].strip() else "<em>empty</em>"
             stays = "" if point not in fixed else f' data-fixed="{0 if point is self._front.base else 2}"'

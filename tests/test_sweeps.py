@@ -56,6 +56,36 @@ def same(records, others):
     return True
 
 
+def test_a_reward_that_abstains_is_a_mean_over_the_others(two, tmp_path):
+    """One prompt it never scores; of another one only responses of an even length. The rest is as if it were not there."""
+
+    def some(prompts, responses):
+        scores = length(prompts, responses)
+        return [
+            None if p == PROMPTS[0] or (p == PROMPTS[1] and s % 2) else s for p, s in zip(prompts, scores, strict=True)
+        ]
+
+    front = run(two, tmp_path / "records.jsonl", {"some": some, "length": length}, samples=3, refine=1)
+    records = read_jsonl(tmp_path / "records.jsonl")
+    assert {r["rewards"]["some"] is None for r in records if r["prompt"] == PROMPTS[0]} == {True}
+    for point in front.points:
+        mine = [r for r in records if (r["name"], r["lambdas"]) == (point.name, point.lambdas)]
+        by_prompt = []
+        for prompt in PROMPTS:
+            scores = [r["rewards"]["some"] for r in mine if r["prompt"] == prompt and r["rewards"]["some"] is not None]
+            by_prompt += [np.mean(scores)] if scores else []
+        assert point.mean["some"] == pytest.approx(np.mean(by_prompt))
+        assert point.low["some"] <= point.mean["some"] <= point.high["some"] and np.isfinite(point.high["some"])
+    assert any(note.startswith("some has no score for the responses to ") for note in front.notes)
+    rsoups.write_report(front, records, tmp_path)
+    never = [
+        r | {"rewards": r["rewards"] | {"some": None}, "abstained": ["some"]} if r["name"] == "base" else r
+        for r in records
+    ]
+    with pytest.raises(rsoups.FrontError, match="some has no score .* for any response of .*base"):
+        rsoups.Front.from_records(never)
+
+
 def test_one_record_for_every_model_prompt_and_sample(two, tmp_path):
     front = run(two, tmp_path / "records.jsonl", others={"MORL": two["a"]}, seed=3, samples=2, ensemble=True)
     records = read_jsonl(tmp_path / "records.jsonl")
