@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
+from rsoups._files import hub_commit
 from rsoups._resources import load_rows, resolve
 from rsoups.lineage import fingerprint, settings_of, write_manifest
 from rsoups.tasks import TASKS
@@ -93,7 +94,10 @@ def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> No
         write_manifest(
             training.output_dir,
             "sft",
-            base={"model": model.model_name_or_path, "revision": hub_commit(model.model_name_or_path, model.model_revision)},
+            base={
+                "model": model.model_name_or_path,
+                "revision": hub_commit(model.model_name_or_path, model.model_revision),
+            },
             recipe="recipes/sft.py",
             config=settings_of(script, training, model) | {"steps": trainer.state.global_step},
             data={"dataset": script.dataset or task.dataset, "split": "train", "task": script.task} | seen,

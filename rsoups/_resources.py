@@ -145,7 +145,7 @@ def raw_rows(task: Task, dataset: str | None, split: str) -> Iterable[dict[str, 
     """A dataset's rows as they are.
 
     Args:
-        task: Whose dataset, subset and split names apply to its own dataset.
+        task: Whose dataset, its folders, revision and split names apply to that dataset.
         dataset: A file (.jsonl, .jsonl.gz, .csv, .parquet: then `split` is ignored), a folder of ``{split}.jsonl`` or the like,
             or a Hub id; the task's own by default.
         split: ``"train"`` or ``"test"``.
@@ -172,7 +172,16 @@ def raw_rows(task: Task, dataset: str | None, split: str) -> Iterable[dict[str, 
     # Streamed where the paper takes the first rows only: stack-exchange-paired has 26 GB.
     streaming = own and split in task.most
     name = task.splits.get(split, split) if own else split
-    return load_dataset(source, task.subset if own else None, split=name, streaming=streaming)
+    place = {"data_dir": task.folders.get(split), "revision": task.revision} if own else {}
+    try:
+        return load_dataset(source, split=name, streaming=streaming, **place)
+    except RuntimeError as error:
+        if "Dataset scripts are no longer supported" not in str(error):
+            raise
+        raise DatasetError(
+            f"dataset {source!r} is a script, which the package datasets no longer runs: load its branch "
+            "refs/convert/parquet, save its rows as a .jsonl file, and give that file"
+        ) from None
 
 
 def asset(name: str) -> str:

@@ -282,26 +282,31 @@ def log(manifest: Manifest, name: str) -> str:
     seen: set[str] = set()
     history = manifest.get("history", {})
 
-    def visit(label: str, sha256: Any, data: Manifest | None, lead: str, joint: str, depth: int) -> None:
+    def visit(
+        label: str, sha256: Any, data: Manifest | None, lead: str, joint: str, depth: int, base: str = ""
+    ) -> None:
         short = sha256[:12] if isinstance(sha256, str) else ""
         again = bool(short) and sha256 in seen and bool(parents_of(data or {}))
         lines.append(f"{lead}{joint}{label}  {_summary(data)}{'  (above)' if again else ''}  {short}".rstrip())
+        lead += {"": "", "├─ ": "│  ", "└─ ": "   "}[joint]
+        if data is None and base:  # what is made of it says what it is for
+            lines.append(f"{lead}└─ base {base}")
         if data is None or again or depth > _DEEPEST:
             return
         seen.add(str(sha256))
-        lead += {"": "", "├─ ": "│  ", "└─ ": "   "}[joint]
         parents = parents_of(data)
         if not parents and (below := (data.get("base") or {}).get("lineage")):
             visit(f"base {_base(data)}", None, below, lead, "└─ ", depth + 1)
         elif not parents:
             lines.append(f"{lead}└─ base {_base(data)}")
+        base_of = _base(data) if (data.get("base") or {}).get("model") else ""
         for at, parent in enumerate(parents, 1):
             weight = f"{parent['lambda']:.4g} × " if "lambda" in parent else ""
             place = parent["source"] + (f"@{parent['revision'][:12]}" if parent["revision"] else "")
             told = parent["name"] if place.rsplit("/", 1)[-1] == parent["name"] else f"{parent['name']} ({place})"
             child = history.get(parent["sha256"]) if isinstance(parent["sha256"], str) else None
             last = at == len(parents)
-            visit(f"{weight}{told}", parent["sha256"], child, lead, "└─ " if last else "├─ ", depth + 1)
+            visit(f"{weight}{told}", parent["sha256"], child, lead, "└─ " if last else "├─ ", depth + 1, base_of)
 
     visit(name, manifest.get("sha256"), manifest, "", "", 0)
     # Names may come from anyone, and a terminal obeys some characters.

@@ -94,7 +94,8 @@ class Task:
     Attributes:
         name: What ``--task`` calls it.
         dataset: Default data: a Hub id, or ``rsoups/...`` for the embedded prompts.
-        subset: Name of a Hub dataset's configuration.
+        folders: Folder of the Hub dataset that holds "train" and "test", where they are not told apart by file names.
+        revision: Branch or commit of the Hub dataset; its main branch if None.
         splits: What the dataset calls "train" and "test", where it has other names (or, as for news, the paper swaps them).
         most: Rows at most of each split, after the filters; None for all.
         key: Row -> what may occur once only; None where every row counts.
@@ -111,7 +112,8 @@ class Task:
     references: Callable[[dict[str, Any]], list[str]]
     cut: Callable[[str], str]
     key: Callable[[dict[str, Any]], Any] | None = None
-    subset: str | None = None
+    folders: dict[str, str] = field(default_factory=dict)
+    revision: str | None = None
     splits: dict[str, str] = field(default_factory=dict)
     most: dict[str, int] = field(default_factory=dict)
 
@@ -306,7 +308,9 @@ TASKS: dict[str, Task] = {
         Task(
             name="reddit",
             dataset="openai/summarize_from_feedback",
-            subset="comparisons",
+            # Its main branch is a script, which datasets no longer runs; the Hub keeps its own conversion to parquet.
+            revision="refs/convert/parquet",
+            folders={"train": "comparisons", "test": "comparisons"},
             columns=("info", "summaries", "choice"),
             prompt=_reddit_prompt,
             references=lambda row: [_one_line(row["summaries"][row["choice"]]["text"])],
@@ -322,6 +326,8 @@ TASKS: dict[str, Task] = {
             references=lambda row: [_one_line(row["response_k"] or "")],
             cut=_one_line,
             key=lambda row: row["qid"],
+            folders={"train": "data/rl", "test": "data/evaluation"},
+            splits={"test": "train"},  # of a folder
             most={"train": 40_000, "test": 1_000},
         ),
         Task(

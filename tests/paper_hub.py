@@ -13,8 +13,11 @@ import pyarrow
 import pyarrow.parquet
 import sentencepiece
 import torch
+import yaml
+from hub_server import Repository
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     BartConfig,
     BartForSequenceClassification,
@@ -57,7 +60,9 @@ def sentence(rng, least=4, most=9):
 def spm(path, kind, size, **options):
     """A SentencePiece model trained on made-up sentences."""
     rng, model = random.Random(0), io.BytesIO()
-    lines = iter([sentence(rng) for _ in range(400)] + ["### Instruction: ### Input: ### Response: Human: Assistant:"] * 9)
+    lines = iter(
+        [sentence(rng) for _ in range(400)] + ["### Instruction: ### Input: ### Response: Human: Assistant:"] * 9
+    )
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines, model_writer=model, model_type=kind, vocab_size=size, minloglevel=2, **options
     )
@@ -78,7 +83,14 @@ def llama(folder):
     model = LlamaForCausalLM(config).half()
     model.save_pretrained(folder, max_shard_size="60KB")
     assert (folder / "model.safetensors.index.json").is_file()
-    spm(folder / "tokenizer.model", "bpe", 384, byte_fallback=True, split_digits=True, normalization_rule_name="identity")
+    spm(
+        folder / "tokenizer.model",
+        "bpe",
+        384,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+    )
     token = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     tokenizer = {
         "add_bos_token": True,
@@ -164,8 +176,9 @@ def hh_rlhf(folder):
         for split, count in (("train", 60), ("test", 12)):
             with gzip.open(folder / part / f"{split}.jsonl.gz", "wt") as lines:
                 for _ in range(count):
-                    start = f"\n\nHuman: {sentence(rng).replace('.', '?')}\n\nAssistant: {sentence(rng)}\n\nHuman: {sentence(rng)}"
-                    row = {name: f"{start}\n\nAssistant: {sentence(rng)}" for name in ("chosen", "rejected")}
+                    asked, first, more = (sentence(rng) for _ in range(3))
+                    start = f"\n\nHuman: {asked[:-1]}?\n\nAssistant: {first}\n\nHuman: {more}\n\nAssistant: "
+                    row = {name: start + sentence(rng) for name in ("chosen", "rejected")}
                     lines.write(json.dumps(row) + "\n")
     (folder / "red-team-attempts").mkdir()
     with gzip.open(folder / "red-team-attempts" / "red_team_attempts.jsonl.gz", "wt") as lines:
@@ -197,3 +210,151 @@ def publish_assistant(hub, root):
         hub.publish(name, safe, revision)
     hh_rlhf(root / "hh")
     hub.publish("datasets/Anthropic/hh-rlhf", root / "hh")
+
+
+def bpe(folder, **special):
+    """The files of a GPT-2 or BART tokenizer: vocab.json and merges.txt."""
+    rng = random.Random(0)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(
+        [sentence(rng) for _ in range(300)], vocab_size=320, special_tokens=list(special.values())
+    )
+    tokenizer.save_model(str(folder))
+    return tokenizer.get_vocab_size()
+
+
+def gpt2(folder, seed):
+    """Tristan/gpt2_reward_summarization: no pad token, weights as a pickle only."""
+    folder.mkdir()
+    torch.manual_seed(seed)
+    size = bpe(folder, end="<|endoftext|>")
+    config = GPT2Config(
+        vocab_size=size, n_embd=16, n_layer=1, n_head=2, n_positions=1024, num_labels=1, initializer_range=0.3,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    GPT2ForSequenceClassification(config).save_pretrained(folder)
+    dump(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 1024})
+    dump(folder / "special_tokens_map.json", dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"))
+
+
+def bart(folder, seed):
+    """CogComp/bart-faithful-summary-detector: two labels."""
+    folder.mkdir()
+    torch.manual_seed(seed)
+    size = bpe(folder, bos="<s>", pad="<pad>", eos="</s>", unk="<unk>", mask="<mask>")
+    config = BartConfig(
+        vocab_size=size, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=1024, init_std=0.3,
+        id2label={0: "Hallucinated", 1: "Faithful"}, label2id={"Hallucinated": 0, "Faithful": 1},
+        bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
+    )  # fmt: skip
+    BartForSequenceClassification(config).save_pretrained(folder)
+    dump(folder / "tokenizer_config.json", {"tokenizer_class": "BartTokenizer", "model_max_length": 1024})
+
+
+def parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def news_summary(folder):
+    """argilla/news-summary: Argilla's records. The larger split is called test."""
+    rng = random.Random(2)
+
+    def row(i):
+        text = f"LONDON (Reuters) - {' '.join(sentence(rng) for _ in range(4))}"
+        guess = [{"label": None, "score": 1.0, "text": sentence(rng)}]
+        return {
+            "text": text,
+            "inputs": {"text": text},
+            "prediction": guess,
+            "prediction_agent": "dataset",
+            "id": str(i),
+        }
+
+    for split, count in (("train", 20), ("test", 150)):
+        parquet(folder / "data" / f"{split}-00000-of-00001-0123456789abcdef.parquet", [row(i) for i in range(count)])
+
+
+def summarize_from_feedback(folder):
+    """openai/summarize_from_feedback: a script on main, which datasets no longer runs; the Hub's conversion beside it."""
+    rng = random.Random(3)
+
+    def row(i):
+        post = " ".join(sentence(rng) for _ in range(5))
+        info = {"id": f"t3_{i}", "post": post if i % 10 else None, "title": sentence(rng), "subreddit": "tifu"}
+        info |= {"site": None, "article": None if i % 10 else post}
+        summaries = [{"text": f" {sentence(rng)}", "policy": "sup2", "note": None} for _ in range(2)]
+        return {
+            "info": info,
+            "summaries": summaries,
+            "choice": i % 2,
+            "worker": "w",
+            "batch": "batch3",
+            "split": "train",
+        }
+
+    for split, count in (("train", 170), ("validation", 20)):
+        parquet(folder / "converted" / "comparisons" / split / "0000.parquet", [row(i) for i in range(count)])
+    for split in ("test", "validation"):
+        parquet(
+            folder / "converted" / "axis" / split / "0000.parquet", [{"info": {"id": "t3_x"}, "summary": {"text": "x"}}]
+        )
+    (folder / "main").mkdir()
+    (folder / "main" / "summarize_from_feedback.py").write_text("raise SystemExit('a script ran')\n")
+    (folder / "main" / "README.md").write_text("---\npretty_name: Summarize from Human Feedback\n---\n")
+
+
+def stack_exchange_paired(folder):
+    """lvwerra/stack-exchange-paired: parts for fine-tuning, rewards and RL; several rows to a question."""
+    rng = random.Random(4)
+
+    def row(i):
+        told = {
+            "qid": i // 2,
+            "question": sentence(random.Random(i // 2)),
+            "date": "2011/01/01",
+            "metadata": ["https://x"],
+        }
+        return told | {"response_j": sentence(rng), "response_k": sentence(rng)}
+
+    for part in ("finetune", "reward", "rl"):
+        parquet(folder / "data" / part / "train-00000-of-00001.parquet", [row(i) for i in range(280)])
+    parquet(folder / "data" / "evaluation" / "train-00000-of-00001.parquet", [row(i) for i in range(1000, 1040)])
+
+
+def imdb(folder):
+    """stanfordnlp/imdb: one configuration, three splits."""
+    rng = random.Random(5)
+    for split, count in (("train", 140), ("test", 20), ("unsupervised", 5)):
+        rows = [{"text": " ".join(sentence(rng) for _ in range(12)), "label": i % 2} for i in range(count)]
+        parquet(folder / "plain_text" / f"{split}-00000-of-00001.parquet", rows)
+    files = [{"split": s, "path": f"plain_text/{s}-*"} for s in ("train", "test", "unsupervised")]
+    card = {"configs": [{"config_name": "plain_text", "data_files": files, "default": True}]}
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+
+
+def publish_other_tasks(hub, root):
+    """What the news, reddit, stack and review tasks need beside `publish_assistant`."""
+    gpt2(root / "gpt2", 7)
+    as_the_bot_found_it(root / "gpt2")  # no pull request of the bot here
+    hub.publish("Tristan/gpt2_reward_summarization", root / "gpt2")
+    bart(root / "bart", 8)
+    safe = as_the_bot_found_it(root / "bart")
+    hub.publish("CogComp/bart-faithful-summary-detector", root / "bart")
+    hub.publish("CogComp/bart-faithful-summary-detector", safe, "refs/pr/1")
+    for name, make in (
+        ("argilla/news-summary", news_summary),
+        ("lvwerra/stack-exchange-paired", stack_exchange_paired),
+        ("stanfordnlp/imdb", imdb),
+    ):
+        folder = root / name.rpartition("/")[2]
+        make(folder)
+        hub.publish(f"datasets/{name}", folder)
+    summarize_from_feedback(root / "feedback")
+    name = "datasets/openai/summarize_from_feedback"
+    hub.publish(name, root / "feedback" / "main")
+    converted = hub.repositories[name]
+    converted.refs["refs/convert/parquet"] = Repository(False).refs["main"]
+    converted.commits |= Repository(False).commits
+    hub.publish(name, root / "feedback" / "converted", "refs/convert/parquet")

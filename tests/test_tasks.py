@@ -173,8 +173,8 @@ def test_tables_are_datasets(tmp_path):
 def test_datasets_of_the_hub_are_asked_for_the_papers_splits(monkeypatch):
     asked = []
 
-    def load_dataset(path, subset, split, streaming):
-        asked.append((path, subset, split, streaming))
+    def load_dataset(path, *, split, streaming, data_dir, revision):
+        asked.append((path, data_dir, revision, split, streaming))
         return iter(ROWS[task][0])
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
@@ -183,16 +183,27 @@ def test_datasets_of_the_hub_are_asked_for_the_papers_splits(monkeypatch):
         ("news", "test"),
         ("reddit", "test"),
         ("stack", "train"),
+        ("stack", "test"),
         ("review", "test"),
     ):
         load_rows(TASKS[task], None, split)
     assert asked == [
-        ("argilla/news-summary", None, "test", False),
-        ("argilla/news-summary", None, "train", False),
-        ("openai/summarize_from_feedback", "comparisons", "validation", False),
-        ("lvwerra/stack-exchange-paired", None, "train", True),
-        ("stanfordnlp/imdb", None, "test", False),
+        ("argilla/news-summary", None, None, "test", False),
+        ("argilla/news-summary", None, None, "train", False),
+        ("openai/summarize_from_feedback", "comparisons", "refs/convert/parquet", "validation", False),
+        ("lvwerra/stack-exchange-paired", "data/rl", None, "train", True),
+        ("lvwerra/stack-exchange-paired", "data/evaluation", None, "train", True),
+        ("stanfordnlp/imdb", None, None, "test", False),
     ]
+
+
+def test_a_dataset_that_is_a_script_is_refused(monkeypatch):
+    def load_dataset(path, *arguments, **options):
+        raise RuntimeError("Dataset scripts are no longer supported, but found mine.py")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(DatasetError, match="'some/data' is a script, .* branch refs/convert/parquet"):
+        load_rows(custom_task("some/data"), None, "train")
 
 
 def test_every_process_makes_the_same_prompts(tmp_path):
