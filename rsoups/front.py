@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,8 @@ class Front:
         shares = resampling(len(prompts), seed)
         _check_scored(groups, rewards)
         points = [point_of_records([found[prompt] for prompt in prompts], rewards, shares) for found in groups.values()]
+        if len({point.method for point in points if point.lambdas}) > 1:
+            points = [replace(point, tells_method=True) for point in points]
         return cls(points, rewards, prompts, shares)
 
     @classmethod

@@ -34,6 +34,7 @@ class Point:
             alone, shape (1, rewards), where there are no prompts.
         extras: What shows reward hacking, where the records tell it: ``words`` and ``tokens`` of a response, ``distinct-2``
             of all responses, ``KL`` to the base (nats per response, k1) and ``perplexity`` under the base (per token).
+        tells_method: Whether the label tells the method: there are soups of others beside it.
     """
 
     name: str
@@ -45,13 +46,14 @@ class Point:
     n: int
     values: NDArray[np.float64]
     extras: dict[str, Estimate] = field(default_factory=dict)
+    tells_method: bool = False
 
     @property
     def label(self) -> str:
-        """The name; of a soup its λ, and its method unless it is exact."""
+        """The name; of a soup its λ, and its method where the front has several."""
         if self.lambdas is None:
             return self.name
-        method = "" if self.method in (None, "exact") else f" ({self.method})"
+        method = f" ({self.method})" if self.tells_method else ""
         return "λ " + " / ".join(f"{x:.3g}" for x in self.lambdas.values()) + method
 
     def estimate(self, reward: str) -> Estimate:

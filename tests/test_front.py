@@ -532,7 +532,8 @@ def test_lambdas_in_another_order_are_the_same_soup_and_other_ingredients_are_re
 
 def test_soups_of_two_methods_are_told_apart():
     rows = [record("soup", {"A": 0.5, "B": 0.5}, "p", a=1.0) | {"method": method} for method in ("exact", "factors")]
-    assert [p.label for p in Front.from_records(rows).points] == ["λ 0.5 / 0.5", "λ 0.5 / 0.5 (factors)"]
+    assert [p.label for p in Front.from_records(rows).points] == ["λ 0.5 / 0.5 (exact)", "λ 0.5 / 0.5 (factors)"]
+    assert [p.label for p in Front.from_records(rows[1:]).points] == ["λ 0.5 / 0.5"]
 
 
 def test_equal_points_are_all_on_the_front():

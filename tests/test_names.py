@@ -22,6 +22,7 @@ def test_sources_are_named_by_as_much_of_their_path_as_tells_them_apart(tmp_path
     assert named_sources(["s0/final", "s1/final/"], "adapters") == {"s0/final": "s0/final", "s1/final": "s1/final/"}
     alike = ["1/x/records.jsonl", "2/x/records.jsonl", "2/y/records.jsonl"]
     assert list(named_sources(alike, "fronts")) == ["1/x/records", "2/x/records", "y/records"]
+    assert list(named_sources(["/a", "x/a"], "adapters")) == ["/a", "x/a"]
     assert named_sources(["MORL 0.5/0.5=x=y"], "others") == {"MORL 0.5/0.5": "x=y"}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=1e-3").mkdir()
