@@ -30,8 +30,8 @@ from transformers import AutoTokenizer
 
 import rsoups
 from demo import train_all
-from ppo_reward import ASKED, policy, prompts, task_of
 from ppo_reward import parse as parse_ppo
+from ppo_reward import policy, prompts, task_of
 from rsoups._errors import in_one_line
 from rsoups._files import whole_folder
 from rsoups._resources import resolve
@@ -89,7 +89,6 @@ class Evaluator:
         """Held-out prompts, each once, and the columns that the rewards read of their rows."""
         _, columns = prompts(self.script, self.training, self.tokenizer, room, columns_read(self.rewards))
         check_columns(self.rewards, columns)
-        columns.pop(ASKED, None)
         places = {json.dumps(prompt): place for place, prompt in reversed([*enumerate(columns["prompt"])])}
         kept = {name: [values[place] for place in sorted(places.values())] for name, values in columns.items()}
         return kept.pop("prompt"), kept

@@ -63,7 +63,6 @@ from rsoups.training_data import prompt_marks
 
 # A soup does not care how its ingredients were trained: same cards, tasks, adapters and outputs for each.
 ALGORITHMS = {"ppo": (PPOConfig, PPOTrainer), "grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
-ASKED = "prompt without --prefix_tokens"  # key of a row, beside the dataset's columns
 EMBEDDED = Path(__file__).parent / "configs" / "embedded.yaml"
 
 
@@ -117,7 +116,8 @@ class ScriptArguments:
     )
     reward_device: str | None = field(default=None, metadata={"help": "Device of the rewards; the policy's if unset."})
     allow_base_mismatch: bool = field(
-        default=False, metadata={"help": "Train an adapter that names another base: the same weights under another name."}
+        default=False,
+        metadata={"help": "Train an adapter that names another base: the same weights under another name."},
     )
     convert_pickles: bool = field(
         default=False,
@@ -187,7 +187,7 @@ def prompts(
         if script.prefix_tokens:
             ids = partial(tokenizer.encode, add_special_tokens=False)
             begun = with_prefixes(rows, ids, tokenizer.decode, *script.prefix_tokens, seed=training.seed)
-            rows = [row | {"prompt": prompt, ASKED: row["prompt"]} for row, prompt in zip(rows, begun, strict=True)]
+            rows = [row | {"prompt": prompt} for row, prompt in zip(rows, begun, strict=True)]
         lengths = [len(encode(tokenizer, row["prompt"], training.chat_template_kwargs)) for row in rows]
         fitting = fit_prompts(rows, lengths, room, script.long_prompts) if rows else []
         if len(fitting) < len(rows):
@@ -257,7 +257,6 @@ def write_lineage(
     trainer: GRPOTrainer,
     rewards: list,
     results: dict[str, Any],
-    asked: list,
     held_out: list,
 ) -> None:
     """lineage.json beside the adapter: what it was made from, how, by which rewards, on which prompts, to what effect."""
@@ -268,8 +267,11 @@ def write_lineage(
     base = {"model": model.model_name_or_path, "revision": hub_commit(model.model_name_or_path, model.model_revision)}
     data = {"dataset": script.dataset or task_of(script).dataset, "split": "train", "task": script.task}
     rule = LAST_TENTH if is_table(task_of(script), script.dataset) else "the test split"
-    data |= {"held_out": {"rule": rule, **fingerprint(held_out)}, "prompt_marks": prompt_marks(asked)}
     prompt = trainer.train_dataset["prompt"]
+    # What was asked, without the words of references that --prefix_tokens puts after it.
+    rows = train_and_held_out(task_of(script), script.dataset, 0)[0] if script.prefix_tokens else []
+    asked = [row["prompt"] for row in rows] or prompt
+    data |= {"held_out": {"rule": rule, **fingerprint(held_out)}, "prompt_marks": prompt_marks(asked)}
     write_manifest(
         training.output_dir,
         script.algorithm,
@@ -333,11 +335,9 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     train, held_out = prompts(script, training, tokenizer, room, columns_read(rewards))
     for columns in filter(None, (train, held_out)):
         check_columns(rewards, columns)
-    asked, held_out_asked = (columns.pop(ASKED, columns.get("prompt", [])) for columns in (train, held_out))
     train_dataset, eval_dataset = datasets_of(train, held_out)
-    columns = {
-        name: [*train[name], *held_out.get(name, [None] * len(held_out_asked))] for name in train if name != "prompt"
-    }
+    nothing = [None] * len(held_out.get("prompt", []))
+    columns = {name: [*train[name], *held_out.get(name, nothing)] for name in train if name != "prompt"}
     actor, lora = policy(script, model, trusted)
     _, kind = ALGORITHMS[script.algorithm]
     weights = training.reward_weights
@@ -373,7 +373,7 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
         trainer.accelerator.print(f"memory   {peak:.1f} GB at most were allocated on this GPU")
     results = summary(trainer) if held_out else {}
     if trainer.accelerator.is_main_process:
-        write_lineage(script, training, model, trainer, rewards, results, asked, held_out_asked)
+        write_lineage(script, training, model, trainer, rewards, results, held_out.get("prompt", []))
     trainer.accelerator.print(f"adapter: {training.output_dir}")
     if repository:
         print(push_adapter(training.output_dir, repository, **options))

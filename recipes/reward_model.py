@@ -12,6 +12,7 @@ accuracy on `--eval_dataset`. With `--use_peft` an adapter is written, which is 
 
 import json
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) ->
         peft_config=lora(model, sorted(found["missing_keys"])),
     )
     if model.use_peft:  # the adapter names its base as the user did, not by a path of this machine
+        # PEFT looks for the base's config under this name, to see whether the vocabulary grew. It did not.
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
         trainer.model.peft_config["default"].base_model_name_or_path = model.model_name_or_path
         trainer.model.peft_config["default"].revision = model.model_revision
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

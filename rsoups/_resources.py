@@ -272,4 +272,4 @@ def _short_name(source: str, among: Sequence[str]) -> str:
         if sum(Path(other).parts[-count:] == parts[-count:] for other in among) == 1:
             break
     name = "/".join(parts[-count:]) if parts else ""
-    return name.removesuffix(".jsonl").removesuffix(".csv")
+    return name.replace("//", "/").removesuffix(".jsonl").removesuffix(".csv")

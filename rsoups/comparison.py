@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsoups._errors import FrontError
-from rsoups.estimates import Estimate, Volume, hypervolume_and_error, hypervolumes
+from rsoups.estimates import Estimate, Volume, hypervolume_and_error, hypervolumes, shared_means
 from rsoups.grids import evenly_spread, simplex
 
 Stack = NDArray[np.float64]
 _DRAWS = 500  # for figures that are slower than a matrix product
+_AT_ONCE = 50  # draws, of all points and preferences
 _CURVE_DRAWS = 200
 _CHOICES = 60  # of so many runs, of which hypervolumes are averaged
 _PREFERENCES = 21  # on the line between two rewards; of more rewards ten times as many, at random
@@ -184,7 +185,8 @@ def advantage(
         lambdas = simplex(2, max(2, soups.shape[1]))[: soups.shape[1]]
     places = evenly_spread(lambdas, count, with_ends)
     chosen = soups[:, places]
-    gain = Estimate.basic(hypervolumes(chosen, at) - hypervolumes(others, at))
+    # Noise makes both larger, alike with as many points each: the difference needs no correction.
+    gain = Estimate.of(hypervolumes(chosen, at) - hypervolumes(others, at))
     volumes = volume_of(chosen, names, at), volume_of(others, names, at)
     return Advantage(*volumes, gain, tuple(places), runs, _curve(soups, others, lambdas, at))
 
@@ -212,33 +214,43 @@ def utility_gain(first: NDArray[np.float64], second: NDArray[np.float64], shares
         shares: Shape (draws, prompts), as `estimates.resampling` gives them.
     """
     prompts, _, rewards = first.shape
-    weights = _preferences(rewards).T
+    preferences = _preferences(rewards).T
     order = np.random.default_rng(0).permutation(prompts)
     halves = order[: prompts // 2], order[prompts // 2 :]
     every = np.concatenate([np.full((1, prompts), 1 / prompts), shares[:_DRAWS]])
-    value, errors = 0.0, np.zeros(len(every) - 1)
+
+    value, errors = 0.0, np.zeros(len(every))
     for pick, tell in (halves, halves[::-1]):
         for values, sign in ((first, 0.5), (second, -0.5)):
-            utilities = values @ weights  # (prompts, points, preferences)
-            best = np.argmax(_means(utilities, every, pick), axis=1)[:, None]  # by draw and preference
-            told, observed = (_means(utilities, share, tell) for share in (every, every[:1]))
-            drawn, true = (
-                np.take_along_axis(figures, best, axis=1).mean(axis=(1, 2))
-                for figures in (told, np.broadcast_to(observed, told.shape))
-            )
+            drawn, true = _told(_means(values, every, pick), _means(values, every, tell), preferences)
             value += sign * float(drawn[0])
-            errors += sign * (drawn - true)[1:]
-    error = 1.96 * float(errors.std())
+            errors += sign * (drawn - true)
+    error = 1.96 * float(errors[1:].std())
     return Estimate(value, value - error, value + error)
 
 
-def _means(
-    utilities: NDArray[np.float64], shares: NDArray[np.float64], prompts: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Means over some of the prompts in each draw: (draws, points, preferences)."""
+def _told(
+    picked: Stack, told: Stack, preferences: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean utility over preferences of the points that each draw of `picked` chooses: by the same draw of `told`, and by its
+    first one, which is as observed."""
+    drawn: list[NDArray[np.float64]] = []
+    true: list[NDArray[np.float64]] = []
+    for start in range(0, len(picked), _AT_ONCE):
+        rows = slice(start, start + _AT_ONCE)
+        best = np.argmax(picked[rows] @ preferences, axis=1)[:, None]  # (draws, 1, preferences)
+        utilities = told[rows] @ preferences
+        observed = np.broadcast_to(told[:1] @ preferences, utilities.shape)
+        for found, figures in ((drawn, utilities), (true, observed)):
+            found.append(np.take_along_axis(figures, best, axis=1).mean(axis=(1, 2)))
+    return np.concatenate(drawn), np.concatenate(true)
+
+
+def _means(values: NDArray[np.float64], shares: NDArray[np.float64], prompts: NDArray[np.int64]) -> Stack:
+    """Means over some of the prompts in each draw."""
     weights = shares[:, prompts]
     weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-12)
-    return np.tensordot(weights, utilities[prompts], axes=1)
+    return shared_means(weights, values[prompts])
 
 
 def _preferences(rewards: int) -> NDArray[np.float64]:

@@ -95,9 +95,26 @@ def resampling(n: int, seed: int) -> NDArray[np.float64] | None:
 
 
 def means_with_draws(values: NDArray[np.float64], shares: NDArray[np.float64] | None) -> NDArray[np.float64]:
-    """Means over prompts as observed, then in each bootstrap draw: values of shape (prompts, ...) to (1 + draws, ...)."""
-    observed = values.mean(axis=0)[None]
-    return observed if shares is None else np.concatenate([observed, np.tensordot(shares, values, axes=1)])
+    """Means over prompts as observed, then in each bootstrap draw: values of shape (prompts, ...) to (1 + draws, ...).
+
+    NaN is a prompt without a value; the mean is over the others.
+    """
+    if np.isnan(values).any():
+        observed = shared_means(np.full((1, len(values)), 1 / len(values)), values)
+    else:
+        observed = values.mean(axis=0)[None]
+    return observed if shares is None else np.concatenate([observed, shared_means(shares, values)])
+
+
+def shared_means(shares: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``shares @ values`` over the prompts that have a value; of a draw without any of them, the mean of all."""
+    missing = np.isnan(values)
+    if not missing.any():
+        return np.tensordot(shares, values, axes=1)
+    totals = np.tensordot(shares, np.nan_to_num(values), axes=1)
+    counts = np.tensordot(shares, 1.0 - missing, axes=1)
+    every = np.nan_to_num(values).sum(axis=0) / np.maximum((~missing).sum(axis=0), 1)
+    return np.where(counts > 0, totals / np.where(counts > 0, counts, 1), every)
 
 
 def checked_reference(reference: Mapping[str, float], rewards: Sequence[str]) -> list[float]:

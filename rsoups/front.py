@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ from rsoups.points import (
     cells_of,
     check_record,
     estimates_of,
+    lambdas_of,
     point_of_records,
     point_of_row,
     prompt_key,
@@ -48,6 +50,14 @@ if TYPE_CHECKING:
     from rsoups.votes import VotedUtility
 
 MORL = "MORL"  # begins the names of runs that were trained on several rewards at once
+
+
+def _check_scored(groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], rewards: Sequence[str]) -> None:
+    """Refuse a model none of whose responses a reward has scored."""
+    for key, found in groups.items():
+        for reward in rewards:
+            if all(record["rewards"][reward] is None for records in found.values() for record in records):
+                raise FrontError(f"{reward} has no score (None) for any response of {key}: leave this reward out")
 
 
 class Front:
@@ -97,13 +107,18 @@ class Front:
             seed: Of the bootstrap.
 
         Raises:
-            FrontError: No records, a record without a field, a reward that is not finite (the record is named), or models
-                that were not evaluated on the same prompts by the same rewards.
+            FrontError: No records, a record without a field, a reward that is not finite (the record is named), soups of
+                other ingredients, or models that were not evaluated on the same prompts by the same rewards.
         """
         groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
         rewards: list[str] = []
+        ingredients: list[str] = []
         for number, record in enumerate(records, 1):
             rewards = check_record(number, record, rewards)
+            if record["lambdas"] is not None:
+                if isinstance(record["lambdas"], Mapping):
+                    ingredients = ingredients or list(record["lambdas"])
+                record = {**record, "lambdas": lambdas_of(number, record, ingredients)}
             key = json.dumps([record["name"], record["lambdas"], record["method"]])
             groups.setdefault(key, {}).setdefault(prompt_key(record["prompt"]), []).append(record)
         if not groups:
@@ -116,7 +131,10 @@ class Front:
                     "finish the sweep"
                 )
         shares = resampling(len(prompts), seed)
+        _check_scored(groups, rewards)
         points = [point_of_records([found[prompt] for prompt in prompts], rewards, shares) for found in groups.values()]
+        if len({point.method for point in points if point.lambdas}) > 1:
+            points = [replace(point, tells_method=True) for point in points]
         return cls(points, rewards, prompts, shares)
 
     @classmethod
@@ -132,7 +150,8 @@ class Front:
             A front of means without prompts: intervals are those of the file, and figures made of the means have none.
 
         Raises:
-            FrontError: No such file, no rows, no reward column, or a cell that is no finite number (row and column named).
+            FrontError: No such file, no rows, no reward column, two rows of one name and λ, or a cell that is no finite
+                number (row and column named).
         """
         try:
             with Path(path).open(encoding="utf-8-sig", newline="") as file:
@@ -147,6 +166,9 @@ class Front:
             lacks = "rows" if not rows else "a reward column" if not names else f"the columns {missing}"
             raise FrontError(f"{path} lacks {lacks}; its columns are {columns}")
         points = [point_of_row(f"{path}, row {i}", row, names) for i, row in enumerate(rows, 1)]
+        for i, point in enumerate(points):
+            if (point.name, point.lambdas) in [(other.name, other.lambdas) for other in points[:i]]:
+                raise FrontError(f"{path}: two rows are {point.name!r} ({point.label}): give each a name of its own")
         return cls(points, names, [])
 
     @cached_property
@@ -304,9 +326,8 @@ class Front:
             FrontError: No such run, fewer soups than other runs, an end that was not evaluated, or a reference that is none.
         """
         at = checked_reference(reference, self.rewards)
-        if names is None:
-            names = [point.name for point in self.others if point.name.lower().startswith(MORL.lower())]
-        others = [self.named(name) for name in names]
+        morl = [point for point in self.others if point.name.lower().startswith(MORL.lower())]
+        others = morl if names is None else [self.named(name) for name in dict.fromkeys(names)]
         if not others or not self.soups:
             raise FrontError(f"soups are compared with MORL runs here; there are {[p.label for p in self.points]}")
         others += list(self.ends.values()) if with_ends else []

@@ -32,6 +32,42 @@ def simplex(ingredients: int, points: int = 11, *, random: int = 0, seed: int = 
     return found + np.random.default_rng(seed).dirichlet([1.0] * ingredients, random).tolist()
 
 
+def evenly_spread(lambdas: Sequence[Sequence[float]], count: int, with_ends: bool = True) -> list[int]:
+    """Places of `count` of the λ that are spread evenly over the simplex, whatever the rewards are there.
+
+    Args:
+        lambdas: K × N.
+        count: At most K.
+        with_ends: Begin with the ends, λ = 1 of one ingredient; else keep to the inside where there is enough of it.
+
+    Returns:
+        Places, sorted.
+    """
+    at = np.asarray(lambdas, dtype=np.float64)
+    free = list(range(len(at)))
+    inside = [place for place in free if at[place].max() < 1 - _NEAREST]
+    if not with_ends and len(inside) >= count:
+        free = inside
+    chosen: list[int] = []
+    if at.shape[1] == 2:
+        steps = count - 1 if with_ends else count + 1
+        for second in np.linspace(0, 1, steps + 1)[slice(None) if with_ends else slice(1, -1)]:
+            # Of two that are as near, the one nearer to the middle, so that both sides of the front are alike.
+            off = np.round(np.abs(at[:, 1] - second), 9), np.abs(at[:, 1] - 0.5)
+            chosen.append(min(free, key=lambda place: (off[0][place], off[1][place])))
+            free.remove(chosen[-1])
+        return sorted(chosen)
+
+    # Of more ingredients the farthest from those that were chosen before, one after the other.
+    if with_ends:
+        chosen = [place for place in free if place not in inside][:count]
+    chosen = chosen or [min(free, key=lambda place: float(((at[place] - 1 / at.shape[1]) ** 2).sum()))]
+    while len(chosen) < count:
+        distances = ((at[:, None] - at[chosen][None]) ** 2).sum(axis=-1).min(axis=1)
+        chosen.append(max((place for place in free if place not in chosen), key=lambda place: distances[place]))
+    return sorted(chosen)
+
+
 def edges(ingredients: int, points: int = 11) -> list[list[float]]:
     """λ of many ingredients at a small price: each alone, their uniform soup, and `points` to each edge between two.
 
@@ -53,40 +89,6 @@ def edges(ingredients: int, points: int = 11) -> list[list[float]]:
     ]
     uniform = [1 / ingredients] * ingredients
     return alone + between + ([] if uniform in alone + between else [uniform])
-
-
-def evenly_spread(lambdas: Sequence[Sequence[float]], count: int, with_ends: bool = True) -> list[int]:
-    """Places of `count` of the λ that are spread evenly over the simplex, whatever the rewards are there.
-
-    Args:
-        lambdas: K × N.
-        count: At most K.
-        with_ends: Begin with the ends, λ = 1 of one ingredient; else keep to the inside where there is enough of it.
-
-    Returns:
-        Places, sorted.
-    """
-    at = np.asarray(lambdas, dtype=np.float64)
-    free = list(range(len(at)))
-    inside = [place for place in free if at[place].max() < 1 - _NEAREST]
-    if not with_ends and len(inside) >= count:
-        free = inside
-    chosen: list[int] = []
-    if at.shape[1] == 2:
-        steps = count - 1 if with_ends else count + 1
-        for second in np.linspace(0, 1, steps + 1)[slice(None) if with_ends else slice(1, -1)]:
-            chosen.append(min(free, key=lambda place: abs(at[place, 1] - second)))
-            free.remove(chosen[-1])
-        return sorted(chosen)
-
-    # Of more ingredients the farthest from those that were chosen before, one after the other.
-    if with_ends:
-        chosen = [place for place in free if place not in inside][:count]
-    chosen = chosen or [min(free, key=lambda place: float(((at[place] - 1 / at.shape[1]) ** 2).sum()))]
-    while len(chosen) < count:
-        distances = ((at[:, None] - at[chosen][None]) ** 2).sum(axis=-1).min(axis=1)
-        chosen.append(max((place for place in free if place not in chosen), key=lambda place: distances[place]))
-    return sorted(chosen)
 
 
 def largest_gap(lambdas: Sequence[Sequence[float]], rewards: NDArray[np.float64]) -> list[float] | None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rsoups.estimates import Estimate
 from rsoups.points import Point, estimates_of
 
@@ -25,6 +27,12 @@ def notes_of(front: Front) -> list[str]:
         found.append(
             f"Of the {len(front.prompts)} prompts, {told} were trained on: the figures are not of new prompts."
         )
+    for place, reward in enumerate(front.rewards):
+        missing = float(np.mean([np.isnan(point.values[:, place]).mean() for point in front.points]))
+        if missing:
+            found.append(
+                f"{reward} has no score for the responses to {missing:.0%} of the prompts: its means are over the others."
+            )
     if len(front.rewards) == 1:
         found.append(f"There is one reward only, {front.rewards[0]}: a trade-off needs two.")
     if len(front.points) == 1:
@@ -46,8 +54,9 @@ def not_learned(front: Front) -> list[str]:
         gain = _objective(front, point, weights)
         if gain is None or gain.is_above_zero or (gain.low is None and gain.value > 0):
             continue
+        learned = "did not learn" if gain.value <= 0 else "is not seen to have learned"
         sure = "below" if gain.is_below_zero else "not above" if gain.value <= 0 else "not surely above"
-        found.append(f"{name} did not learn: {_told(weights)} is {sure} the base's, by {_signed(gain)}.")
+        found.append(f"{name} {learned}: {_told(weights)} is {sure} the base's, by {_signed(gain)}.")
     return found
 
 
@@ -70,7 +79,7 @@ def trained_on_of(settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     found = settings.get("trained_on")
     told: dict[str, dict[str, float]] = {}
     for name, weights in found.items() if isinstance(found, dict) else ():
-        if isinstance(weights, dict) and all(_is_number(weight) for weight in weights.values()):
+        if isinstance(weights, dict) and all(isinstance(r, str) and _is_number(w) for r, w in weights.items()):
             told[name] = {reward: float(weight) for reward, weight in weights.items()}
     return told
 

@@ -34,6 +34,7 @@ class Point:
             alone, shape (1, rewards), where there are no prompts.
         extras: What shows reward hacking, where the records tell it: ``words`` and ``tokens`` of a response, ``distinct-2``
             of all responses, ``KL`` to the base (nats per response, k1) and ``perplexity`` under the base (per token).
+        tells_method: Whether the label tells the method: there are soups of others beside it.
     """
 
     name: str
@@ -45,13 +46,14 @@ class Point:
     n: int
     values: NDArray[np.float64]
     extras: dict[str, Estimate] = field(default_factory=dict)
+    tells_method: bool = False
 
     @property
     def label(self) -> str:
-        """The name; of a soup its λ, and its method unless it is exact."""
+        """The name; of a soup its λ, and its method where the front has several."""
         if self.lambdas is None:
             return self.name
-        method = "" if self.method in (None, "exact") else f" ({self.method})"
+        method = f" ({self.method})" if self.tells_method else ""
         return "λ " + " / ".join(f"{x:.3g}" for x in self.lambdas.values()) + method
 
     def estimate(self, reward: str) -> Estimate:
@@ -106,9 +108,26 @@ def check_record(number: int, record: Mapping[str, Any], rewards: list[str]) -> 
         raise FrontError(f"{where} has rewards {sorted(record['rewards'])}, others have {rewards}")
     for reward in known:
         score = record["rewards"][reward]
+        if score is None and reward in record.get("abstained", ()):
+            continue
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
             raise FrontError(f"{where}: {reward} is {score!r}, must be a finite number")
     return known
+
+
+def lambdas_of(number: int, record: Mapping[str, Any], ingredients: Sequence[str]) -> dict[str, float]:
+    """λ of a soup's record, in the order of the ingredients.
+
+    Raises:
+        FrontError: They are no weights by name, or of other ingredients.
+    """
+    lambdas = record["lambdas"]
+    if not isinstance(lambdas, Mapping) or sorted(lambdas) != sorted(ingredients):
+        of = list(lambdas) if isinstance(lambdas, Mapping) else repr(lambdas)
+        raise FrontError(
+            f"record {number} is of a soup of {of}, others are of {list(ingredients)}: make a front of each"
+        )
+    return {name: lambdas[name] for name in ingredients}
 
 
 def prompt_key(prompt: str | list[dict[str, Any]]) -> str:
@@ -116,12 +135,18 @@ def prompt_key(prompt: str | list[dict[str, Any]]) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
+def mean_score(records: Sequence[Mapping[str, Any]], reward: str) -> float:
+    """The mean of a reward over the records that it scored; NaN where it scored none (None, named under ``abstained``)."""
+    scores = [score for record in records if (score := record["rewards"][reward]) is not None]
+    return float(np.mean(scores)) if scores else math.nan
+
+
 def point_of_records(
     records: Sequence[Sequence[Mapping[str, Any]]], rewards: list[str], shares: NDArray[np.float64] | None
 ) -> Point:
     """A point from its records: for each prompt those of its samples."""
     head = records[0][0]
-    values = np.array([np.mean([[r["rewards"][name] for name in rewards] for r in some], axis=0) for some in records])
+    values = np.array([[mean_score(some, name) for name in rewards] for some in records])
     found = estimates_of(values, rewards, shares)
     mean = {name: estimate.value for name, estimate in found.items()}
     low = {name: estimate.low for name, estimate in found.items() if estimate.low is not None}

@@ -95,7 +95,9 @@ def prepare(path: Path, settings: dict[str, Any]) -> None:
             found = json.loads(beside.read_text("utf-8"))
         except (OSError, ValueError):
             raise OutputError(f"{path} is there without its {beside.name}: move it or choose another file") from None
-        differing = sorted(key for key in _SAME if (settings.get(key) or None) != (found.get(key) or None))
+        differing = sorted(key for key in _SAME if settings.get(key) != found.get(key))
+        if "ingredients" not in differing and list(settings["ingredients"]) != list(found["ingredients"]):
+            differing.append("the order of the ingredients")
         both = found.get("other_hashes", {}).keys() & settings["other_hashes"].keys()
         differing += [f"others: {n}" for n in sorted(both) if found["other_hashes"][n] != settings["other_hashes"][n]]
         if differing:

@@ -177,7 +177,7 @@ def _choice_sentences(front: Front) -> list[str]:
     try:
         return [f"Best soup above the base: {front.select(above_base=True)}."]
     except FrontError as error:
-        return [f"{error}."]
+        return [f"{str(error)[0].upper()}{str(error)[1:]}."]
 
 
 def _chord_sentences(front: Front) -> list[str]:
@@ -209,7 +209,7 @@ def _texts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[
 
 
 def _key(name: str, lambdas: Mapping[str, float] | None, method: str | None) -> str:
-    return f"{name} {lambdas} {method}"
+    return f"{name} {sorted((lambdas or {}).items())} {method}"
 
 
 def _kept(front: Front) -> list[Point]:
@@ -485,7 +485,8 @@ class _Page:
         def column(point: Point) -> str:
             record = self._texts[_key(point.name, point.lambdas, point.method)][prompt]
             scores = "".join(
-                f"<span>{escaped(name)} {score:.2f}</span>" for name, score in sorted(record["rewards"].items())
+                f"<span>{escaped(name)} {'none' if score is None else format(score, '.2f')}</span>"
+                for name, score in sorted(record["rewards"].items())
             )
             text = escaped(record["response"]) if record["response"].strip() else "<em>empty</em>"
             stays = "" if point not in fixed else f' data-fixed="{0 if point is self._front.base else 2}"'

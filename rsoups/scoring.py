@@ -314,7 +314,7 @@ class Reward:
         """Whether this model may see no padding; says by how much its precision makes scores move with their batch."""
         import torch
 
-        rows = self.encode(["a", "a"], ["a", " ".join(["a b c d"] * 8)])
+        rows = self.encode(["a", "a"], ["", " ".join(["a"] * min(self.card.max_length // 8, 32))])
         with torch.inference_mode():
             try:
                 alone = torch.cat([self._logits([row]) for row in rows]).double()
@@ -507,19 +507,6 @@ def load_reward(
     )
 
 
-def models_of(source: str) -> list[tuple[str, str | None]]:
-    """Models and revisions that a reward will load, as far as its card or its name tells; errors as of `load_reward`."""
-    path = cards().get(source, Path(source))
-    if path.is_file():
-        card = read_card(path)
-        if not isinstance(card, RewardCard):
-            return []
-        if card.model is not None:
-            return [(card.model, card.revision)]
-        return [(model, revision or None) for model, _, revision in (name.partition("@") for name in card.models or ())]
-    return [(source, None)] if path.is_dir() or _HUB_ID.fullmatch(source) else []
-
-
 def rewards_by_name(loaded: Mapping[str, LoadedReward]) -> dict[str, LoadedReward]:
     """Rewards by their names, none of them lost.
 
@@ -538,6 +525,19 @@ def rewards_by_name(loaded: Mapping[str, LoadedReward]) -> dict[str, LoadedRewar
             )
         sources[reward.name] = source
     return {name: loaded[source] for name, source in sources.items()}
+
+
+def models_of(source: str) -> list[tuple[str, str | None]]:
+    """Models and revisions that a reward will load, as far as its card or its name tells; errors as of `load_reward`."""
+    path = cards().get(source, Path(source))
+    if path.is_file():
+        card = read_card(path)
+        if not isinstance(card, RewardCard):
+            return []
+        if card.model is not None:
+            return [(card.model, card.revision)]
+        return [(model, revision or None) for model, _, revision in (name.partition("@") for name in card.models or ())]
+    return [(source, None)] if path.is_dir() or _HUB_ID.fullmatch(source) else []
 
 
 def reward_function(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer
 
 from rsoups._errors import DatasetError, LambdasError
+from rsoups.decoding import encode
 from rsoups.sampling import draw
 from rsoups.soup import weights_of
 
@@ -28,6 +29,7 @@ def stream(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    template: Mapping[str, Any] | None = None,
 ) -> Iterator[list[str]]:
     """Responses as they grow, after every token.
 
@@ -41,6 +43,7 @@ def stream(
         max_new_tokens: Longest response.
         temperature: Of sampling; 0 is greedy.
         seed: Of the one random number with which all rows draw their next token: texts differ by λ alone.
+        template: Variables of the chat template, as in the sweep.
 
     Yields:
         B texts so far, without special tokens.
@@ -53,14 +56,9 @@ def stream(
         raise LambdasError("this LiveSoup was made without a tokenizer: there is nothing to write texts with")
     count = len(live.names)
     rows = [[0.0] * count if row is None else weights_of(row, count, False, False)[0] for row in lambdas]
-    if isinstance(prompt, list):
-        prompt = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-        inputs = tokenizer([prompt] * len(rows), return_tensors="pt", add_special_tokens=False)
-    else:
-        inputs = tokenizer([prompt] * len(rows), return_tensors="pt")
-    inputs = inputs.to(live.model.device)
-    inputs.pop("token_type_ids", None)
-    _check_room(live, inputs["input_ids"].shape[1], max_new_tokens)
+    read = torch.tensor([encode(tokenizer, prompt, template)] * len(rows), device=live.model.device)
+    inputs = {"input_ids": read, "attention_mask": torch.ones_like(read)}
+    _check_room(live, read.shape[1], max_new_tokens)
     steps, stop = _Steps(), _Stop()
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -210,7 +210,12 @@ def _settings(path: Path) -> dict[str, Any]:
         raise FrontError(f"{path} is not JSON ({error})") from None
     if not isinstance(found, dict) or not isinstance(found.get("adapters", {}), dict):
         raise FrontError(f"{path} holds no settings of a sweep")
-    for name, kind in (("temperature", (int, float)), ("max_new_tokens", int), ("base", str)):
+    for name, kind in (
+        ("temperature", (int, float)),
+        ("max_new_tokens", int),
+        ("base", str),
+        ("chat_template_kwargs", dict),
+    ):
         if not isinstance(found.get(name), (kind, NoneType)):
             raise FrontError(f"{path}: {name} is {found[name]!r}: these are no settings of a sweep")
     return found

@@ -4,7 +4,8 @@ A record is one line of JSON:
 
 - ``name, lambdas, method``: the model: ``soup`` with its λ by ingredient, ``base``, ``ensemble``, or another adapter's name;
 - ``prompt, sample, seed``: what was asked, which response to it (0, 1, ...), the sweep's seed;
-- ``response, rewards``: what rewards saw of the response, and what each said;
+- ``response, rewards``: what rewards saw of the response, and what each said (null where one has no opinion, which is then
+  named under ``abstained``);
 - ``tokens, kl, base_nll``: of the whole response: its tokens (the one that ended it included), Σ log p - log p_base of them
   at the sampling temperature (k1; at temperature 1 where greedy), and Σ -log p_base at temperature 1, both in nats: the
   base's perplexity is exp(base_nll / tokens).
@@ -50,7 +51,7 @@ from rsoups.grids import largest_gap, simplex
 from rsoups.lineage import Manifest
 from rsoups.live import LiveSoup
 from rsoups.notes import trained_on_of
-from rsoups.points import BASE, SOUP
+from rsoups.points import BASE, SOUP, mean_score
 from rsoups.records import Key, Records, gather, model_key, pin, prepare
 from rsoups.scoring import AveragedScores, FunctionReward, Reward, check_scores
 from rsoups.soup import weights_of
@@ -176,7 +177,6 @@ def sweep(
         "rewards": list(rewards),
         "prompts": _digest(asked.prompts),
         "columns": _digest(asked.columns),
-        "chat_template_kwargs": template,
         "server": server is not None,
         "cut": getattr(cut, "__qualname__", type(cut).__name__),
     }
@@ -187,6 +187,8 @@ def sweep(
         "base_mismatch_allowed": allowed,
     }
     about |= {**_provenance(base), **(notes or {})}
+    if template:
+        settings["chat_template_kwargs"] = template
     for name, sources in (("adapters", ingredients), ("others", beside)):
         about[name] = {key: _told(source, Path(out).parent) for key, source in sources.items()}
     trained_on = {name: _trained_on(found) for name, found in manifests.items()}
@@ -325,15 +327,17 @@ class _Run:
         scores = {name: self._scores[said][name] for name in self._rewards}
         record = head | {"prompt": item.prompt, "response": said[1], "rewards": scores}
         record |= {"seed": self._seed, "sample": item.sample, "tokens": answer.tokens, **nats._asdict()}
+        if abstained := [name for name, score in scores.items() if score is None]:
+            record["abstained"] = abstained
         return {key: value for key, value in record.items() if value is not None or key in head}
 
     def wanted(self) -> list[float] | None:
         """λ of one more soup, of the records of those there are."""
         soups = [model for model in self._models if model.soup]
-        found: dict[str, list[list[float]]] = {}
+        found: dict[str, list[dict[str, Any]]] = {}
         for record in read_jsonl(self._path):
-            found.setdefault(model_key(record), []).append([record["rewards"][name] for name in self._rewards])
-        means = np.array([np.mean(found[model.key], axis=0) for model in soups])
+            found.setdefault(model_key(record), []).append(record)
+        means = np.array([[mean_score(found[model.key], name) for name in self._rewards] for model in soups])
         return largest_gap([list((model.soup or {}).values()) for model in soups], means)
 
 

@@ -196,4 +196,5 @@ class Tasting:
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=settings.seed,
+            template=self.found.settings.get("chat_template_kwargs"),
         )

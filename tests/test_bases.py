@@ -119,6 +119,7 @@ def test_when_two_names_are_one_base(bases, tmp_path):
     there, copy, other = str(tmp_path / "mybase"), str(tmp_path / "copies" / "renamed"), str(tmp_path / "otherbase")
     for one, two in (
         ("user/base", "user/base"),
+        ("decapoda-research/llama-7b-hf", "huggyllama/llama-7b"),
         (None, "user/base"),
         ("", "user/base"),
         ("mybase", there),

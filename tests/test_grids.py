@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import rsoups
-from rsoups.grids import largest_gap
+from rsoups.grids import evenly_spread, largest_gap
 
 
 def test_simplex():
@@ -51,3 +51,24 @@ def test_no_gap_where_there_is_nothing_between():
     assert largest_gap([[1.0, 0.0]], np.array([[1.0]])) is None
     assert largest_gap([[0.5, 0.5], [0.5001, 0.4999]], np.array([[0.0], [1.0]])) is None
     assert largest_gap([[1.0, 0.0], [0.0, 1.0]], np.array([[1.0], [1.0]])) is None
+
+
+def test_some_of_many_points_are_spread_evenly():
+    eleven = rsoups.simplex(2, 11)
+    assert [eleven[i][1] for i in evenly_spread(eleven, 3)] == [0, 0.5, 1]
+    assert [eleven[i][1] for i in evenly_spread(eleven, 5)] == [0, 0.3, 0.5, 0.7, 1]  # .25 is between .2 and .3
+    assert [eleven[i][1] for i in evenly_spread(eleven, 3, with_ends=False)] == [0.3, 0.5, 0.7]
+    assert [eleven[i][1] for i in evenly_spread(eleven, 1, with_ends=False)] == [0.5]
+    assert evenly_spread(eleven, 11) == list(range(11)) and evenly_spread(eleven[:2], 2, with_ends=False) == [0, 1]
+    crowded = [[1 - x, x] for x in (0, 0.001, 0.002, 0.4, 0.5, 1)]
+    assert evenly_spread(crowded, 3) == [0, 4, 5]
+
+
+def test_points_of_the_triangle_are_spread_evenly():
+    triangle = rsoups.simplex(3, 5)
+    chosen = [triangle[i] for i in evenly_spread(triangle, 6)]
+    assert [row for row in chosen if max(row) == 1] == np.eye(3).tolist()
+    nearest = min(np.linalg.norm(np.subtract(a, b)) for a in chosen for b in chosen if a != b)
+    assert nearest > 0.6 and len(evenly_spread(triangle, 15)) == 15
+    (middle,) = evenly_spread(triangle, 1, with_ends=False)
+    assert sorted(triangle[middle]) == [0.25, 0.25, 0.5]

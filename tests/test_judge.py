@@ -224,9 +224,26 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, server, cache, mo
 
 def test_trl_logs_what_a_judge_costs(tmp_path, server):
     logged = {}
-    judge = rsoups.load_reward(card_of(tmp_path, server))
+    server.faults = [(500, {}, "busy")]
+    judge = rsoups.load_reward(card_of(tmp_path, server, price={"input": 2.0, "output": 10.0}, concurrency=1))
     judge(PROMPTS, RESPONSES, log_metric=logged.__setitem__, trainer_state=None)
-    assert logged == {"helpful/calls": 4.0, "helpful/failures": 0.0, "helpful/cost": 0.0}
+    one = (100 * 2.0 + 7 * 10.0) / 1e6
+    assert logged == {"helpful/calls": 5.0, "helpful/failures": 1.0, "helpful/cost": pytest.approx(4 * one)}
+    judge(PROMPTS, RESPONSES, log_metric=logged.__setitem__)  # known: nothing is asked
+    assert logged["helpful/calls"] == 5.0
+    server.faults = [(401, {}, "no")]
+    with pytest.raises(rsoups.RewardError, match="status 401"):
+        judge(["other"], ["a"])
+    judge(["other"], ["a"], log_metric=logged.__setitem__)
+    assert logged == {"helpful/calls": 7.0, "helpful/failures": 2.0, "helpful/cost": pytest.approx(5 * one)}
+
+
+def test_a_judge_refuses_an_empty_question_and_reads_parts(tmp_path, server):
+    judge = rsoups.load_reward(card_of(tmp_path, server))
+    with pytest.raises(rsoups.DatasetError, match="asks nothing"):
+        judge(["### Instruction:  ### Response: "], ["a"])
+    judge([[{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]], ["a b"])
+    assert len(server.seen) == 1 and "<question>\nWhy?\n</question>" in server.seen[0][2]["messages"][0]["content"]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,32 @@ def test_a_reward_for_one_word_is_learnt_and_its_value_too(tmp_path):
     assert explained[0] == pytest.approx(0, abs=1e-5) and sum(explained[-8:]) / 8 > 0.2
 
 
+def test_a_reward_without_an_opinion_is_left_out_and_counted(tmp_path):
+    """One reward pays 1; the other pays 3 for every second response and has no opinion on the rest."""
+
+    def one(prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+    def some(prompts, completions, **columns):
+        return [None if i % 2 else 3.0 for i in range(len(completions))]
+
+    run = trainer(tmp_path, reward=[one, some], reward_weights=[1.0, 3.0], max_steps=1)
+    run.train()
+    logged = {
+        key: history(run, key) for key in ("rewards/one", "rewards/some", "abstained/some", "abstained/one", "reward")
+    }
+    assert logged == {
+        "rewards/one": [1.0],
+        "rewards/some": [3.0],
+        "abstained/some": [0.5],
+        "abstained/one": [],
+        "reward": [pytest.approx(((1 + 9) / 4 + 1) / 2)],
+    }
+    alone = trainer(tmp_path / "alone", reward=some, max_steps=1)
+    with pytest.raises(RewardError, match=r"none of the rewards \['some'\] has an opinion .* on the response"):
+        alone.train()
+
+
 def test_the_kl_penalty_holds_the_policy_back(tmp_path):
     last = {}
     for coef in (0.0, 1.0):

@@ -272,7 +272,7 @@ def test_from_adapters_to_the_report(runs, tmp_path):
 
 def test_the_assistant_task_runs_on_any_file_in_the_format_of_hh_rlhf(tmp_path):
     with gzip.open(tmp_path / "hh.jsonl.gz", "wt") as file:
-        for i in range(40):
+        for i in range(80):
             turns = f"\n\nHuman: How do I mend {i} socks?\n\nAssistant: With a needle.\n\nHuman: Ok\n\nAssistant: Bye."
             file.write(json.dumps({"chosen": turns, "rejected": turns}) + "\n")
     flags = [
@@ -381,3 +381,110 @@ def test_a_dry_run_in_llama_7bs_shape(tmp_path):
     assert all(math.isfinite(row["loss"]) for row in history if "loss" in row)
     adapter = rsoups.interpolate([tmp_path / "out"])
     assert adapter.state_dict[sorted(adapter.state_dict)[0]].shape[-1] in (4096, 16)
+
+
+def test_a_reward_model_of_conversations_with_an_adapter_is_a_reward(tmp_path, monkeypatch, capsys):
+    """From pairs to scores: the head is kept, the base is named as the user did, and the chosen ones score higher."""
+    rows = []
+    for i in range(24):
+        ask = {"role": "user", "content": [{"type": "text", "text": f"dog, run {i}"}]}
+        good, bad = ({"role": "assistant", "content": text} for text in ("A dog runs fast.", "Cats sleep."))
+        rows.append(
+            {"chosen": [ask, good], "rejected": [ask, bad]}
+            if i % 2
+            else {"prompt": [ask], "chosen": [good], "rejected": [bad]}
+        )
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = [
+        "--model_name_or_path",
+        "rsoups/tiny-llama",
+        "--dataset",
+        str(tmp_path / "pairs.jsonl"),
+        "--output_dir",
+        str(tmp_path / "rm"),
+    ]
+    flags += [
+        "--use_peft",
+        "true",
+        "--lora_r",
+        "4",
+        "--lora_target_modules",
+        "q_proj",
+        "v_proj",
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+    ]
+    flags += [
+        "--max_steps",
+        "12",
+        "--learning_rate",
+        "1e-2",
+        "--report_to",
+        "none",
+        "--save_strategy",
+        "no",
+        "--disable_tqdm",
+        "true",
+    ]
+    monkeypatch.setattr(sys, "argv", ["reward_model.py", *flags])
+    runpy.run_path(str(RECIPES / "reward_model.py"), run_name="__main__")
+    config = json.loads((tmp_path / "rm" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "rsoups/tiny-llama" and config["task_type"] == "SEQ_CLS"
+    reward = rsoups.load_reward(tmp_path / "rm")
+    good, bad = reward(["dog, run 1"] * 2, ["A dog runs fast.", "Cats sleep."])
+    assert good > bad + 0.5 and rsoups.load_reward(tmp_path / "rm")(["dog, run 1"], ["Cats sleep."]) == [bad]
+
+
+def test_columns_and_the_split_are_the_same_in_ppo_and_the_sweep_of_one_file(tmp_path):
+    """A reward fails where it gets other than its row's own value; the sweep evaluates what the run held out."""
+    (tmp_path / "own.py").write_text(
+        "def own(prompts, responses, spec, answer):\n"
+        "    for p, s, a in zip(prompts, spec, answer):\n"
+        "        i = int(p.split()[-1])\n"
+        "        assert s == {f'k{i % 3}': i} and (a, type(a)) == ((i, int) if i % 2 else (str(i), str)), (p, s, a)\n"
+        "    return [None if i % 2 else 1.0 for i in range(len(prompts))]\n"
+    )
+    rows = [{"prompt": f"Write {i}", "spec": {f"k{i % 3}": i}, "answer": i if i % 2 else str(i)} for i in range(80)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ["--task", "custom", "--dataset", "rows.jsonl"]
+    flags = [
+        *data,
+        *SHORT,
+        "--config",
+        CONFIGS / "embedded.yaml",
+        "--reward",
+        "length",
+        "own:own",
+        "--eval_prompts",
+        "4",
+    ]
+    launch(RECIPES / "ppo_reward.py", *flags, "--output_dir", tmp_path / "run", cwd=tmp_path)
+    manifest = json.loads((tmp_path / "run" / "lineage.json").read_text())
+    assert manifest["data"]["rows"] == 72 and manifest["data"]["held_out"]["rows"] == 4
+    assert (
+        manifest["data"]["held_out"]["rule"].startswith("the last tenth")
+        and manifest["data"]["prompt_marks"]["one_in"] == 1
+    )
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert any(row.get("abstained/own") == 0.5 for row in log)
+
+    sweep = [
+        sys.executable,
+        str(RECIPES / "sweep.py"),
+        *data,
+        "--adapters",
+        "a=run",
+        "--reward",
+        "own:own",
+        "--points",
+        "2",
+    ]
+    sweep += ["--max_new_tokens", "4", "--output_dir"]
+    done = subprocess.run([*sweep, "ok"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "8 prompts: the part of rows.jsonl that is held out" in done.stdout
+    assert {r["prompt"] for r in read_jsonl(tmp_path / "ok" / "records.jsonl")} == {f"Write {i}" for i in range(72, 80)}
+    done = subprocess.run([*sweep, "no", "--split", "all"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode and "of 80 prompts, a on 72 were trained on" in done.stderr

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 from matplotlib.path import Path
-from test_front import PUBLISHED, noisy, record, records, resampled
+from test_front import PUBLISHED, above, noisy, record, records, resampled
 
 import rsoups
 from rsoups import Front, write_report
@@ -163,13 +163,41 @@ def test_hypervolume_and_other_fronts_are_told_with_their_reference(tmp_path):
     assert told[2] == f"Hypervolume of the soups: {front.hypervolume({'a': -3, 'b': -3})}."
     gain = front.advantage({"a": -3, "b": -3})
     assert str(gain.gain) in told[3] and "(2 runs)" in told[3] and "(4 runs" in told[3]
+    assert str(gain.utility) in told[3] and str(gain.utility_of_all) in told[3]
     assert told[4].startswith("Against seed <1> (20 common prompts)")
     page = page_of(tmp_path)
     assert all(sentence in "".join(page.text) for sentence in told)
+    marks = [label for label in page.all("aria-label") if "\nhypervolume " in label]
+    reaches = [("MORL", reach.runs, reach.others) for reach in gain.curve]
+    reaches += [("soups", reach.runs, reach.soups) for reach in gain.curve if reach.soups]
+    assert marks == [f"{name}\n{n} {'run' if n == 1 else 'runs'}\nhypervolume {e}" for name, n, e in reaches]
+    assert len(marks) == 4 + 2 and "runs" in page.all("id")
     assert sum(label.startswith("seed <1>: λ") for label in page.all("aria-label")) == 5
     with pytest.raises(rsoups.FrontError, match="finite reference"):
         write_report(front, rows, tmp_path / "none", reference={"a": 0})
     assert not (tmp_path / "none").exists()
+
+
+def test_soups_that_are_fewer_than_morl_runs_are_not_compared_and_it_is_said(tmp_path):
+    rows = [r for r in noisy(n=6) if r["lambdas"] is None or r["lambdas"]["A"] in (0, 1)]
+    told = write_report(Front.from_records(rows), rows, tmp_path, reference={"a": -3, "b": -3})
+    (sentence,) = (text for text in told if "MORL" in text)
+    assert sentence.startswith("Soups are not compared with MORL: ") and "2 soups for 4 MORL runs" in sentence
+    assert "runs" not in page_of(tmp_path).all("id")
+
+
+def test_choices_tell_where_they_are_not_above_the_base(tmp_path):
+    """First what is above it in every reward, where there is something."""
+    rows = above([(1.0, -0.2), (0.6, 0.1), (0.3, 0.3)])
+    told = write_report(front := Front.from_records(rows), rows, tmp_path)
+    assert told[-2] == f"Best soup above the base: {front.select(above_base=True)}."
+    text = " ".join("".join(page_of(tmp_path).text).split("Which λ?")[-1].split())
+    first, second = text.index("above the base in every reward"), text.index("all rewards count alike")
+    assert first < text.index("λ 0.5 / 0.5") < second < text.index("not above the base: b")
+    rows = above([(1.0, -0.2), (0.6, -0.1), (-0.3, 0.3)])
+    told = write_report(Front.from_records(rows), rows, tmp_path)
+    assert told[-2].startswith("No good choice: no soup is above the base in every reward; the nearest is λ")
+    assert "No good choice" in (tmp_path / "report.md").read_text("utf-8")
 
 
 def test_how_it_was_made_comes_from_the_settings_beside_the_records(tmp_path):

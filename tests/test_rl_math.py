@@ -113,3 +113,11 @@ def test_kl_controller_moves_towards_the_target_by_at_most_a_fifth():
     fixed = rl_math.KLController(coef=0.2)
     fixed.update(kl=60.0, episodes=128)
     assert fixed.coef == 0.2
+
+
+def test_scores_are_weighted_over_those_that_have_an_opinion():
+    none = float("nan")
+    scores = torch.tensor([[1.0, 3.0], [1.0, none], [none, 3.0], [none, none]])
+    assert rl_math.weighted_scores(scores, torch.tensor([1.0, 3.0]))[:3].tolist() == [2.5, 1.0, 3.0]
+    assert rl_math.weighted_scores(scores, torch.tensor([1.0, -1.0]))[:3].tolist() == [-1.0, 1.0, -3.0]
+    assert rl_math.weighted_scores(scores, torch.tensor([1.0, 3.0]))[3].isnan()

@@ -7,9 +7,20 @@ from dataclasses import fields
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_classifier, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
 import rsoups
 from rsoups import RewardCard, load_reward
@@ -17,7 +28,7 @@ from rsoups._resources import shipped
 from rsoups.function_rewards import FunctionCard, check_columns
 from rsoups.judge import JudgeCard, JudgeSettings
 from rsoups.reward_inputs import encode_texts
-from rsoups.scoring import cards, check_scores, read_card, reward_function
+from rsoups.scoring import PLACE, Reward, cards, check_scores, read_card, reward_function
 from rsoups.tasks import question_of
 
 PROMPTS = [f"### Instruction: w1 w2 ### Input: {' w3' * (i % 4 + 1)} ### Response: " for i in range(12)]
@@ -131,13 +142,29 @@ def test_questions_and_responses_are_prepared_as_the_card_says(tmp_path):
     assert encoded["input_ids"] == [1, 6, 7, 2]
 
 
-@pytest.mark.parametrize("kind", ["pair", "reversed_pair", '"{question} {response}"'])
-def test_a_response_that_leaves_no_room_keeps_its_beginning(tmp_path, caplog, kind):
+@pytest.mark.parametrize(
+    ("kind", "short", "long"),
+    [
+        ("pair", [1, 5, 6, 2, 7, 2], [1, 2, *range(4, 11), 2]),
+        ("reversed_pair", [1, 7, 2, 5, 6, 2], [1, *range(4, 12), 2]),
+        ('"{question} {response}"', [1, 5, 6, 7, 2], [1, *range(4, 13)]),  # of one text the end token is lost too
+    ],
+)
+def test_a_response_that_leaves_no_room_keeps_its_beginning(tmp_path, caplog, kind, short, long):
     folder = tiny_classifier(tmp_path / "m", "electra")
     reward = load_reward(write_card(tmp_path, name="r", model=folder, input=kind, max_length=10))
-    short, long = reward.encode(["w1 w2", "w1 w2"], ["w3", "w4 " * 30])
-    assert len(short["input_ids"]) < 10 and len(long["input_ids"]) == 10
-    assert long["input_ids"].count(8) >= 7 and "its end is not seen" in caplog.text
+    asked, said = ["w1 w2", "w1 w2"], ["w3", " ".join(f"w{i}" for i in range(20))]
+    assert [one["input_ids"] for one in reward.encode(asked[:1], said[:1])] == [short] and not caplog.text
+    assert [one["input_ids"] for one in reward.encode(asked, said)] == [short, long]
+    assert "fills all 10 tokens" in caplog.text
+
+
+def test_a_response_that_fills_the_room_to_its_last_token_is_said_to(tmp_path, caplog):
+    folder = tiny_classifier(tmp_path / "m", "electra")
+    reward = load_reward(write_card(tmp_path, name="r", model=folder, max_length=8))
+    for words, warned in ((4, False), (5, True)):  # 8 less three special tokens
+        reward.encode(["w1 w2"], [" ".join(["w3"] * words)])
+        assert ("its end is not seen" in caplog.text) == warned
 
 
 def test_a_text_that_ends_with_end_of_text_is_scored_at_its_end(tmp_path, caplog):
@@ -235,6 +262,136 @@ def test_a_response_that_the_prompt_began_is_scored_whole():
     assert seen == ["W2 W3 W4 W5", "W6"] * 2
 
 
+DECODERS = {
+    "gpt2": (GPT2ForSequenceClassification, GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2, num_labels=1)),
+    "llama": (
+        LlamaForSequenceClassification,
+        LlamaConfig(
+            vocab_size=24,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_labels=1,
+        ),
+    ),
+}
+
+
+def decoder(folder, kind="llama", pad=None, tokenizer_pad="</s>", dtype=torch.float32):
+    """A decoder with a head, over the words w0 ... w19, whose config and tokenizer may pad differently."""
+    model, config = DECODERS[kind]
+    config.pad_token_id = pad
+    torch.manual_seed(0)
+    made = model(config)
+    for parameter in made.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape)
+    made.to(dtype).save_pretrained(folder)
+    tokenizer = tiny_tokenizer([f"w{i}" for i in range(20)])
+    tokenizer.pad_token = tokenizer_pad
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("pad", [None, 0, 2, -1, 7])
+@pytest.mark.parametrize("tokenizer_pad", [None, "</s>", "<pad>"])
+def test_a_decoder_scores_the_ids_that_are_shown_as_it_does_alone(tmp_path, kind, pad, tokenizer_pad):
+    """For every pad token of its config and its tokenizer, the end token at the end of a text included."""
+    folder = decoder(tmp_path / "m", kind, pad, tokenizer_pad)
+    reward = load_reward(write_card(tmp_path, name="r", model=folder, input='"{question} {response} {eos}"'))
+    asked, said = ["w1", "w2 w3", "w4", "w3"], ["w5 w6 w7", "w3", "w3 w3 w3", "w1 w1 w1 w1 w1 w1"]
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    shown = [reward.explain(*pair) for pair in zip(asked, said, strict=True)]
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor([one["ids"]])).logits.item() for one in shown]
+    assert all(one["ids"][-1] == 2 for one in shown) and max(expected) - min(expected) > 0.01
+    assert reward(asked, said) == pytest.approx(expected, abs=1e-5)
+    assert [one["score"] for one in shown] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_that_padding_changes_gets_none(tmp_path):
+    """XLNet reads its summary at the last place, padding or not."""
+    torch.manual_seed(0)
+    config = XLNetConfig(
+        vocab_size=24, d_model=16, n_layer=1, n_head=2, d_inner=16, num_labels=1, initializer_range=0.5
+    )
+    XLNetForSequenceClassification(config).save_pretrained(tmp_path / "m")
+    tiny_tokenizer([f"w{i}" for i in range(20)]).save_pretrained(tmp_path / "m")
+    reward, model = load_reward(tmp_path / "m"), AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    shown = [reward.explain(p, r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor([one["ids"]])).logits.item() for one in shown]
+    assert reward(PROMPTS, RESPONSES) == pytest.approx(expected, abs=1e-5)
+
+
+def test_half_precision_is_asked_for_and_says_how_much_scores_move(tmp_path, caplog):
+    folder = decoder(tmp_path / "m", dtype=torch.bfloat16)
+    exact = load_reward(write_card(tmp_path, name="r", model=folder))
+    assert exact._model.dtype == torch.float32 and not caplog.text
+    one_by_one = [exact([p], [r])[0] for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    assert exact(PROMPTS, RESPONSES) == pytest.approx(one_by_one, abs=1e-6)
+    half = load_reward(write_card(tmp_path, name="r", model=folder, dtype="bfloat16"))
+    assert half._model.dtype == torch.bfloat16
+    assert "in bfloat16 its logits move with their batch, by" in caplog.text
+
+
+@pytest.mark.parametrize(("label", "score"), [("'yes'", 0), ("'no'", 1), ("1", 1), ("'1'", 2)])
+def test_labels_are_texts_and_places_numbers(tmp_path, label, score):
+    folder = tiny_classifier(tmp_path / "m", "electra", labels=3)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"0": "yes", "1": "no", "2": "1"}
+    (folder / "config.json").write_text(
+        json.dumps(config | {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}})
+    )
+    found = load_reward(write_card(tmp_path, name="r", model=folder, logit=label)).explain("w1", "w2")
+    assert found["score"] == pytest.approx([*found["logits"].values()][score])
+
+
+def test_a_label_that_two_logits_have_is_refused(tmp_path):
+    folder = tiny_classifier(tmp_path / "m", "electra", labels=2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"id2label": {"0": "good", "1": "good"}, "label2id": {"good": 0}})
+    )
+    with pytest.raises(rsoups.RewardError, match="2 times the logit 'good'"):
+        load_reward(write_card(tmp_path, name="r", model=folder, logit="good"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "deberta"])
+def test_an_adapter_of_a_classifier_is_a_reward(tmp_path, kind):
+    """As PEFT loads and merges it, its head included; without one the base's own counts."""
+    base = decoder(tmp_path / "base") if kind == "llama" else tiny_classifier(tmp_path / "base", "deberta")
+    targets = ["q_proj", "v_proj"] if kind == "llama" else ["query_proj"]
+    lora = LoraConfig(r=2, lora_alpha=8, target_modules=targets, task_type="SEQ_CLS")
+    torch.manual_seed(3)
+    model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), lora)
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+        parameter.data = torch.randn(parameter.shape) * 0.3
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+
+    reward = load_reward(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base), tmp_path / "adapter"
+    ).double()
+    with torch.no_grad():
+        expected = [
+            loaded(**tokenizer(question_of(p), r, return_tensors="pt")).logits.item()
+            for p, r in zip(PROMPTS, RESPONSES, strict=True)
+        ]
+    assert reward(PROMPTS, RESPONSES) == pytest.approx(expected, abs=1e-5) and max(expected) - min(expected) > 0.01
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(rsoups.RewardError, match="adapter_model"):
+        load_reward(tmp_path / "adapter")
+
+
+def test_a_model_without_a_trained_head_is_refused():
+    with pytest.raises(rsoups.RewardError, match="holds no trained score.weight, so its scores would be random"):
+        Reward(RewardCard(name="r", model="rsoups/tiny-llama"))
+
+
 def test_a_pickled_reward_is_never_opened(tmp_path):
     folder = tiny_classifier(tmp_path / "m", "electra")
 
@@ -250,6 +407,19 @@ def test_a_pickled_reward_is_never_opened(tmp_path):
 
 
 BAD_CARDS = [
+    *(
+        (f"name: x\nmodel: y\nlogit: {text}", "logit is (True|False): YAML reads yes")
+        for text in ("yes", "no", "On", "false")
+    ),
+    ("name: x\nmodel: y\nminus: no", "minus is False: YAML reads yes"),
+    ("name: no\nmodel: y", "name is False: YAML reads yes"),
+    ("name: 7\nmodel: y", "name is 7, must be a text: put it in quotes"),
+    ("name: x\nmodel: 2024-01-01", "model is datetime.*must be a text"),
+    ("name: x\nmodels: [a, yes]\naverage: scores", "models is True: YAML reads yes"),
+    ("name: x\nmodel: y\nlogit: 1.0", "logit is 1.0, must be a text"),
+    ("name: x\nfunction: rsoups.text_checks:length\nsign: yes", "sign is True: YAML reads yes"),
+    ("name: x\nfunction: rsoups.text_checks:length\narguments: {target: yes}", "target is True, must be a number"),
+    ("name: x\nfunction: rsoups.text_checks:valid_json\narguments: {keys: [no]}", "must be a list of texts"),
     ("name: x\nmodel: y\ninput: '{response} {nothing}'", r"no field \['nothing'\]"),
     ("name: x\nmodel: y\nquestion: '{response}'", r"no field \['response'\]"),
     ("name: x\nmodel: y\nresponse: last", "response is 'last'"),
@@ -400,6 +570,43 @@ def test_data_without_a_needed_column_is_refused_with_its_name():
 
 def len_of_zero(prompts, completions, number):
     return number
+
+
+def test_a_function_of_ones_own_gets_what_a_row_has_and_a_card_needs_a_value():
+    rewards = [load_reward(len_of_zero)]
+    check_columns(rewards, {"prompt": ["p"] * 3, "number": [None, "", {"x": 1}]})
+    with pytest.raises(rsoups.RewardError, match="'len_of_zero' needs a column 'number'"):
+        check_columns(rewards, {"prompt": ["p"] * 2, "number": [None, None]})
+
+
+def test_rewards_get_columns_as_the_rows_have_them():
+    """By place: a column of the dataset itself would have gone through Arrow, which makes all of one type."""
+    seen = []
+
+    def score(prompts, responses, spec, answer):
+        seen.extend(zip(spec, answer, strict=True))
+        return [0.0] * len(responses)
+
+    columns = {"spec": [{"a": 1}, {"b": "2"}, None], "answer": [1, 0.5, "1"]}
+    reward_function(score, str.strip, data=columns)(["p"] * 4, ["r"] * 4, **{PLACE: [2, 0, 1, 1], "other": [1] * 4})
+    assert seen == [(None, "1"), ({"a": 1}, 1), ({"b": "2"}, 0.5), ({"b": "2"}, 0.5)]
+    assert [type(answer) for _, answer in seen] == [str, int, float, float]
+
+
+def test_a_reward_may_have_no_opinion():
+    def some(prompts, responses):
+        return [None, 2]
+
+    assert load_reward(some)(["p"] * 2, ["a", "b"]) == [None, 2.0]
+    with pytest.raises(rsoups.RewardError, match="returned nan for prompt 'p', response 'b'"):
+        check_scores("r", [None, math.nan], ["p"] * 2, ["a", "b"])
+
+
+def test_an_empty_question_is_refused_where_it_is_read(tmp_path):
+    folder = tiny_classifier(tmp_path / "m", "electra")
+    with pytest.raises(rsoups.DatasetError, match="asks nothing"):
+        load_reward(write_card(tmp_path, name="r", model=folder))([" "], ["w1"])
+    assert len(load_reward(write_card(tmp_path, name="r", model=folder, input='"{response}"'))([""], ["w1"])) == 1
 
 
 def test_a_classifiers_folder_is_a_reward(tmp_path):

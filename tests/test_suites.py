@@ -1,5 +1,7 @@
 """Test suites of models, on the embedded ones."""
 
+import json
+
 import numpy as np
 import pytest
 import yaml
@@ -101,3 +103,23 @@ def test_a_suite_that_is_none_is_refused(tmp_path, data, said):
     path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
     with pytest.raises(rsoups.SuiteError, match=said):
         Suite.read(path)
+
+
+def test_a_set_of_one_file_is_its_held_out_part_with_the_columns_of_its_rewards(soup, mine):
+    rows = [{"prompt": f"dog {i}", "spec": {f"k{i}": i}} for i in range(20)]
+    (mine / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (mine / "suite_columns.py").write_text(
+        "def number(prompts, responses, spec):\n"
+        "    assert all(p == f'dog {n}' for p, s in zip(prompts, spec) for n in s.values())\n"
+        "    return [float(n) for s in spec for n in s.values()]\n"
+    )
+    sets = {"task": "custom", "dataset": "rows.jsonl", "require": ["suite_columns:number >= 0"]}
+    for split, told in (
+        (None, "2 prompts): suite_columns:number 18.5"),
+        ("all", "20 prompts): suite_columns:number 9.5"),
+    ):
+        path = suite(mine, sets=[sets | ({"split": split} if split else {})])
+        (check,) = run_suite(Suite.read(path), soup)
+        assert check.passed and told in check.text
+    with pytest.raises(rsoups.SuiteError, match="split is 'train'"):
+        Suite.read(suite(mine, sets=[sets | {"split": "train"}]))

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 import rsoups
 from rsoups.checkpoints import only_run_in
 from rsoups.decoding import seed_of, uniforms
+from rsoups.generation import Base
 from rsoups.tasks import read_jsonl
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -53,6 +54,36 @@ def same(records, others):
     for one, other in zip(records, others, strict=True):
         assert one == other | {name: pytest.approx(other[name], abs=2e-3) for name in ("kl", "base_nll")}
     return True
+
+
+def test_a_reward_that_abstains_is_a_mean_over_the_others(two, tmp_path):
+    """One prompt it never scores; of another one only responses of an even length. The rest is as if it were not there."""
+
+    def some(prompts, responses):
+        scores = length(prompts, responses)
+        return [
+            None if p == PROMPTS[0] or (p == PROMPTS[1] and s % 2) else s for p, s in zip(prompts, scores, strict=True)
+        ]
+
+    front = run(two, tmp_path / "records.jsonl", {"some": some, "length": length}, samples=3, refine=1)
+    records = read_jsonl(tmp_path / "records.jsonl")
+    assert {r["rewards"]["some"] is None for r in records if r["prompt"] == PROMPTS[0]} == {True}
+    for point in front.points:
+        mine = [r for r in records if (r["name"], r["lambdas"]) == (point.name, point.lambdas)]
+        by_prompt = []
+        for prompt in PROMPTS:
+            scores = [r["rewards"]["some"] for r in mine if r["prompt"] == prompt and r["rewards"]["some"] is not None]
+            by_prompt += [np.mean(scores)] if scores else []
+        assert point.mean["some"] == pytest.approx(np.mean(by_prompt))
+        assert point.low["some"] <= point.mean["some"] <= point.high["some"] and np.isfinite(point.high["some"])
+    assert any(note.startswith("some has no score for the responses to ") for note in front.notes)
+    rsoups.write_report(front, records, tmp_path)
+    never = [
+        r | {"rewards": r["rewards"] | {"some": None}, "abstained": ["some"]} if r["name"] == "base" else r
+        for r in records
+    ]
+    with pytest.raises(rsoups.FrontError, match="some has no score .* for any response of .*base"):
+        rsoups.Front.from_records(never)
 
 
 def test_one_record_for_every_model_prompt_and_sample(two, tmp_path):
@@ -309,17 +340,51 @@ def test_a_later_sweep_adds_models_and_samples(two, tmp_path):
         run(two, path, others={"MORL": two["b"]})
 
 
+@pytest.mark.parametrize(
+    ("setting", "more"),
+    [
+        ("seed", {"seed": 1}),
+        ("temperature", {"temperature": 0.5}),
+        ("max_new_tokens", {"max_new_tokens": 5}),
+        ("prompts", {"prompts": PROMPTS[:3]}),
+        ("columns", {"columns": {"place": [1, 2, 3, 4]}}),
+        ("cut", {"cut": str.upper}),
+        ("rewards", {"rewards": {"length": length}}),
+        ("server", {"server": "http://127.0.0.1:9"}),
+    ],
+)
+def test_records_with_another_setting_are_not_mixed_in(two, tmp_path, setting, more):
+    path = tmp_path / "records.jsonl"
+    run(two, path)
+    before = path.read_bytes()
+    with pytest.raises(rsoups.OutputError, match=rf"differing: \['{setting}'\]"):
+        run(two, path, **more)
+    assert path.read_bytes() == before
+
+
 def test_records_of_another_sweep_are_not_mixed_in(two, tmp_path):
     run(two, tmp_path / "records.jsonl")
     before = (tmp_path / "records.jsonl").read_bytes()
-    with pytest.raises(rsoups.OutputError, match=r"differing: \['seed'\]"):
-        run(two, tmp_path / "records.jsonl", seed=1)
+    exchanged = dict(zip("ab", reversed(two.values()), strict=True))
+    for others in (exchanged, {"a": two["a"], "c": two["b"]}):
+        with pytest.raises(rsoups.OutputError, match=r"differing: \['ingredients'\]"):
+            run(others, tmp_path / "records.jsonl")
+    with pytest.raises(rsoups.OutputError, match=r"differing: \['the order of the ingredients'\]"):
+        run({"b": two["b"], "a": two["a"]}, tmp_path / "records.jsonl")
     with only_run_in(tmp_path), pytest.raises(rsoups.OutputError, match="another run is writing"):
         run(two, tmp_path / "records.jsonl")
     assert (tmp_path / "records.jsonl").read_bytes() == before
     (tmp_path / "records.settings.json").unlink()
     with pytest.raises(rsoups.OutputError, match=r"without its records.settings.json"):
         run(two, tmp_path / "records.jsonl")
+
+
+def test_the_hash_of_a_base_looks_beyond_the_first_values():
+    changed = tiny_llama()
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight.view(-1)[1:] *= 1.5
+    hashes = [Base(model, tiny_tokenizer(WORDS)).fingerprint() for model in (tiny_llama(), tiny_llama(), changed)]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def changed_llama(**size):
@@ -372,22 +437,84 @@ def test_the_settings_tell_how_the_records_were_made(two, tmp_path):
     assert {"command", "time", "versions", "samples", "method"} <= found.keys()
 
 
+def widest_gap(means):
+    """The middle of the two neighbours, in the order of λ, whose rewards are farthest apart in their own deviations."""
+    at = sorted(means)
+    values = np.array([means[x] for x in at])
+    scaled = values / np.where(values.std(axis=0) > 0, values.std(axis=0), 1)
+    gaps = np.linalg.norm(np.diff(scaled, axis=0), axis=1)
+    place = int(gaps.argmax())
+    assert np.sort(gaps)[-1] > np.sort(gaps)[-2] * 1.001, "the test needs one largest gap"
+    return (at[place] + at[place + 1]) / 2
+
+
 def test_refinement_adds_points_where_the_front_has_gaps(two, tmp_path):
-    """A reward that jumps between λ = 0 and .5: the points go there. A second run finds them done."""
+    """Three more, each where the records of those before it say. A second run finds them done."""
     asked = []
 
-    def jump(prompts, responses):
+    def kinds(prompts, responses):
         asked.extend(prompts)
         return [float(len(set(r.split()))) for r in responses]
 
     for _ in range(2):
-        front = run(two, tmp_path / "r.jsonl", {"jump": jump, "length": length}, refine=2)
-        assert len(front.soups) == 5
+        front = run(two, tmp_path / "r.jsonl", {"kinds": kinds, "first": first}, refine=3)
+        assert len(front.soups) == 6
         assert len(asked) == len({(r["prompt"], r["response"]) for r in read_jsonl(tmp_path / "r.jsonl")})
-    means = {tuple(p.lambdas.values()): np.array([*p.mean.values()]) for p in front.soups}
-    start = np.array([means[tuple(map(float, row))] for row in GRID])
-    gaps = np.linalg.norm(np.diff(start / np.where(start.std(0) > 0, start.std(0), 1), axis=0), axis=1)
-    assert (0.75, 0.25) in means if gaps[0] > gaps[1] else (0.25, 0.75) in means
+    means = {p.lambdas["b"]: [p.mean["kinds"], p.mean["first"]] for p in front.soups}
+    known = {float(row[1]): means[row[1]] for row in GRID}
+    for _ in range(3):
+        wanted = widest_gap(known)
+        assert wanted in means, f"not refined at {wanted}, but at {sorted(set(means) - set(known))}"
+        known[wanted] = means[wanted]
+    assert known.keys() == means.keys()
+
+
+def named(folder, base):
+    """An adapter that says which base it is of."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+
+
+def test_the_base_is_the_one_that_the_adapters_name(two, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer(WORDS).save_pretrained(tmp_path / "base")
+    settings = {"lambdas": GRID, "max_new_tokens": 6, "progress": False}
+
+    def swept(base, out):
+        rsoups.sweep(base, two, REWARDS, PROMPTS, out=tmp_path / out, **settings)
+        return read_jsonl(tmp_path / out)
+
+    with pytest.raises(rsoups.AdapterError, match=r"\['a', 'b'\] do not name their base"):
+        swept(None, "own.jsonl")
+    for folder in two.values():
+        named(folder, str(tmp_path / "base"))
+    assert same(swept(None, "own.jsonl"), swept(str(tmp_path / "base"), "told.jsonl"))
+    assert json.loads((tmp_path / "own.settings.json").read_text())["base"] == str(tmp_path / "base")
+    named(two["b"], "another/base")
+    with pytest.raises(rsoups.AdapterError, match="different bases.*another/base.*say which"):
+        swept(None, "two.jsonl")
+
+
+def test_a_sweep_tells_what_its_adapters_were_trained_on(two, tmp_path):
+    """As lineage.json says it, of the same weights; of runs that are added later too."""
+    path, beside = tmp_path / "r.jsonl", tmp_path / "r.settings.json"
+    sha256 = rsoups.interpolate(two).ingredients[0].sha256
+    lineage = two["a"] / "lineage.json"
+    lineage.write_text(json.dumps({"kind": "ppo", "sha256": sha256, "rewards": [{"name": "length", "weight": -1.0}]}))
+    front = run(two, path)
+    assert front.trained_on == {"a": {"length": -1.0}} == json.loads(beside.read_text())["trained_on"]
+    morl = tiny_adapter(tmp_path / "morl", seed=7)
+    rewards = [{"name": "length", "weight": 0.5}, {"name": "first", "weight": 0.5}]
+    (morl / "lineage.json").write_text(json.dumps({"kind": "ppo", "rewards": rewards}))
+    expected = {"a": {"length": -1.0}, "MORL": {"length": 0.5, "first": 0.5}}
+    assert run(two, path, others={"MORL": morl}).trained_on == expected == run(two, path).trained_on
+    for text in (
+        json.dumps({"sha256": "0" * 64, "rewards": [{"name": "length"}]}),
+        "{",
+        '{"rewards": [{"model": "x"}]}',
+    ):
+        lineage.write_text(text)
+        assert run(two, tmp_path / f"{len(text)}.jsonl").trained_on == {}
 
 
 def test_what_cannot_be_swept(two, tmp_path):
@@ -410,6 +537,8 @@ def test_what_cannot_be_swept(two, tmp_path):
         run({}, out)
     with pytest.raises(rsoups.LambdasError, match=r"\['base'\] among others"):
         run(two, out, others={"base": two["a"]})
+    with pytest.raises(rsoups.LambdasError, match=r"\['a'\] among others"):
+        run(two, out, others={"a": two["b"]})
     assert not out.exists()
     with pytest.raises(rsoups.RewardError, match="returned nan"):
         run(two, out, rewards={"bad": lambda p, r: [float("nan")] * len(r)})
