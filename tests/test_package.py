@@ -24,6 +24,7 @@ ORDER = [
         "callbacks",
         "checkpoints",
         "estimates",
+        "first_step",
         "grids",
         "judge_client",
         "layer_names",
