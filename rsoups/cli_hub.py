@@ -53,6 +53,7 @@ def add_commands(commands: Any) -> None:
     revert = commands.add_parser("revert", help="set an ingredient's λ to 0; the others keep their ratio")
     for command, run in ((verify, _verify), (patch, _patch), (revert, _revert)):
         command.add_argument("soup", help="folder or Hub id")
+        command.add_argument("--base", help="folder or Hub id of the base, of a soup that was made with it")
         command.set_defaults(run=run)
     patch.add_argument("adapter", help="the new ingredient, a folder or a Hub id")
     patch.add_argument("--lambda", dest="weight", type=float, required=True, help="its λ")
@@ -132,16 +133,15 @@ def _diff(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from rsoups.versions import verify
 
-    print(verify(args.soup, _named(args.ingredient)))
+    print(verify(args.soup, _named(args.ingredient), args.base))
 
 
 def _patch(args: argparse.Namespace) -> None:
     from rsoups.hub import read_soup
     from rsoups.versions import patch
 
-    made = patch(
-        read_soup(args.soup), args.adapter, args.weight, args.name, allow_base_mismatch=args.allow_base_mismatch
-    )
+    options = {"allow_base_mismatch": args.allow_base_mismatch, "base": args.base}
+    made = patch(read_soup(args.soup), args.adapter, args.weight, args.name, **options)
     made.save_pretrained(args.out)
     print(f"{made.mix}\n{args.out}")
 
@@ -150,7 +150,7 @@ def _revert(args: argparse.Namespace) -> None:
     from rsoups.hub import read_soup
     from rsoups.versions import revert
 
-    made = revert(read_soup(args.soup), args.name, _named(args.ingredient))
+    made = revert(read_soup(args.soup), args.name, _named(args.ingredient), args.base)
     made.save_pretrained(args.out)
     print(f"{made.mix}\n{args.out}")
 

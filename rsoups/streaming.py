@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from rsoups._errors import DatasetError, LambdasError
 from rsoups.decoding import encode
+from rsoups.first_step import sample_purely
 from rsoups.sampling import draw
 from rsoups.soup import weights_of
 
@@ -70,6 +71,8 @@ def stream(
     }  # fmt: skip
     if temperature > 0:
         settings["logits_processor"] = LogitsProcessorList([_SameLuck(temperature, seed)])
+
+    sample_purely(live.model)  # as a sweep: no penalty, filter or beams of the base's generation_config
 
     def generate() -> None:
         try:  # λ and inference mode are of the thread that generates

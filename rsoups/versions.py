@@ -162,13 +162,16 @@ def _weight(parent: Mapping[str, Any]) -> str:
     return f"λ {parent['lambda']:.4g}" if "lambda" in parent else ""
 
 
-def verify(source: str | Path, ingredients: Mapping[str, str | Path] | None = None) -> str:
+def verify(
+    source: str | Path, ingredients: Mapping[str, str | Path] | None = None, base: str | Path | None = None
+) -> str:
     """Make a soup again from its ingredients, and compare.
 
     Args:
         source: Folder or Hub id of the soup.
         ingredients: Where some of them are, by name; the others from where the manifest says: the Hub at its commit, or a
             folder below this one.
+        base: As `interpolate`, of a soup that was made with it.
 
     Returns:
         What was found, in a line.
@@ -185,7 +188,7 @@ def verify(source: str | Path, ingredients: Mapping[str, str | Path] | None = No
             f"{source}: its weights are {soup._file.sha256[:12]}, soup.json was written for {recorded[:12]}"
         )
     method = "factors" if soup.method == "factors" else "exact"
-    made = _made(locate(soup, ingredients), soup, list(soup.lambdas), method)
+    made = _made(locate(soup, ingredients), soup, list(soup.lambdas), method, base=base)
     if made.state_dict.keys() == soup.state_dict.keys() and all(
         torch.equal(tensor.to(soup.state_dict[key].dtype), soup.state_dict[key])
         for key, tensor in made.state_dict.items()
@@ -243,15 +246,24 @@ def _made(
     method: str,
     rank: int | None = None,
     allow_base_mismatch: bool = False,
+    base: str | Path | None = None,
 ) -> Soup:
     allowed = allow_base_mismatch or soup.base_mismatch
-    made = interpolate(adapters, lambdas, method=method, rank=rank, extrapolate=True, allow_base_mismatch=allowed)
+    made = interpolate(
+        adapters, lambdas, method=method, rank=rank, extrapolate=True, allow_base_mismatch=allowed, base=base
+    )
     assert isinstance(made, Soup)
     return made
 
 
 def patch(
-    soup: Soup, adapter: str | Path, weight: float, name: str | None = None, *, allow_base_mismatch: bool = False
+    soup: Soup,
+    adapter: str | Path,
+    weight: float,
+    name: str | None = None,
+    *,
+    allow_base_mismatch: bool = False,
+    base: str | Path | None = None,
 ) -> Soup:
     """Add one ingredient: (1 - λ)·soup + λ·adapter, so that the others keep their ratio. Theirs are not needed.
 
@@ -260,7 +272,7 @@ def patch(
         adapter: Folder or Hub id.
         weight: λ, in [0, 1].
         name: Of the new ingredient; its folder's by default.
-        allow_base_mismatch: As `interpolate`.
+        allow_base_mismatch, base: As `interpolate`.
 
     Raises:
         LambdasError: λ outside [0, 1], or a name that is taken.
@@ -273,7 +285,7 @@ def patch(
         raise LambdasError(f"the soup has an ingredient {name!r} already: give the new one another name")
     method = "factors" if soup.method == "factors" else "exact"
     parts = {"soup": soup._file or adapter_of("soup", soup.config, soup.state_dict), name: read_adapter(adapter)}
-    made = _made(parts, soup, [1 - weight, weight], method, allow_base_mismatch=allow_base_mismatch)
+    made = _made(parts, soup, [1 - weight, weight], method, None, allow_base_mismatch, base)
     if soup.svd_error:  # what was cut off is in none of the ingredients: the soup itself is one
         return made
     manifest, before = made.lineage, soup.lineage
@@ -286,13 +298,15 @@ def patch(
     return replace(made, lambdas=lambdas, _manifest=manifest, _adapters={}, _file=whole)
 
 
-def revert(soup: Soup, name: str, ingredients: Mapping[str, str | Path] | None = None) -> Soup:
+def revert(
+    soup: Soup, name: str, ingredients: Mapping[str, str | Path] | None = None, base: str | Path | None = None
+) -> Soup:
     """Set an ingredient's λ to 0; the others keep their ratio. Made again from the ingredients.
 
     Args:
         soup: That was read.
         name: Of the ingredient.
-        ingredients: As `verify`.
+        ingredients, base: As `verify`.
 
     Raises:
         LineageError: As `verify`; no such ingredient, or nothing is left without it.
@@ -305,4 +319,4 @@ def revert(soup: Soup, name: str, ingredients: Mapping[str, str | Path] | None =
         raise LineageError(f"nothing is left of the soup without {name!r}: the λ of the others are {kept}")
     kept = [weight / math.fsum(kept) for weight in kept]
     rank = soup.lineage.get("rank") if soup.method == "svd" else None
-    return _made(locate(soup, ingredients), soup, kept, soup.method, rank)
+    return _made(locate(soup, ingredients), soup, kept, soup.method, rank, base=base)

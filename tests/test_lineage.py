@@ -12,7 +12,7 @@ from test_front import record, records
 from tiny import tiny_adapter, tiny_llama
 
 import rsoups
-from rsoups.adapters import read_adapter
+from rsoups.adapters import PREFIX, read_adapter
 from rsoups.cli import main
 from rsoups.conflicts import barriers, merge_conflicts
 from rsoups.lineage import command, fingerprint, history_of, log, manifest_of, settings_of, write_manifest
@@ -229,6 +229,26 @@ def test_a_revision_makes_no_hub_id_of_a_path(here, source, revision, monkeypatc
     path.write_text(json.dumps(data))
     with pytest.raises(rsoups.LineageError, match="ingredient 'helpful'.*is no Hub id"):
         locate(rsoups.Soup.from_pretrained("soup"))
+
+
+def test_a_soup_made_with_its_base_is_made_again_with_it(here, capsys):
+    """One ingredient holds a whole head, the others do not: the base's own stands in for theirs."""
+    tiny_llama().save_pretrained("base")
+    tiny_adapter("headed", seed=4, modules_to_save=["lm_head"])
+    parts = {"helpful": "helpful", "headed": "headed"}
+    rsoups.interpolate(parts, [0.25, 0.75], base="base", allow_base_mismatch=True).save_pretrained("blended")
+    capsys.readouterr()
+    assert main(["verify", "blended"]) == 2 and "pass base=" in capsys.readouterr().err
+    assert "bit for bit" in verify("blended", base="base")
+    assert main(["verify", "blended", "--base", "base"]) == 0
+    soup = rsoups.Soup.from_pretrained("blended")
+    reverted = revert(soup, "helpful", base="base")
+    assert reverted.lambdas == (0.0, 1.0)
+    patched = patch(soup, "harmless", 0.5, base="base")
+    assert patched.lambdas == (0.125, 0.375, 0.5)
+    head = f"{PREFIX}lm_head.weight"
+    own, trained = tiny_llama().lm_head.weight, read_adapter("headed").tensor(head)
+    assert torch.allclose(patched.state_dict[head], own + 0.375 * (trained - own), atol=1e-6)
 
 
 def test_patch_keeps_the_others_ratio(here, capsys):

@@ -120,6 +120,16 @@ def test_a_sampled_text_is_its_rows_own(tasting):
     assert sorted(found) == sorted(zip(ROWS * 2, together * 2, strict=True))
 
 
+@pytest.mark.parametrize(
+    "setting", [{"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 2}], ids=str
+)
+def test_a_stream_inherits_nothing_from_the_bases_generation_config(tasting, setting):
+    """As a sweep, whose texts the page shows beside it."""
+    plain = list(stream(tasting.live, "w1 w2", ROWS, max_new_tokens=8, temperature=0))[-1]
+    tasting.live.model.generation_config.update(**setting)
+    assert list(stream(tasting.live, "w1 w2", ROWS, max_new_tokens=8, temperature=0))[-1] == plain
+
+
 def test_sampling_draws_from_the_models_distribution(tasting):
     """The first token of 3,000 seeds against the softmax of the logits."""
     live = tasting.live
