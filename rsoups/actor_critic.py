@@ -86,7 +86,7 @@ def _head_is_all(causal_lm: Any, original: Callable[..., Any]) -> bool:
     if any(parameter.is_meta or not parameter.numel() for parameter in causal_lm.parameters()):
         return True  # in pieces elsewhere: the first step's check of the sampler has the last word
     was_training = causal_lm.training
-    causal_lm.eval()
+    causal_lm.train()  # 4-bit layers on a CPU pack their weights for good when they are used in evaluation mode
     try:
         device = causal_lm.get_input_embeddings().weight.device
         ids = torch.arange(2, 2 + 2 * _PROBE, device=device).view(2, _PROBE) % text_config.vocab_size

@@ -39,7 +39,8 @@ class AsFound:
         packed = {m for m in model.modules() if any(not p.is_floating_point() for p in m.parameters(recurse=False))}
         modules = [module for module in model.modules() if module not in packed]
         configs = [c for m in modules if isinstance(c := getattr(m, "config", None), PreTrainedConfig)]
-        configs.append(model.config.get_text_config())
+        if hasattr(model, "config"):
+            configs.append(model.config.get_text_config())
         self._objects = [(each, _contents(each)) for each in [*modules, *{id(c): c for c in configs}.values()]]
         self._tensors = [(tensor, tensor.data, tensor.requires_grad) for tensor in model.parameters()]
         self._values: list[tuple[Tensor, Tensor]] = []
@@ -183,7 +184,10 @@ def _fit_vocabulary(soup: Soup, base: PreTrainedModel, resize: bool) -> None:
         AdapterError: The numbers differ, and `resize` is False; or the soup holds only one of the two tables of tokens, so
             that the new rows of the other one are not known.
     """
-    layers: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    try:
+        layers: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    except (AttributeError, NotImplementedError):  # no model of texts
+        return
     layers = [layer for layer in layers if layer is not None]
     names = {id(module): name for name, module in base.named_modules()}
     whole = {key.replace(BASE_EMBEDDING, ".weight"): tensor for key, tensor in soup.state_dict.items()}

@@ -36,10 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         if arguments[:1] and arguments[0] in _RECIPES:
-            _recipe(arguments[0], arguments[1:])
-        else:
-            args = _parser().parse_args(arguments)
-            args.run(args)
+            return _recipe(arguments[0], arguments[1:])
+        args = _parser().parse_args(arguments)
+        args.run(args)
     except RsoupsError as error:
         told = " ".join(str(error).splitlines())  # other libraries' reasons may have several lines
         print(f"rsoups: {told}", file=sys.stderr)
@@ -204,10 +203,16 @@ def _add_probe(commands: argparse._SubParsersAction) -> None:
     probe.set_defaults(run=_probe)
 
 
-def _recipe(name: str, arguments: list[str]) -> None:
+def _recipe(name: str, arguments: list[str]) -> int:
     script = str(shipped("recipes") / f"{name}.py")
     sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:  # what a recipe refuses it has told
+        if end.code != 2:
+            raise
+        return 2
+    return 0
 
 
 def _interpolate(args: argparse.Namespace) -> None:

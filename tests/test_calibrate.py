@@ -74,7 +74,7 @@ def test_references_are_compared_with_the_rows_others(tmp_path, monkeypatch):
     assert rsoups.load_reward(tmp_path / "new" / "length.yaml").card.calibration.startswith("7 reference responses")
 
 
-def test_samples_of_a_policy_are_compared_with_all_references(tmp_path, monkeypatch):
+def test_samples_of_a_policy_are_compared_with_all_references(tmp_path, monkeypatch, capsys):
     corpus = f"corpus={tmp_path / 'rows.jsonl'}"
     policy = ["--policy", "rsoups/tiny-llama", "--temperature", "0.7", "--max_new_tokens", "12"]
     calibrate(tmp_path, monkeypatch, "--reward", "cider", "--arguments", corpus, "column=sentences", *policy)
@@ -88,8 +88,9 @@ def test_samples_of_a_policy_are_compared_with_all_references(tmp_path, monkeypa
     assert (tmp_path / "new" / "cider.yaml").read_bytes() == first and 0 < reward.card.std < 5
     (tmp_path / "flat.py").write_text("def zero(prompts, responses): return [0 for r in responses]")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(rsoups.RewardError, match=r"\['zero'\] are functions without a card"):
+    with pytest.raises(SystemExit, match="2"):
         calibrate(tmp_path, monkeypatch, "--reward", "flat:zero")
+    assert "rsoups: ['zero'] are functions without a card" in capsys.readouterr().err
 
 
 def test_what_no_deviation_can_be_taken_of_is_refused(tmp_path):

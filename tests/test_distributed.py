@@ -39,7 +39,7 @@ def in_one_order(rollout):
     # The order in which two processes that take turns see the rows that each of them has.
     rows = len(rollout["prompt_ids"])
     order = torch.arange(rows)
-    if run.accelerator.num_processes == 1 and run.args.mini_batch_size == 1:
+    if run.accelerator.num_processes == 1 and run.args.mini_batch_size == 1 and run._buffered_inputs is None:
         order = order.view(2, rows // 2).T.flatten()
     return {key: value[order] if value.ndim else value for key, value in rollout.items()}
 

@@ -37,6 +37,7 @@ def opt():
     return OPTForCausalLM(OPTConfig(**SMALL, **shape, dropout=0.3, attention_dropout=0.3, layerdrop=0.5))
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 @pytest.mark.parametrize(
     "base", [lambda: tiny_llama(vocab_size=SIZE, attention_dropout=0.3), gpt2, opt], ids=["llama", "gpt2", "opt"]
 )

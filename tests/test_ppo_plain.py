@@ -23,8 +23,11 @@ def score_of(prompt, response):
     return 0.3 * len(response.split()) + 0.5 * prompt.count("w1") - 0.2 * response.count("w3")
 
 
-def update_once(tmp_path, epochs, minibatches, accumulation, **overrides):
-    """One rollout of 16 and its PPO epochs; the model before, the trainer after."""
+def update_once(tmp_path, epochs, minibatches, accumulation, generation=None, **overrides):
+    """One rollout of 16 and its PPO epochs; the model before, the trainer after.
+
+    `generation`: what makes responses end early or late. Settings do not allow it, as the sampler is another policy then.
+    """
     from datasets import Dataset
 
     tokenizer = tiny_tokenizer(WORDS)
@@ -51,6 +54,15 @@ def update_once(tmp_path, epochs, minibatches, accumulation, **overrides):
         processing_class=tokenizer,
         peft_config=lora(),
     )
+    run.generation_config.update(**(generation or {}))
+    run._checked = True
+    seen, handed_out = [], run._rows_of_passes
+
+    def hand_out(rollout):
+        seen.append(handed_out(rollout))
+        return seen[-1]
+
+    run._rows_of_passes = hand_out
     with torch.no_grad():  # a fresh adapter's B is 0: no KL, and no gradient for A
         noise = torch.Generator().manual_seed(1)
         for name, parameter in run.model.named_parameters():
@@ -58,19 +70,21 @@ def update_once(tmp_path, epochs, minibatches, accumulation, **overrides):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
     before = copy.deepcopy(run.model).double()
     run.train()
-    rows = {}  # prompt text -> (prompt ids, response ids); and the minibatches by their prompts
-    parts = []
-    for part in run._buffered_inputs:
-        parts.append([])
-        for i in range(len(part["prompt_ids"])):
-            asked = part["prompt_ids"][i][part["prompt_mask"][i].bool()].tolist()
-            said = part["completion_ids"][i][part["completion_mask"][i].bool()].tolist()
-            text = tokenizer.decode(asked)
-            rows[text] = (asked, said)
-            parts[-1].append(text)
-    order = [sum(parts[i : i + accumulation], []) for i in range(0, len(parts), accumulation)]
-    assert sorted(rows) == sorted(PROMPTS) and len(order) == minibatches
-    return before, run, rows, order, kept["scores"]
+    rows = {}  # prompt text -> (prompt ids, response ids)
+    orders = []  # of each epoch: its minibatches by their prompts
+    for handed_out_rows in seen:
+        parts = []
+        for part in handed_out_rows:
+            parts.append([])
+            for i in range(len(part["prompt_ids"])):
+                asked = part["prompt_ids"][i][part["prompt_mask"][i].bool()].tolist()
+                said = part["completion_ids"][i][part["completion_mask"][i].bool()].tolist()
+                text = tokenizer.decode(asked)
+                rows[text] = (asked, said)
+                parts[-1].append(text)
+        orders.append([sum(parts[i : i + accumulation], []) for i in range(0, len(parts), accumulation)])
+    assert sorted(rows) == sorted(PROMPTS) and [len(order) for order in orders] == [minibatches] * epochs
+    return before, run, rows, orders, kept["scores"]
 
 
 def look(model, asked, said):
@@ -81,7 +95,7 @@ def look(model, asked, said):
     return logps, base.value_head(out).squeeze(-1)
 
 
-def plainly(model, rows, order, scores, epochs):
+def plainly(model, rows, orders, scores):
     model.get_base_model().value_head.start = float(torch.tensor(list(scores.values())).mean())
     rollout, advantages = {}, []
     for text, (asked, said) in rows.items():
@@ -102,7 +116,7 @@ def plainly(model, rows, order, scores, epochs):
     mean, std, tokens = all_of_them.mean(), all_of_them.std(), len(advantages)
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    for _ in range(epochs):
+    for order in orders:
         for minibatch in order:
             loss = torch.zeros((), dtype=torch.float64)
             for text in minibatch:
@@ -125,10 +139,10 @@ def plainly(model, rows, order, scores, epochs):
 
 
 @torch.no_grad()
-def compare(before, run, rows, order, scores, epochs):
+def compare(before, run, rows, orders, scores):
     start = {k: v.clone() for k, v in before.named_parameters() if v.requires_grad}
     with torch.enable_grad():
-        expected = dict(plainly(before, rows, order, scores, epochs).named_parameters())
+        expected = dict(plainly(before, rows, orders, scores).named_parameters())
     moved = max(float((expected[k] - start[k]).abs().max()) for k in start)
     assert moved > 1e-3, "nothing moved: the test tests nothing"
     for name, parameter in run.model.named_parameters():
@@ -141,24 +155,24 @@ def compare(before, run, rows, order, scores, epochs):
     ("epochs", "minibatches", "accumulation"), [(1, 1, 1), (2, 2, 1), (4, 1, 1), (3, 4, 1), (2, 2, 2)]
 )
 def test_epochs_and_minibatches(tmp_path, epochs, minibatches, accumulation):
-    found = update_once(tmp_path, epochs, minibatches, accumulation, generation_kwargs=ENDS_OFTEN)
+    found = update_once(tmp_path, epochs, minibatches, accumulation, generation=ENDS_OFTEN)
     lengths = {len(said) for _, said in found[2].values()}
     ended = [said[-1] == 2 for _, said in found[2].values()]
     assert len(lengths) > 2 and any(ended) and not all(ended), "responses that end early and responses that are cut"
-    compare(*found, epochs)
+    compare(*found)
 
 
 def test_lengths_drawn_for_each_response(tmp_path):
     found = update_once(
-        tmp_path, 2, 2, 1, min_completion_length=2, generation_kwargs={"suppress_tokens": [2], "min_new_tokens": 6}
+        tmp_path, 2, 2, 1, min_completion_length=2, generation={"suppress_tokens": [2], "min_new_tokens": 6}
     )
     assert len({len(said) for _, said in found[2].values()}) > 2
     assert all(said[-1] != 2 for _, said in found[2].values())
-    compare(*found, 2)
+    compare(*found)
 
 
 def test_the_penalty_of_cut_responses(tmp_path):
-    *found, scores = update_once(tmp_path, 2, 1, 1, missing_eos_penalty=0.7, generation_kwargs=ENDS_OFTEN)
+    *found, scores = update_once(tmp_path, 2, 1, 1, missing_eos_penalty=0.7, generation=ENDS_OFTEN)
     assert {said[-1] == 2 for _, said in found[2].values()} == {True, False}
     scores = {text: scores[text] - 0.7 * (found[2][text][1][-1] != 2) for text in scores}
-    compare(*found, scores, 2)
+    compare(*found, scores)
