@@ -45,7 +45,7 @@ from trl.trainer.utils import use_adapter
 from rsoups import PPOConfig, PPOTrainer, load_reward
 from rsoups._errors import OutputError, SettingsError, in_one_line
 from rsoups._files import hub_commit
-from rsoups._resources import LAST_TENTH, base_config, is_table, load_base, resolve, train_and_held_out
+from rsoups._resources import LAST_TENTH, base_config, is_table, load_base, need, resolve, train_and_held_out
 from rsoups.adapters import read_adapter
 from rsoups.bases import check_base
 from rsoups.checkpoints import last_checkpoint
@@ -314,6 +314,8 @@ def summary(trainer: GRPOTrainer) -> dict[str, Any]:
 
 def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig) -> None:
     clear_folder(script, training)
+    if model.load_in_8bit or model.load_in_4bit:
+        need("bitsandbytes", "quantised")
     # The adapter is pushed whole and alone, in the end; its repository is asked for now, since a token may be no good.
     hub, training.push_to_hub = training.push_to_hub and training.process_index == 0, False
     options = {"private": training.hub_private_repo, "token": training.hub_token}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from rsoups._errors import AdapterError, CheckpointError, DatasetError, HubError, RsoupsError
+from rsoups._errors import AdapterError, CheckpointError, DatasetError, HubError, RsoupsError, SettingsError
 from rsoups.tasks import read_csv, read_jsonl
 
 if TYPE_CHECKING:
@@ -47,6 +48,16 @@ def embedded_name(name: str) -> str | None:
     return f"{_PREFIX}{folder.name}" if folder.is_absolute() and folder.parent == _PACKAGE / "assets" else None
 
 
+def need(package: str, extra: str) -> None:
+    """Refuse work that needs a package of an extra which is not installed, before any of it is done.
+
+    Raises:
+        SettingsError: It is not installed; the command that installs it is told.
+    """
+    if find_spec(package) is None:
+        raise SettingsError(f"this needs the package {package}, which is not installed: pip install 'rsoups[{extra}]'")
+
+
 def base_config(name: str, **options: Any) -> Any:
     """A base's config; errors as of `load_base`."""
     from transformers import AutoConfig
@@ -68,6 +79,8 @@ def load_base(name: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     options = {"trust_remote_code": False, **options}
+    if getattr(options.get("quantization_config"), "quant_method", None) == "bitsandbytes":
+        need("bitsandbytes", "quantised")
     with _base_of(name, options.get("revision")):
         return from_safetensors(AutoModelForCausalLM.from_pretrained, resolve(name), **options)
 

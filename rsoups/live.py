@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rsoups._errors import AdapterError, LambdasError
-from rsoups._resources import load_base, resolve
+from rsoups._resources import load_base, need, resolve
 from rsoups.adapters import Adapter, read_adapter
 from rsoups.attaching import output_scale
 from rsoups.base_weights import BaseWeights, of_one_base
@@ -270,6 +270,7 @@ class LiveSoup:
         if isinstance(quantization, str):
             if quantization not in ("8bit", "4bit"):
                 raise LambdasError(f"quantization is {quantization!r}, must be '8bit', '4bit' or a config")
+            need("bitsandbytes", "quantised")
             quantization = BitsAndBytesConfig(**{f"load_in_{quantization}": True})
         if quantization is not None:
             kwargs["quantization_config"] = quantization

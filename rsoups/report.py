@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def write_report(
     others: Mapping[str, Front] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Write front.png, report.html (no external reference) and report.md.
+    """Write report.html (no external reference), report.md and, where matplotlib is installed, front.png.
 
     Args:
         front: Of the same records.
@@ -79,8 +80,6 @@ def write_report(
     Raises:
         FrontError: Other fronts of other rewards or prompts, or a reference that is none.
     """
-    import matplotlib
-
     others, folder = dict(others or {}), Path(folder)
     beside = folder / "records.settings.json"
     if settings is None and beside.is_file():
@@ -90,7 +89,11 @@ def write_report(
     found = _advantage(front, reference) if reference is not None else None
     told = _sentences(front, reference, others, found)
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "rsoups"}):
+    if find_spec("matplotlib") is None:
+        told.append(
+            "front.png is not drawn: that needs matplotlib (pip install 'rsoups[report]'), then run rsoups report."
+        )
+    else:
         draw_front(front).savefig(folder / "front.png", dpi=160)
     curve = found.curve if isinstance(found, Advantage) else ()
     page = _Page(front, _texts(records), others, settings or {}, curve)
