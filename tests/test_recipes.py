@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from trl import ModelConfig, RewardConfig, SFTConfig, TrlParser
 
 import rsoups
 from rsoups._resources import resolve
+from rsoups.checkpoints import finish_checkpoint, last_checkpoint
 from rsoups.scoring import cards
 from rsoups.tasks import TASKS, read_jsonl
 
@@ -134,6 +136,39 @@ def bomb(tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     torch.save(Bomb(), tmp_path / "adapter" / "adapter_model.bin")
     return tmp_path / "adapter" / "adapter_model.bin"
+
+
+def test_a_config_file_cannot_allow_pickles(tmp_path):
+    (tmp_path / "mine.yaml").write_text((CONFIGS / "embedded.yaml").read_text() + "convert_pickles: true\n")
+    with pytest.raises(SystemExit, match="pass --convert_pickles on the command line"):
+        parse_ppo("--config", str(tmp_path / "mine.yaml"))
+    assert parse_ppo("--convert_pickles")[0].convert_pickles is True
+
+
+@pytest.mark.parametrize(
+    ("left", "flags", "refusal"),
+    [
+        ("finished", [], "holds a finished run: choose another --output_dir"),
+        ("finished", ["--resume"], "holds a finished run without checkpoints"),
+        ("interrupted", [], r"holds an interrupted run \(checkpoint-4\): pass --resume"),
+        ("interrupted", ["--resume"], None),
+        ("both", ["--resume"], None),
+        ("both", ["--overwrite_output_dir", "true"], None),
+        ("nothing", [], None),
+    ],
+)
+def test_what_another_run_left_is_not_overwritten(tmp_path, left, flags, refusal):
+    if left in ("finished", "both"):
+        (tmp_path / "lineage.json").write_text("{}")
+    if left in ("interrupted", "both"):
+        (tmp_path / "partial").mkdir()
+        finish_checkpoint(tmp_path / "partial", tmp_path / "checkpoint-4")
+    recipe = runpy.run_path(str(RECIPES / "ppo_reward.py"))
+    flags = ["--config", str(CONFIGS / "embedded.yaml"), "--bf16", "false", "--output_dir", str(tmp_path), *flags]
+    script, training, _ = recipe["parse"](flags)
+    with pytest.raises(rsoups.OutputError, match=refusal) if refusal else nullcontext():
+        recipe["clear_folder"](script, training)
+    assert (last_checkpoint(tmp_path) is not None) is (left != "nothing" and left != "finished" and "true" not in flags)
 
 
 def test_unknown_keys_are_refused(tmp_path):
