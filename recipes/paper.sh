@@ -54,6 +54,8 @@ fi
 
 step "every reward at every λ: about 10 minutes on 1 x 24 GB, 2 on 4 x 80 GB (worked out)"
 grid="--points 11"
+# All rows of this task share one prompt, in training and in evaluation: many samples of it, and the report says so.
+[ "$TASK" = review ] && grid="$grid --samples 200 --allow_trained_prompts true"
 [ "$TASK" = assistant ] && grid="--grid edges --points 3"
 adapters=$(for reward in $REWARDS; do echo "$reward=$RUNS/$reward"; done)
 $LAUNCH recipes/sweep.py --model_name_or_path huggyllama/llama-7b --task "$TASK" --adapters $adapters --others $others \
