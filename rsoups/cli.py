@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import runpy
 import shlex
 import sys
@@ -452,6 +453,7 @@ def _select(args: argparse.Namespace) -> None:
     if choice.point.lambdas:
         adapters = _settings(args.records).get("adapters", {})
         found = [_source(args.records.parent, name, adapters.get(name)) for name in choice.point.lambdas]
+        found = [os.path.normpath(source) for source in found]  # without the way up and down again
         weights = " ".join(f"{weight:.6g}" for weight in choice.point.lambdas.values())
         print(f"rsoups interpolate {shlex.join(found)} --lambdas {weights} --out soup")
 

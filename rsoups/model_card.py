@@ -75,6 +75,8 @@ class Evaluation:
         from huggingface_hub import EvalResult
 
         (point, *_), name = self.points, self.dataset or "prompts"
+        # One prompt has no interval, nor have points that were read from a table.
+        bounds = {r: (point.low[r], point.high[r]) for r in self.front.rewards if r in point.low}
         return [
             EvalResult(
                 task_type="text-generation",
@@ -82,14 +84,12 @@ class Evaluation:
                 dataset_type=name,
                 dataset_name=f"{name}, {point.n} prompts",
                 metric_type=reward,
-                metric_name=f"{reward}, mean reward [95% interval {point.low[reward]:.4g}, {point.high[reward]:.4g}]",
+                metric_name=f"{reward}, mean reward"
+                + (" [95% interval {:.4g}, {:.4g}]".format(*bounds[reward]) if reward in bounds else ""),
                 metric_value=round(point.mean[reward], 6),
-                metric_args={
-                    "n": point.n,
-                    "low": round(point.low[reward], 6),
-                    "high": round(point.high[reward], 6),
-                    **self.settings,
-                },
+                metric_args={"n": point.n}
+                | {side: round(value, 6) for side, value in zip(("low", "high"), bounds.get(reward, ()), strict=False)}
+                | self.settings,
             )
             for reward in self.front.rewards
         ]

@@ -6,6 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from test_front import record
+
+from rsoups.front import Front
+from rsoups.model_card import Evaluation
 
 SCRIPT = Path(__file__).parent.parent / "recipes" / "paper.sh"
 # Instead of the launcher: a line for each call, and what tells that a run is finished. FAIL: a word at which it is "killed".
@@ -81,3 +85,15 @@ def test_what_is_finished_is_skipped_after_an_interruption(place):
 def test_another_task_is_refused(place):
     done, calls = run(place, "chess", expect=2)
     assert not calls and "no task 'chess'" in done.stderr
+
+
+def test_a_card_of_a_front_with_one_prompt_has_values_without_intervals():
+    """All rows of the review task share one prompt."""
+    rows = []
+    for sample in range(3):
+        for x in (0.0, 1.0):
+            rows.append(record("soup", {"A": x, "B": 1 - x}, "one prompt", a=x + sample, b=1 - x) | {"sample": sample})
+    front = Front.from_records(rows)
+    results = Evaluation(front, [front.soups[0]], {"samples": 3}).results()
+    assert [result.metric_name for result in results] == ["a, mean reward", "b, mean reward"]
+    assert results[0].metric_args == {"n": 1, "samples": 3}
