@@ -1,4 +1,4 @@
-"""Where names lead: embedded assets, reward cards and recipes, in a checkout and in an installed wheel alike."""
+"""Resolve names of assets, reward cards and recipes to paths; load base models and rows of datasets."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def load_base(name: str, **options: Any) -> Any:
     """A causal language model by folder, Hub id or ``rsoups/...``.
 
     Args:
-        name: Of the base.
-        options: To transformers: revision, dtype, ...; with ``trust_remote_code=True`` Python code that comes with it runs.
+        name: Folder, Hub id or ``rsoups/...`` of the base.
+        options: For transformers: revision, dtype, ...; with ``trust_remote_code=True`` Python code that comes with it runs.
 
     Raises:
         CheckpointError: It cannot be loaded: there is none, it holds a pickle only, or it asks for code of its own.
@@ -117,7 +117,7 @@ def _base_of(name: str, revision: str | None = None) -> Iterator[None]:
 
 
 def why_not(source: str, revision: str | None = None) -> str | None:
-    """What to do about a model that holds only pickles; None where that is not why it was not loaded."""
+    """Return the remedy for a model that holds only pickles; None if it failed to load for another reason."""
     from rsoups.convert import holds_only_pickles, remedy
 
     try:

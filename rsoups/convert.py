@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -138,11 +139,11 @@ def conversion_of(source: str, revision: str | None = None) -> dict[str, Any] | 
 def remedy(source: str, revision: str | None = None) -> str:
     """What to do about a source that holds only pickles: the exact command."""
     place = _pinned(source, revision)
-    out = f" --out {Path(source).name}-safetensors" if Path(source).is_dir() else ""
+    out = f" --out {shlex.quote(f'{Path(source).name}-safetensors')}" if Path(source).is_dir() else ""
     again = ", and give that folder instead" if out else ", once; this name then works everywhere"
     return (
         "it holds only pickled weights, which rsoups never opens unasked. Where you trust it, run: "
-        f"rsoups convert {place}{out}{again} (recipes/ppo_reward.py does it with --convert_pickles)"
+        f"rsoups convert {shlex.quote(place)}{out}{again} (recipes/ppo_reward.py does it with --convert_pickles)"
     )
 
 
