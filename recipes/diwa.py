@@ -28,10 +28,12 @@ import yaml
 
 import rsoups
 from demo import RECIPES, train_all
-from rsoups._errors import in_one_line
-from rsoups._resources import load_rows
-from rsoups.front import Estimate
-from rsoups.tasks import TASKS, question_of, read_jsonl
+from rsoups.common.errors import in_one_line
+from rsoups.common.files import read_jsonl
+from rsoups.data.datasets import load_rows
+from rsoups.data.prompts import question_of
+from rsoups.data.tasks import TASKS
+from rsoups.fronts.estimates import Estimate
 
 LEARNING_RATES = (0.5, 0.7, 1.0, 1.4)  # mild factors of the config's own, drawn for each run
 KL_COEFFICIENTS = (0.6, 1.0, 1.4)
@@ -121,7 +123,7 @@ def results_of(front: rsoups.Front, divergences: np.ndarray, best: str, kept: li
     """The figures of one set of prompts: rewards, differences, and for each pair of runs its gain and its diversity."""
     (reward,), names = front.rewards, list(front.soups[0].lambdas)
 
-    def at(some: list[str]) -> rsoups.front.Point:
+    def at(some: list[str]) -> rsoups.fronts.front.Point:
         wanted = {name: (name in some) / len(some) for name in names}
         return next(p for p in front.soups if np.allclose([p.lambdas[n] - wanted[n] for n in names], 0))
 

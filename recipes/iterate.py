@@ -32,17 +32,18 @@ import rsoups
 from demo import train_all
 from ppo_reward import parse as parse_ppo
 from ppo_reward import policy, prompts, task_of
-from rsoups._errors import in_one_line
-from rsoups._files import whole_folder
-from rsoups._resources import resolve
-from rsoups.decoding import encode, respond
-from rsoups.estimates import Estimate
-from rsoups.function_rewards import check_columns, columns_read
-from rsoups.lineage import MANIFEST_FILE, write_manifest
-from rsoups.points import Point
-from rsoups.ppo import reset_adapter
-from rsoups.scoring import reward_function, rewards_by_name
-from rsoups.tasks import read_jsonl
+from rsoups.adapters.filenames import MANIFEST_FILE
+from rsoups.adapters.lineage import write_manifest
+from rsoups.common.assets import resolve
+from rsoups.common.errors import in_one_line
+from rsoups.common.files import read_jsonl, whole_folder
+from rsoups.fronts.estimates import Estimate
+from rsoups.fronts.points import Point
+from rsoups.generation.decoding import encode, respond
+from rsoups.rewards.functions import check_columns, columns_read
+from rsoups.rewards.load import rewards_by_name
+from rsoups.training.ppo import reset_adapter
+from rsoups.training.trl_rewards import reward_function
 
 MINUS_KL = "-KL"  # as one more objective: of two models of one reward, that nearer the start is better
 BATCH = 64

@@ -22,8 +22,8 @@ import numpy as np
 
 import rsoups
 from demo import RECIPES, train_all
-from rsoups._errors import in_one_line
-from rsoups.tasks import read_jsonl
+from rsoups.common.errors import in_one_line
+from rsoups.common.files import read_jsonl
 
 LEARNING_RATES = (0.5, 0.7, 1.0)  # mild factors, drawn for each run
 LINE = (0.0, 0.25, 0.5, 0.75, 1.0)  # λ of the second run

@@ -94,7 +94,7 @@ class HubServer(ThreadingHTTPServer):
 
 WORKER = """
 import contextlib, io, json, os, sys, time, traceback
-import rsoups.cli, rsoups.hub
+import rsoups.cli.main, rsoups.hub.push
 sleep = time.sleep
 for line in sys.stdin:
     asked = json.loads(line)

@@ -13,7 +13,8 @@ from test_soup import dense
 from tiny import tiny_adapter, tiny_llama
 
 import rsoups
-from rsoups.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from rsoups.adapters.filenames import CONFIG_FILE, WEIGHTS_FILE
+from rsoups.adapters.layer_names import PREFIX
 
 VALUES = [
     None, True, False, 0, 1, -1, 3, 4, 8, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "4", "q_proj",

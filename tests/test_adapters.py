@@ -12,7 +12,8 @@ from tiny import assert_is_sum, tiny_adapter
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import rsoups
-from rsoups.adapters import PREFIX, read_adapter
+from rsoups.adapters.adapter import read_adapter
+from rsoups.adapters.layer_names import PREFIX
 
 
 @pytest.fixture

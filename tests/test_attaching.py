@@ -112,7 +112,7 @@ def test_a_refused_base_is_as_it_was(tmp_path, soups, monkeypatch, kind):
         assert_as_before(deeper, before)
     base = make()
     before = looks(base)
-    monkeypatch.setattr("rsoups.attaching.set_peft_model_state_dict", lambda *_: None)  # what PEFT might not load
+    monkeypatch.setattr("rsoups.soups.attach.set_peft_model_state_dict", lambda *_: None)  # what PEFT might not load
     with pytest.raises(rsoups.AdapterError, match="PEFT did not load"):
         soup.load(base)
     assert_as_before(base, before)

@@ -118,7 +118,7 @@ def test_an_exponential_moving_average_follows_the_run_and_its_resumption(tmp_pa
     """Against the recurrence over what each step left, written plainly."""
     decay, seen = 0.7, []
 
-    class Watch(rsoups.averaging.TrainerCallback):
+    class Watch(rsoups.training.averaging.TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             seen.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and "lora" in n})
 

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, RewardConfig, TrlParser
 
 import rsoups
-from rsoups._resources import load_rows, resolve
-from rsoups.tasks import TASKS, read_jsonl
+from rsoups.common.assets import resolve
+from rsoups.common.files import read_jsonl
+from rsoups.data.datasets import load_rows
+from rsoups.data.tasks import TASKS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BASE = "rsoups/tiny-llama"

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_adapter, tiny_llama, tiny_tokenizer
 
 import rsoups
-from rsoups.bases import public_name, same_base, short_name
-from rsoups.cli import main
-from rsoups.sweep_folder import SweepFolder
+from rsoups.bases.names import public_name, same_base, short_name
+from rsoups.cli.main import main
+from rsoups.explorer.sweep_folder import SweepFolder
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_when_two_names_are_one_base(bases, tmp_path):
         (there, copy),
         ("/elsewhere/llama", "meta/llama"),  # a copy of the Hub's on another machine
         ("C:\\models\\llama", "llama"),
-        ("rsoups/tiny-llama", rsoups._resources.resolve("rsoups/tiny-llama")),
+        ("rsoups/tiny-llama", rsoups.common.assets.resolve("rsoups/tiny-llama")),
     ):
         assert same_base(one, two) and same_base(two, one), (one, two)
     for one, two in (
@@ -151,7 +151,7 @@ def test_revisions_are_compared_where_both_are_known(bases):
 
 def test_the_public_name_of_a_base(bases, tmp_path):
     assert public_name("user/base") == "user/base" and public_name(None) is None
-    assert public_name(rsoups._resources.resolve("rsoups/tiny-llama")) == "rsoups/tiny-llama"
+    assert public_name(rsoups.common.assets.resolve("rsoups/tiny-llama")) == "rsoups/tiny-llama"
     assert public_name(str(tmp_path / "mybase"), "user/base") == "user/base"
     for local in (str(tmp_path / "mybase"), "mybase", "./mybase", "~/mybase", "C:\\home\\mybase", "../x/mybase"):
         with pytest.warns(UserWarning, match="published as 'mybase'.*--base user/name"):

@@ -97,7 +97,7 @@ def test_what_no_deviation_can_be_taken_of_is_refused(tmp_path):
     recipe = runpy.run_path(RECIPE)
     card = tmp_path / "r.yaml"
     card.write_text(f"name: r\nmodel: {tiny_classifier(tmp_path / 'm', 'electra')}")
-    reward, task = rsoups.load_reward(card), rsoups.tasks.custom_task("x")
+    reward, task = rsoups.load_reward(card), rsoups.data.tasks.custom_task("x")
 
     def tried(references, compared=False):
         rows = [{"prompt": "w1", "references": references}] * 3

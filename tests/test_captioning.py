@@ -11,8 +11,8 @@ from tiny import tiny_adapter
 from transformers import AutoModelForCausalLM
 
 import rsoups
-from rsoups._resources import resolve
-from rsoups.tasks import read_jsonl
+from rsoups.common.assets import resolve
+from rsoups.common.files import read_jsonl
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ROWS = [

@@ -10,8 +10,8 @@ from test_front import records
 from tiny import tiny_adapter, tiny_classifier, tiny_llama
 
 import rsoups
-from rsoups.cli import main
-from rsoups.scoring import cards
+from rsoups.cli.main import main
+from rsoups.rewards.load import cards
 
 
 def test_interpolate_writes_a_soup(tmp_path, capsys):
@@ -25,7 +25,7 @@ def test_interpolate_writes_a_soup(tmp_path, capsys):
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "rsoups.cli", "interpolate", str(tmp_path), "--out", str(tmp_path / "soup")]
+    command = [sys.executable, "-m", "rsoups.cli.main", "interpolate", str(tmp_path), "--out", str(tmp_path / "soup")]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2 and run.stdout == ""
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("rsoups: ")]
@@ -114,7 +114,9 @@ def test_score_compares_with_references(tmp_path, capsys):
     assert main([*said, "--reward", "rouge-l-recall"]) == 2
     assert "say --reference TEXT" in capsys.readouterr().err
     card = tmp_path / "scaled.yaml"
-    card.write_text("name: r\nfunction: rsoups.text_checks:length\narguments: {target: 4}\nmean: -1\nstd: 2\nsign: -1")
+    card.write_text(
+        "name: r\nfunction: rsoups.rewards.text_checks:length\narguments: {target: 4}\nmean: -1\nstd: 2\nsign: -1"
+    )
     assert main([*said, "--reward", str(card)]) == 0
     assert capsys.readouterr().out == "raw     -0.25\nscore   0.625\n"
 

@@ -50,7 +50,9 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_trls_online_loop_still_has(name):
     found = getattr(GRPOTrainer, name, None)
-    assert found is not None, f"GRPOTrainer.{name} is gone: rsoups.ppo overrides or calls it; pin TRL or adapt ppo.py"
+    assert found is not None, (
+        f"GRPOTrainer.{name} is gone: rsoups.training.ppo overrides or calls it; pin TRL or adapt ppo.py"
+    )
     parameters = list(inspect.signature(found).parameters)
     assert parameters == METHODS[name], f"GRPOTrainer.{name} changed to {parameters}: adapt rsoups/ppo.py"
 

@@ -18,12 +18,13 @@ from tiny import tiny_adapter, tiny_classifier, tiny_llama
 from transformers import AutoModelForCausalLM
 
 import rsoups
-from rsoups._resources import load_base
-from rsoups._unpickle import RefusedError, tensors_of
-from rsoups.adapters import read_adapter
-from rsoups.cli import main
-from rsoups.convert import convert, converted
-from rsoups.lineage import log, manifest_of
+from rsoups.adapters.adapter import read_adapter
+from rsoups.adapters.convert import convert
+from rsoups.adapters.lineage import log, manifest_of
+from rsoups.bases.load import load_base
+from rsoups.cli.main import main
+from rsoups.common.pickles import converted
+from rsoups.common.unpickle import RefusedError, tensors_of
 
 OLD = {  # as PEFT of 2023 wrote it
     "base_model_name_or_path": "decapoda-research/llama-7b-hf",
@@ -80,10 +81,10 @@ def test_an_adapter_of_2023(tmp_path, old_adapter, capsys):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
     told = capsys.readouterr().out
-    original = rsoups._files.sha256_of(old_adapter / "adapter_model.bin")
+    original = rsoups.common.files.sha256_of(old_adapter / "adapter_model.bin")
     assert told.splitlines()[0] == f"opening {old_adapter}: adapter_model.bin (SHA-256 {original[:12]})"
     manifest = manifest_of(out)
-    assert manifest["sha256"] == rsoups._files.sha256_of(out / "adapter_model.safetensors")
+    assert manifest["sha256"] == rsoups.common.files.sha256_of(out / "adapter_model.safetensors")
     assert (manifest["parents"][0]["sha256"], manifest["parents"][0]["name"]) == (original, "original")
     assert log(manifest, "out").splitlines()[1].startswith("└─ original (alpaca)")
 
@@ -280,7 +281,7 @@ HARM = [
 ]
 CHILD = """
 import sys, os, socket, subprocess, shutil, ctypes, urllib.request
-import rsoups._unpickle as child
+import rsoups.common.unpickle as child
 PORT = int(sys.argv[1])
 sys.addaudithook(child.forbid)
 for code in sys.argv[2:]:
@@ -306,16 +307,14 @@ def test_the_child_could_do_nothing_even_if_code_ran(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")
 def test_the_child_has_no_network_of_the_system(tmp_path):
-    script = (
-        "import rsoups._unpickle as c; c.leave_network(); import os; print(sorted(os.listdir('/proc/self/net')) and "
-    )
+    script = "import rsoups.common.unpickle as c; c.leave_network(); import os; print(sorted(os.listdir('/proc/self/net')) and "
     script += "[line.split(':')[0].strip() for line in open('/proc/self/net/dev').readlines()[2:]])"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "['lo']"
 
 
 def test_memory_is_bounded():
-    script = "import rsoups._unpickle as c; c.limit_memory(2**26); bytearray(2**27)"
+    script = "import rsoups.common.unpickle as c; c.limit_memory(2**26); bytearray(2**27)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode and "MemoryError" in run.stderr
 
@@ -329,7 +328,7 @@ def test_neither_tokens_nor_switches_of_the_environment_reach_the_child(tmp_path
         seen.append(env)
         return subprocess.run([sys.executable, "-c", "import sys; sys.exit('...')"], **options)
 
-    monkeypatch.setattr("rsoups.convert.subprocess", type("", (), {"run": run, "DEVNULL": subprocess.DEVNULL}))
+    monkeypatch.setattr("rsoups.adapters.convert.subprocess", type("", (), {"run": run, "DEVNULL": subprocess.DEVNULL}))
     torch.save({"w": torch.ones(2)}, tmp_path / "weights.pt")
     with pytest.raises(rsoups.CheckpointError, match="ended with status 1"):
         convert(tmp_path / "weights.pt", tmp_path / "out")

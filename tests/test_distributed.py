@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from safetensors.torch import save_file
-import rsoups.ppo
+import rsoups.training.ppo
 from test_ppo import PROMPTS, trainer
 
 torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def seen(model, grad_norm=None):
     return norm(model, grad_norm)
 
 
-rsoups.ppo.shuffle_sequence_dict = in_one_order
+rsoups.training.ppo.shuffle_sequence_dict = in_one_order
 for name, sizes in (("whole", whole), ("turns", turns)):
     out, gradients = Path(sys.argv[2]) / name, []
     run = trainer(

@@ -11,8 +11,9 @@ from tiny import assert_is_sum, merged_by_peft, tiny_adapter, tiny_mixtral
 from transformers import MixtralForCausalLM
 
 import rsoups
-from rsoups.adapters import PREFIX, read_adapter
-from rsoups.inspection import inspect_adapters
+from rsoups.adapters.adapter import read_adapter
+from rsoups.adapters.layer_names import PREFIX
+from rsoups.soups.inspect import inspect_adapters
 
 pytestmark = [
     pytest.mark.filterwarnings(

@@ -12,10 +12,13 @@ from tiny import tiny_adapter
 from transformers import AutoModelForCausalLM
 
 import rsoups
-from rsoups._resources import load_rows, resolve
-from rsoups.explorer_view import expected, first_axes, plot
-from rsoups.front import Front
-from rsoups.tasks import TASKS, question_of, read_jsonl
+from rsoups.common.assets import resolve
+from rsoups.common.files import read_jsonl
+from rsoups.data.datasets import load_rows
+from rsoups.data.prompts import question_of
+from rsoups.data.tasks import TASKS
+from rsoups.explorer.view import expected, first_axes, plot
+from rsoups.fronts.front import Front
 
 TOKEN = "hf_aTokenThatMustNotBeSeenAnywhere"
 NAMES = ["letters", "words"]
@@ -68,7 +71,7 @@ def hub():
 def url(folder, hub, tmp_path_factory):
     environment = {"HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     log = tmp_path_factory.mktemp("log") / "server.txt"
-    with served(["-m", "rsoups.cli", "explore", str(folder)], folder.parent, log, **environment) as address:
+    with served(["-m", "rsoups.cli.main", "explore", str(folder)], folder.parent, log, **environment) as address:
         yield address
 
 

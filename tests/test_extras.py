@@ -20,7 +20,7 @@ def without(monkeypatch):
     def hide(name):
         find = importlib.util.find_spec
         monkeypatch.setattr("importlib.util.find_spec", lambda n, *more: None if n == name else find(n, *more))
-        for module in ("rsoups._resources", "rsoups.report"):
+        for module in ("rsoups.common.assets", "rsoups.reports.report"):
             __import__(module)
             monkeypatch.setattr(f"{module}.find_spec", lambda n, *more: None if n == name else find(n, *more))
         monkeypatch.setitem(sys.modules, name, None)

@@ -9,9 +9,9 @@ import pytest
 
 import rsoups
 from rsoups import Front
-from rsoups.comparison import advantage, volume_of, with_utilities
-from rsoups.estimates import hypervolumes, means_with_draws, resampling
-from rsoups.selection import knee
+from rsoups.fronts.comparison import advantage, volume_of, with_utilities
+from rsoups.fronts.estimates import hypervolumes, means_with_draws, resampling
+from rsoups.fronts.selection import knee
 
 GRID = [1.0, 0.75, 0.5, 0.25, 0.0]
 
@@ -359,7 +359,7 @@ def simulated(repeats, prompts, noise, draws, kind):
 @pytest.mark.parametrize("kind", ["copies", "own"])
 def test_intervals_of_an_advantage_that_is_none_miss_it_seldom(kind, monkeypatch):
     """5% of both tails together, within three standard errors. Eleven points against five were above it in 11 to 14%."""
-    monkeypatch.setattr("rsoups.comparison._curve", lambda *_: ())
+    monkeypatch.setattr("rsoups.fronts.comparison._curve", lambda *_: ())
     missed = simulated(250, 40, 0.8, 200, kind).sum(axis=1)
     assert ((missed >= 0.012) & (missed <= 0.092)).all(), missed
 
@@ -369,7 +369,7 @@ def test_intervals_of_an_advantage_that_is_none_miss_it_seldom(kind, monkeypatch
 @pytest.mark.parametrize(("prompts", "noise"), [(60, 0.8), (200, 0.8)])
 def test_intervals_of_an_advantage_hold_what_they_say(kind, prompts, noise, monkeypatch):
     """Each tail, nominally 2.5%, is between 1 and 4%."""
-    monkeypatch.setattr("rsoups.comparison._curve", lambda *_: ())
+    monkeypatch.setattr("rsoups.fronts.comparison._curve", lambda *_: ())
     missed = simulated(2000, prompts, noise, 500, kind)
     assert ((missed >= 0.01) & (missed <= 0.04)).all(), missed
 

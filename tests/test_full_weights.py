@@ -58,7 +58,7 @@ def test_weights_are_the_float64_sum_rounded_once(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_shards_dtypes_and_blocks(tmp_path, monkeypatch, dtype):
     """Models in other files than the first's, read a few rows at a time."""
-    monkeypatch.setattr("rsoups.full_weights._BLOCK", 70)
+    monkeypatch.setattr("rsoups.soups.whole_models._BLOCK", 70)
     first = saved(tmp_path / "a", 1, dtype, shard="20KB")
     second = saved(tmp_path / "b", 2, torch.float32)
     out = average([first, second], [0.25, 0.75], tmp_path / "out")
@@ -194,9 +194,9 @@ def test_memory_is_that_of_a_few_blocks(tmp_path):
         tensors = {f"{i}": torch.full((5_000, 2_000), float(i)) for i in range(6)}
         save_file(tensors, tmp_path / name / "model.safetensors")
     code = """
-import sys, tqdm.auto, rsoups.full_weights
+import sys, tqdm.auto, rsoups.soups.whole_models
 from memory import growth
-average = rsoups.full_weights.interpolate_checkpoints
+average = rsoups.soups.whole_models.interpolate_checkpoints
 print(growth(lambda: average(sys.argv[1:3], None, sys.argv[3], progress=False)))
 """
     places = f"{Path(rsoups.__file__).parent.parent}:{Path(__file__).parent}"

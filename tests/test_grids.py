@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import rsoups
-from rsoups.grids import evenly_spread, largest_gap
+from rsoups.fronts.grids import evenly_spread, largest_gap
 
 
 def test_simplex():

@@ -16,16 +16,18 @@ from test_front import records
 from tiny import tiny_adapter, tiny_llama
 
 import rsoups
-from rsoups.cli import main
-from rsoups.hub import _retried, push_adapter
-from rsoups.lineage import write_manifest
-from rsoups.model_card import soup_card, strictest
+from rsoups.adapters.lineage import write_manifest
+from rsoups.cli.main import main
+from rsoups.hub.card import soup_card
+from rsoups.hub.licenses import strictest
+from rsoups.hub.push import push_adapter
+from rsoups.hub.upload import _retried
 
 REQUEST = httpx2.Request("POST", "https://huggingface.co/api/models/x/commit/main")
 TOKEN = "hf_neverToBePrintedAnywhere"
 PUSH = """
-import ast, sys, rsoups, rsoups.hub
-rsoups.hub.time.sleep = lambda seconds: print(f"waited {seconds:g}")
+import ast, sys, rsoups, rsoups.hub.push
+rsoups.hub.push.time.sleep = lambda seconds: print(f"waited {seconds:g}")
 soup = rsoups.interpolate({"helpful": sys.argv[1], "harmless": sys.argv[2]}, [0.3, 0.7])
 try:
     print(soup.push_to_hub("someone/soup", **ast.literal_eval(sys.argv[3])))
@@ -71,7 +73,10 @@ def push(hub, two, **options):
 
 def cli(hub, folder, *arguments, expect=0):
     return python(
-        hub, folder, f"import sys, rsoups.cli; sys.exit(rsoups.cli.main({[str(a) for a in arguments]}))", expect=expect
+        hub,
+        folder,
+        f"import sys, rsoups.cli.main; sys.exit(rsoups.cli.main.main({[str(a) for a in arguments]}))",
+        expect=expect,
     )
 
 
@@ -169,7 +174,7 @@ def test_busy_hubs_and_conflicts_are_tried_again(hub, two):
 )
 def test_a_hub_cannot_make_anyone_wait_for_ever(monkeypatch, told, waited):
     slept, answers = [], [429, 200]
-    monkeypatch.setattr("rsoups.hub.time.sleep", slept.append)
+    monkeypatch.setattr("rsoups.hub.push.time.sleep", slept.append)
 
     def call():
         if (status := answers.pop(0)) == 200:
@@ -183,9 +188,9 @@ def test_a_hub_cannot_make_anyone_wait_for_ever(monkeypatch, told, waited):
 def test_a_commit_is_made_on_the_head_that_was_looked_at(hub, two, tmp_path):
     """Someone else pushes between the look and the commit: ours is refused, and made on theirs."""
     code = """
-import sys, rsoups, rsoups.hub
+import sys, rsoups, rsoups.hub.push
 from huggingface_hub import CommitOperationAdd, HfApi
-rsoups.hub.time.sleep = lambda seconds: print(f"waited {seconds:g}")
+rsoups.hub.push.time.sleep = lambda seconds: print(f"waited {seconds:g}")
 look, raced = HfApi.model_info, []
 def then_someone_else_pushes(api, repo_id, **more):
     found = look(api, repo_id, **more)
@@ -206,9 +211,7 @@ def test_the_licence_is_that_of_the_revision(hub, two, tmp_path):
     for licence in ("mit", "apache-2.0"):
         push(hub, two, licence=licence)
     first, second = (commit["oid"] for commit in hub.history("someone/soup"))
-    code = (
-        "import sys; from rsoups.model_card import _stated; print([_stated('someone/soup', r) for r in sys.argv[1:]])"
-    )
+    code = "import sys; from rsoups.hub.card import _stated; print([_stated('someone/soup', r) for r in sys.argv[1:]])"
     assert python(hub, tmp_path, code, first, second) == "['mit', 'apache-2.0']"
 
 
@@ -227,8 +230,8 @@ def test_giving_up_says_so(hub, two):
 def test_a_connection_that_is_cut_in_an_upload_is_gone_on_with(hub, two, tmp_path):
     """Two soups' weights: one of the uploads is cut; the other one is not sent again."""
     code = """
-import sys, rsoups, rsoups.hub
-rsoups.hub.time.sleep = lambda seconds: None
+import sys, rsoups, rsoups.hub.push
+rsoups.hub.push.time.sleep = lambda seconds: None
 soups = rsoups.interpolate(sys.argv[1:], [[0.25, 0.75], [0.5, 0.5]])
 print(rsoups.push_front("someone/front", soups))
 """
@@ -254,10 +257,10 @@ def test_a_connection_that_is_cut_in_the_commit_publishes_nothing_or_all(hub, tw
 def test_concurrent_pushes_lose_nothing(hub, two, tmp_path):
     """Four at once to one repository: every soup is a commit, one after the other, and all are there in the end."""
     code = """
-import sys, time, rsoups, rsoups.hub
+import sys, time, rsoups, rsoups.hub.push
 from concurrent.futures import ThreadPoolExecutor
 sleep = time.sleep
-rsoups.hub.time.sleep = lambda seconds: sleep(0.05 * seconds)
+rsoups.hub.push.time.sleep = lambda seconds: sleep(0.05 * seconds)
 soups = rsoups.interpolate(sys.argv[1:], [[w, 1 - w] for w in (0.2, 0.4, 0.6, 0.8)])
 with ThreadPoolExecutor(4) as pool:
     print(*pool.map(lambda soup: rsoups.push_front("someone/front", [soup]), soups), sep="\\n")

@@ -1,4 +1,4 @@
-"""rsoups.judge: against a loopback server that misbehaves, and against a local model's own probabilities."""
+"""rsoups.rewards.judge: against a loopback server that misbehaves, and against a local model's own probabilities."""
 
 import json
 import logging
@@ -20,9 +20,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rsoups
-from rsoups.cli import main
-from rsoups.judge_client import parse_rating
-from rsoups.scoring import cards, read_card, reward_function
+from rsoups.cli.main import main
+from rsoups.rewards.judge_client import parse_rating
+from rsoups.rewards.load import cards, read_card
+from rsoups.training.trl_rewards import reward_function
 
 KEY = "sk-0123456789-secret"
 
@@ -165,7 +166,7 @@ def test_retry_after_is_honoured_and_bounded(tmp_path, server, kind, monkeypatch
     judge = rsoups.load_reward(card_of(tmp_path, server))
     assert judge(PROMPTS[:1], ["a b"]) == [0.5]
     assert server.times[1] - server.times[0] > 0.9
-    monkeypatch.setattr("rsoups.judge_client._LONGEST_WAIT", 0.2)
+    monkeypatch.setattr("rsoups.rewards.judge_client._LONGEST_WAIT", 0.2)
     server.faults = [(429, {"Retry-After": "3600"}, "slow down")]
     started = time.monotonic()
     assert judge(PROMPTS[1:2], ["a b"]) == [0.5] and time.monotonic() - started < 5

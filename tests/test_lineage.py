@@ -12,11 +12,14 @@ from test_front import record, records
 from tiny import tiny_adapter, tiny_llama
 
 import rsoups
-from rsoups.adapters import PREFIX, read_adapter
-from rsoups.cli import main
-from rsoups.conflicts import barriers, merge_conflicts
-from rsoups.lineage import command, fingerprint, history_of, log, manifest_of, settings_of, write_manifest
-from rsoups.versions import compare, diff, locate, patch, revert, verify
+from rsoups.adapters.adapter import read_adapter
+from rsoups.adapters.layer_names import PREFIX
+from rsoups.adapters.lineage import command, fingerprint, history_of, log, manifest_of, settings_of, write_manifest
+from rsoups.cli.main import main
+from rsoups.fronts.barriers import barriers
+from rsoups.soups.compare import compare, diff
+from rsoups.soups.conflicts import merge_conflicts
+from rsoups.soups.versions import locate, patch, revert, verify
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from transformers import (
 
 import rsoups
 from rsoups import LiveSoup
-from rsoups.attaching import output_scale
+from rsoups.soups.attach import output_scale
 
 ROWS = [[1.0, 0.0], [0.3, 0.7], [0.0, 1.0], [0.5, 0.5]]
 FOUR = torch.cat([IDS, IDS.flip(0)])

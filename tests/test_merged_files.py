@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import rsoups
-from rsoups.cli import main
+from rsoups.cli.main import main
 
 SMALL = {
     "vocab_size": 64,

@@ -7,9 +7,9 @@ import pytest
 from test_front import record
 
 from rsoups import Front
-from rsoups.cli import main
-from rsoups.notes import not_checked
-from rsoups.report import write_report
+from rsoups.cli.main import main
+from rsoups.fronts.notes import not_checked
+from rsoups.reports.report import write_report
 
 
 def runs(n=50, names=("A", "B"), **models):

@@ -13,10 +13,10 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 import rsoups
-from rsoups.cli import main
-from rsoups.decoding import Decoder, encode, respond
-from rsoups.probing import answers, sample_of, sample_of_records
-from rsoups.tasks import custom_task
+from rsoups.cli.main import main
+from rsoups.data.tasks import custom_task
+from rsoups.generation.decoding import Decoder, encode, respond
+from rsoups.rewards.probing import answers, sample_of, sample_of_records
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CHAT = [[{"role": "user", "content": f"w{i} w3"}] for i in range(12)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rsoups import rl_math
+from rsoups.training import rl_math
 
 ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / ".venv-oracle" / "bin" / "python"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_front import record
 
-from rsoups.front import Front
-from rsoups.model_card import Evaluation
+from rsoups.fronts.front import Front
+from rsoups.hub.card import Evaluation
 
 SCRIPT = Path(__file__).parent.parent / "recipes" / "paper.sh"
 # Instead of the launcher: a line for each call, and what tells that a run is finished. FAIL: a word at which it is "killed".

@@ -13,11 +13,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from trl.generation.vllm_generation import VLLMGeneration
 
 from rsoups import DatasetError, PPOConfig, PPOTrainer, RewardError, SettingsError, TrainingError
-from rsoups.actor_critic import _token_logps, add_actor_critic_forward
-from rsoups.checkpoints import last_checkpoint
-from rsoups.ppo import hide_value_head
-from rsoups.scoring import reward_function
-from rsoups.tasks import question_of
+from rsoups.data.prompts import question_of
+from rsoups.training.actor_critic import _token_logps, add_actor_critic_forward
+from rsoups.training.checkpoints import last_checkpoint
+from rsoups.training.ppo import hide_value_head
+from rsoups.training.trl_rewards import reward_function
 
 WORDS = [f"w{i}" for i in range(20)]
 PROMPTS = Dataset.from_dict({"prompt": [f"{a} {b}" for a in WORDS[:8] for b in WORDS[:8]]})
@@ -238,7 +238,7 @@ def test_chunked_log_probabilities_have_the_gradient_of_the_whole(monkeypatch):
     tokens = torch.randint(0, 30, (11,))
     grads = []
     for size in (100, 4):
-        monkeypatch.setattr("rsoups.actor_critic._CHUNK", size)
+        monkeypatch.setattr("rsoups.training.actor_critic._CHUNK", size)
         part = states.clone().requires_grad_()
         _token_logps(head, part, tokens, 1.0).pow(2).sum().backward()
         grads.append(part.grad)

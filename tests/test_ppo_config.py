@@ -9,7 +9,7 @@ import yaml
 from test_ppo import config
 
 from rsoups import PPOConfig, PPOTrainer, SettingsError
-from rsoups.ppo_config import divide
+from rsoups.training.ppo_config import divide
 
 CONFIGS = sorted((Path(__file__).parent.parent / "recipes" / "configs").glob("llama7b-*.yaml"))
 

@@ -12,9 +12,9 @@ from hub_server import HubServer
 from test_hub import TOKEN, files_with_the_token
 
 import rsoups
-from rsoups.adapters import read_adapter
-from rsoups.cli import main
-from rsoups.lineage import manifest_of
+from rsoups.adapters.adapter import read_adapter
+from rsoups.adapters.lineage import manifest_of
+from rsoups.cli.main import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHORT = [

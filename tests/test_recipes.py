@@ -19,10 +19,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig, RewardConfig, SFTConfig, TrlParser
 
 import rsoups
-from rsoups._resources import resolve
-from rsoups.checkpoints import finish_checkpoint, last_checkpoint
-from rsoups.scoring import cards
-from rsoups.tasks import TASKS, read_jsonl
+from rsoups.common.assets import resolve
+from rsoups.common.files import read_jsonl
+from rsoups.data.tasks import TASKS
+from rsoups.rewards.load import cards
+from rsoups.training.checkpoints import finish_checkpoint, last_checkpoint
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"

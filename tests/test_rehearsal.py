@@ -18,7 +18,7 @@ from paper_hub import publish_assistant, publish_other_tasks
 from test_distributed import free_port
 
 import rsoups
-from rsoups.lineage import manifest_of, read_manifest
+from rsoups.adapters.lineage import manifest_of, read_manifest
 
 ROOT = Path(__file__).parent.parent
 REWARDS = ("deberta-v3-large-v2", "deberta-v3-base", "deberta-v3-base-v2", "electra-large")
@@ -37,7 +37,7 @@ sys.argv[2:2] = ["--num_processes", "2", "--main_process_port", "{port}"]
 sys.argv += more
 main()
 """
-RSOUPS = "import sys, rsoups.cli; sys.exit(rsoups.cli.main())"
+RSOUPS = "import sys, rsoups.cli.main; sys.exit(rsoups.cli.main.main())"
 LOGITS = """
 import sys, torch
 from peft import PeftModel

@@ -13,8 +13,8 @@ from test_front import PUBLISHED, above, noisy, record, records, resampled
 
 import rsoups
 from rsoups import Front, write_report
-from rsoups.comparison import outlines
-from rsoups.plots import draw_chord, draw_front
+from rsoups.fronts.comparison import outlines
+from rsoups.reports.plots import draw_chord, draw_front
 
 VOID = {"meta", "input", "br", "img", "path", "circle"}
 

@@ -14,7 +14,8 @@ import torch
 from test_ppo import pays_for_one_word, trainer
 
 from rsoups import OutputError, RewardError, TrainingError
-from rsoups.checkpoints import finish_checkpoint, is_complete, last_checkpoint, only_run_in
+from rsoups.common.files import only_run_in
+from rsoups.training.checkpoints import finish_checkpoint, is_complete, last_checkpoint
 
 # 64 prompts in rollouts of 32, gone through twice in two minibatches: a rollout each 4 steps, an epoch each 8.
 CUT = {"max_steps": 14, "save_strategy": "steps", "save_steps": 1, "kl_target": 0.05, "kl_horizon": 200}

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 import rsoups
-from rsoups.scoring import RewardCard, cards, read_card
+from rsoups.rewards.cards import RewardCard
+from rsoups.rewards.load import cards, read_card
 
 LETTERS = "abcdefgh"
 BYTES = {"vocab_size": 40, "initializer_range": 0.5}

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from rsoups import rl_math
+from rsoups.training import rl_math
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from test_ppo import config, trainer
 from test_ppo_config import BARE
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rsoups.run_plan import memory, run_plan
+from rsoups.training.run_plan import memory, run_plan
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_llama
 
-from rsoups.sampling import draw, fast_sampling
+from rsoups.generation.sampling import draw, fast_sampling
 
 
 def too_far(counts, expected):

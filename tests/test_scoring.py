@@ -24,12 +24,14 @@ from transformers import (
 
 import rsoups
 from rsoups import RewardCard, load_reward
-from rsoups._resources import shipped
-from rsoups.function_rewards import FunctionCard, check_columns
-from rsoups.judge import JudgeCard, JudgeSettings
-from rsoups.reward_inputs import encode_texts
-from rsoups.scoring import PLACE, Reward, cards, check_scores, read_card, reward_function
-from rsoups.tasks import question_of
+from rsoups.common.assets import shipped
+from rsoups.data.prompts import question_of
+from rsoups.rewards.classifier import Reward
+from rsoups.rewards.functions import FunctionCard, check_columns, check_scores
+from rsoups.rewards.inputs import encode_texts
+from rsoups.rewards.judge import JudgeCard, JudgeSettings
+from rsoups.rewards.load import cards, read_card
+from rsoups.training.trl_rewards import PLACE, reward_function
 
 PROMPTS = [f"### Instruction: w1 w2 ### Input: {' w3' * (i % 4 + 1)} ### Response: " for i in range(12)]
 RESPONSES = [" ".join(f"w{(i * 7 + j) % 20}" for j in range(1 + i % 9)) for i in range(12)]
@@ -417,9 +419,12 @@ BAD_CARDS = [
     ("name: x\nmodel: 2024-01-01", "model is datetime.*must be a text"),
     ("name: x\nmodels: [a, yes]\naverage: scores", "models is True: YAML reads yes"),
     ("name: x\nmodel: y\nlogit: 1.0", "logit is 1.0, must be a text"),
-    ("name: x\nfunction: rsoups.text_checks:length\nsign: yes", "sign is True: YAML reads yes"),
-    ("name: x\nfunction: rsoups.text_checks:length\narguments: {target: yes}", "target is True, must be a number"),
-    ("name: x\nfunction: rsoups.text_checks:valid_json\narguments: {keys: [no]}", "must be a list of texts"),
+    ("name: x\nfunction: rsoups.rewards.text_checks:length\nsign: yes", "sign is True: YAML reads yes"),
+    (
+        "name: x\nfunction: rsoups.rewards.text_checks:length\narguments: {target: yes}",
+        "target is True, must be a number",
+    ),
+    ("name: x\nfunction: rsoups.rewards.text_checks:valid_json\narguments: {keys: [no]}", "must be a list of texts"),
     ("name: x\nmodel: y\ninput: '{response} {nothing}'", r"no field \['nothing'\]"),
     ("name: x\nmodel: y\nquestion: '{response}'", r"no field \['response'\]"),
     ("name: x\nmodel: y\nresponse: last", "response is 'last'"),
@@ -443,24 +448,24 @@ BAD_CARDS = [
     ("name: [", "not YAML"),
     ("name: x\nmodel: rsoups/nothing", "no embedded asset"),
     ("model: x", r"missing field\(s\) \['name'\]"),
-    ("name: x\nmodel: y\nfunction: rsoups.text_checks:length", r"unknown field\(s\) \['model'\]"),
+    ("name: x\nmodel: y\nfunction: rsoups.rewards.text_checks:length", r"unknown field\(s\) \['model'\]"),
     ("name: x\nmodel: y\narguments: {target: 3}", r"unknown field\(s\) \['arguments'\]"),
-    ("name: x\nfunction: rsoups.text_checks:length\narguments: 3", "arguments is 3, must be a mapping"),
-    ("name: x\nfunction: rsoups.text_checks:length\narguments: {words: 3}", r"text_checks:length: .*'target'"),
-    ("name: x\nfunction: rsoups.text_checks:length\nsign: 0", "sign is 0"),
-    ("name: x\nfunction: rsoups.text_checks:length\nstd: -1", "std is -1"),
+    ("name: x\nfunction: rsoups.rewards.text_checks:length\narguments: 3", "arguments is 3, must be a mapping"),
+    ("name: x\nfunction: rsoups.rewards.text_checks:length\narguments: {words: 3}", r"text_checks:length: .*'target'"),
+    ("name: x\nfunction: rsoups.rewards.text_checks:length\nsign: 0", "sign is 0"),
+    ("name: x\nfunction: rsoups.rewards.text_checks:length\nstd: -1", "std is -1"),
     *(
         (
             f"name: x\nfunction: '{function}'",
-            "must be one of .*rsoups.text_checks:length.*without a card, as module:function",
+            "must be one of .*rsoups.rewards.text_checks:length.*without a card, as module:function",
         )
         for function in (
             "os:system",
-            "rsoups.cli:main",
-            "rsoups.text_metrics:library",  # imports what it is told to
-            "rsoups.text_metrics:read_jsonl",
-            "rsoups.text_checks:__builtins__",
-            "rsoups.text_checks",
+            "rsoups.cli.main:main",
+            "rsoups.rewards.text_metrics:library",  # imports what it is told to
+            "rsoups.rewards.text_metrics:read_jsonl",
+            "rsoups.rewards.text_checks:__builtins__",
+            "rsoups.rewards.text_checks",
         )
     ),
 ]
@@ -526,13 +531,19 @@ def test_functions_are_rewards(tmp_path, monkeypatch):
         with pytest.raises(rsoups.RewardError, match=words):
             load_reward(source)
     with pytest.raises(rsoups.RewardError, match=r"'bad' returned 1 scores for 2 responses"):
-        rsoups.scoring.FunctionReward(lambda prompts, responses: [1.0], "bad")(["p"] * 2, ["r"] * 2)
+        rsoups.rewards.classifier.FunctionReward(lambda prompts, responses: [1.0], "bad")(["p"] * 2, ["r"] * 2)
     with pytest.raises(rsoups.RewardError, match="'nan' returned nan"):
-        rsoups.scoring.FunctionReward(lambda prompts, responses: [math.nan], "nan")(["p"], ["r"])
+        rsoups.rewards.classifier.FunctionReward(lambda prompts, responses: [math.nan], "nan")(["p"], ["r"])
 
 
 def test_a_functions_card_scales_as_a_models_does(tmp_path):
-    fields = {"function": "rsoups.text_checks:length", "arguments": "{target: 4}", "mean": 0.25, "std": 0.5, "sign": -1}
+    fields = {
+        "function": "rsoups.rewards.text_checks:length",
+        "arguments": "{target: 4}",
+        "mean": 0.25,
+        "std": 0.5,
+        "sign": -1,
+    }
     reward = load_reward(write_card(tmp_path, name="short", **fields))
     assert reward(["p"] * 2, ["a b", "a b c d"]) == [(0.5 - 0.25) / 0.5, (0 - 0.25) / 0.5]
     assert reward.name == reward.__name__ == "short"

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import rsoups
-from rsoups.adapters import PREFIX, read_adapter
+from rsoups.adapters.adapter import read_adapter
+from rsoups.adapters.layer_names import PREFIX
 
 IDS = torch.tensor([[1, 5, 9, 30, 7], [1, 2, 40, 41, 42]])
 

@@ -9,8 +9,9 @@ from test_adapters import edit, retouch
 from tiny import assert_is_sum, tiny_adapter, tiny_llama
 
 import rsoups
-from rsoups.adapters import PREFIX, Adapter, read_adapter
-from rsoups.soup_config import check_written, faithful_config
+from rsoups.adapters.adapter import Adapter, read_adapter
+from rsoups.adapters.layer_names import PREFIX
+from rsoups.soups.config import check_written, faithful_config
 
 IDS = torch.tensor([[1, 5, 9, 30, 7]])
 

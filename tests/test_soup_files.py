@@ -17,7 +17,7 @@ from test_soup import one_start
 from tiny import tiny_adapter, tiny_llama
 
 import rsoups
-from rsoups.tensor_files import TensorFile
+from rsoups.adapters.tensor_files import TensorFile
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_for_a_matrix_each_ingredient_is_read_once(tmp_path, monkeypatch, method
     for soup, expected in zip(soups, alone, strict=True):
         assert soup.lambdas == expected.lambdas and soup.ingredients == expected.ingredients
         assert all(torch.equal(soup.state_dict[k], t) for k, t in expected.state_dict.items())
-    monkeypatch.setattr("rsoups.tensor_files._HELD", 1_000)  # as of ingredients that are too large to be kept
+    monkeypatch.setattr("rsoups.adapters.tensor_files._HELD", 1_000)  # as of ingredients that are too large to be kept
     again = rsoups.interpolate(folders, rows, method=method)[1].state_dict
     assert all(torch.equal(again[key], tensor) for key, tensor in alone[1].state_dict.items())
 
@@ -84,7 +84,7 @@ def test_tensors_may_begin_anywhere_in_the_file(two, rows):
 
 
 def test_an_error_of_the_disk_is_told_wherever_it_comes(two, tmp_path, monkeypatch):
-    monkeypatch.setattr("rsoups.tensor_files._UNSYNCED", 100)
+    monkeypatch.setattr("rsoups.adapters.tensor_files._UNSYNCED", 100)
 
     def failing(descriptor):
         raise OSError(5, "Input/output error")
@@ -159,8 +159,8 @@ def test_numbers_are_those_of_float64_rounded_once_in_blocks_of_any_size(tmp_pat
     row = [0.2, 0.5, 0.3]
     each = [load_file(folder / "adapter_model.safetensors") for folder in folders]
     for block, piece in ((2**15 - 1, 2**20), (70, 100), (7, 1), (33, 400)):
-        monkeypatch.setattr("rsoups.tensor_files._BLOCK", block)
-        monkeypatch.setattr("rsoups.tensor_files._PIECE", piece)
+        monkeypatch.setattr("rsoups.adapters.tensor_files._BLOCK", block)
+        monkeypatch.setattr("rsoups.adapters.tensor_files._PIECE", piece)
         soup = rsoups.interpolate(folders, row, method=method, dtype=dtype)
         soup.save_pretrained(tmp_path / "soup")
         saved = load_file(tmp_path / "soup" / "adapter_model.safetensors")
@@ -193,7 +193,7 @@ def test_making_a_soup_holds_neither_it_nor_an_ingredient(tmp_path):
 import sys, warnings
 sys.path.insert(0, "{Path(__file__).parent}")
 from memory import growth
-import rsoups, rsoups.soup
+import rsoups, rsoups.soups.soup
 warnings.simplefilter("ignore")
 folders = [f"{tmp_path}/{{i}}" for i in range(3)]
 rsoups.interpolate(folders[:1]).save_pretrained("{tmp_path}/soup0")

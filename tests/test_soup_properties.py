@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import rsoups
-from rsoups.adapters import PREFIX
+from rsoups.adapters.layer_names import PREFIX
 
 EPS = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 

@@ -12,8 +12,8 @@ from browser import served
 from test_explorer import NAMES, folder  # noqa: F401 (a fixture)
 
 import rsoups
-from rsoups.cli import main
-from rsoups.sweep_folder import SweepFolder
+from rsoups.cli.main import main
+from rsoups.explorer.sweep_folder import SweepFolder
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def test_it_runs(space, tmp_path):
 
 
 def test_models_on_the_hub_are_named(folder, tmp_path, monkeypatch):  # noqa: F811
-    read = rsoups.space.read_adapter
+    read = rsoups.explorer.space.read_adapter
     monkeypatch.setattr(
-        rsoups.sweep_folder,
+        rsoups.explorer.sweep_folder,
         "read_adapter",
         lambda source: read(folder / f"ppo-{source.rpartition('-')[2].removesuffix('@main')}"),
     )

@@ -10,9 +10,9 @@ from tiny import tiny_adapter
 from transformers import AutoModelForCausalLM
 
 import rsoups
-from rsoups._resources import resolve
-from rsoups.cli import main
-from rsoups.suites import Suite, _regressions, run_suite
+from rsoups.cli.main import main
+from rsoups.common.assets import resolve
+from rsoups.sweeps.suites import Suite, _regressions, run_suite
 
 BASE = "rsoups/tiny-llama"
 

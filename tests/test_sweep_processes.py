@@ -14,8 +14,8 @@ from test_sweeps import run, same
 from tiny import tiny_adapter
 
 from rsoups import OutputError
-from rsoups.records import key_of
-from rsoups.tasks import read_jsonl
+from rsoups.common.files import read_jsonl
+from rsoups.sweeps.records import key_of
 
 TESTS = Path(__file__).parent
 CPU = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}

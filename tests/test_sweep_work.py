@@ -7,8 +7,8 @@ from test_sweeps import run, same
 from tiny import tiny_adapter
 
 import rsoups
-from rsoups import decoding
-from rsoups.tasks import read_jsonl
+from rsoups.common.files import read_jsonl
+from rsoups.generation import decoding
 
 
 @pytest.fixture

@@ -9,10 +9,9 @@ from tiny import tiny_adapter, tiny_llama, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 import rsoups
-from rsoups.checkpoints import only_run_in
-from rsoups.decoding import seed_of, uniforms
-from rsoups.generation import Base
-from rsoups.tasks import read_jsonl
+from rsoups.common.files import only_run_in, read_jsonl
+from rsoups.generation.decoding import seed_of, uniforms
+from rsoups.sweeps.generation import Base
 
 WORDS = [f"w{i}" for i in range(60)]
 PROMPTS = ["w1 w2", "w3 w4 w5 w6", "w7", "w8 w9 w10"]
@@ -130,7 +129,7 @@ def test_responses_are_those_of_generate_on_the_merged_model(two, tmp_path):
 def test_the_same_records_for_any_batches(two, tmp_path, temperature, begin, monkeypatch):
     """One by one, many at once, λ by λ with Δ in the weights: with rows that end early, with an ensemble, and with prompts
     that begin alike, one of them the beginning of another."""
-    monkeypatch.setattr("rsoups.generation._MERGED_TOKENS", 50)
+    monkeypatch.setattr("rsoups.sweeps.places.MERGED_TOKENS", 50)
     merged, merge = [], rsoups.LiveSoup.merged
 
     def spied(self, row, **settings):
@@ -284,7 +283,7 @@ def test_what_cannot_be_live_is_attached(two, tmp_path, monkeypatch):
         settings = {"method": method, "others": {"MORL": two["b"]}}
         run(two, tmp_path / f"live-{method}.jsonl", **settings)
         with monkeypatch.context() as patched:
-            patched.setattr("rsoups.generation.LiveSoup.__init__", refuse)
+            patched.setattr("rsoups.sweeps.generation.LiveSoup.__init__", refuse)
             run(two, tmp_path / f"attached-{method}.jsonl", **settings)
         assert same(read_jsonl(tmp_path / f"live-{method}.jsonl"), read_jsonl(tmp_path / f"attached-{method}.jsonl"))
 

@@ -8,20 +8,11 @@ import pytest
 from datasets import Dataset
 
 from rsoups import DatasetError
-from rsoups._resources import load_rows, resolve, train_and_held_out
-from rsoups.tasks import (
-    TASKS,
-    columns_of,
-    custom_task,
-    find_task,
-    first_sentence,
-    fit_prompts,
-    format_prompt,
-    pair_of,
-    question_of,
-    read_jsonl,
-    response_start,
-)
+from rsoups.common.assets import resolve
+from rsoups.common.files import read_jsonl
+from rsoups.data.datasets import load_rows, train_and_held_out
+from rsoups.data.prompts import first_sentence, fit_prompts, format_prompt, pair_of, question_of, response_start
+from rsoups.data.tasks import TASKS, columns_of, custom_task, find_task
 
 
 def test_prompts_are_the_papers():
@@ -212,8 +203,9 @@ def test_every_process_makes_the_same_prompts(tmp_path):
     rows = [{"chosen": f"Human: Why is it so, {i % 9}?\n\nAssistant: because of {i} things in it."} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code = f"""
-from rsoups._resources import load_rows
-from rsoups.tasks import TASKS, with_prefixes
+from rsoups.data.datasets import load_rows
+from rsoups.data.tasks import TASKS
+from rsoups.data.prompts import with_prefixes
 rows = load_rows(TASKS["assistant"], {str(tmp_path / "rows.jsonl")!r}, "train")
 print(rows, with_prefixes(rows, str.split, " ".join, 2, 4, seed=3))
 """

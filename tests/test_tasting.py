@@ -9,10 +9,11 @@ import torch
 from tiny import tiny_adapter, tiny_llama, tiny_tokenizer
 
 import rsoups
-from rsoups.streaming import stream
-from rsoups.sweep_folder import Frame, SweepFolder
-from rsoups.tasks import format_prompt, read_jsonl
-from rsoups.tasting import Settings, Tasting, rescaled
+from rsoups.common.files import read_jsonl
+from rsoups.data.prompts import format_prompt
+from rsoups.explorer.streaming import stream
+from rsoups.explorer.sweep_folder import Frame, SweepFolder
+from rsoups.explorer.tasting import Settings, Tasting, rescaled
 
 WORDS = [f"w{i}" for i in range(60)]
 ROWS = [[1, 0], [0.3, 0.7], [0, 1]]
@@ -136,7 +137,7 @@ def test_sampling_draws_from_the_models_distribution(tasting):
     ids = live.tokenizer("w1 w2", return_tensors="pt")["input_ids"]
     with live.at([0.3, 0.7]), torch.inference_mode():
         expected = torch.softmax(live.model(ids).logits[0, -1] / 1.5, dim=-1)
-    from rsoups.streaming import _SameLuck
+    from rsoups.explorer.streaming import _SameLuck
 
     scores = (expected.log() * 1.5).expand(1, -1)
     drawn = [int(_SameLuck(1.5, seed)(ids, scores).argmax()) for seed in range(3_000)]

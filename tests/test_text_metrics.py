@@ -12,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import rsoups
 from rsoups import load_reward
-from rsoups.text_metrics import words
+from rsoups.rewards.text_metrics import words
 
 SAID = [
     "a dog runs in the park.",

@@ -8,9 +8,9 @@ from test_sweeps import PROMPTS, run
 from tiny import tiny_adapter
 
 import rsoups
-from rsoups.adapters import read_adapter
-from rsoups.lineage import write_manifest
-from rsoups.training_data import chat_template_of, check_trained, manifests_of, prompt_marks
+from rsoups.adapters.adapter import read_adapter
+from rsoups.adapters.lineage import write_manifest
+from rsoups.data.training_data import chat_template_of, check_trained, manifests_of, prompt_marks
 
 CHAT = [[{"role": "user", "content": f"w{i}"}] for i in range(3)]
 
@@ -52,7 +52,7 @@ def test_ancestors_count_and_the_manifest_of_other_weights_does_not(tmp_path):
 
 
 def test_of_very_many_prompts_an_even_share_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("rsoups.training_data._MOST", 100)
+    monkeypatch.setattr("rsoups.data.training_data._MOST", 100)
     prompts = [f"prompt {i}" for i in range(1000)]
     folder = trained(tmp_path / "a", prompts)
     assert prompt_marks(prompts)["one_in"] == 10 and 50 < counts(folder, prompts)["it"] < 200

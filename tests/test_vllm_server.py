@@ -12,8 +12,8 @@ from test_sweeps import GRID, PROMPTS, REWARDS, run
 from tiny import tiny_adapter, tiny_llama, tiny_tokenizer
 
 import rsoups
-from rsoups.decoding import seed_of
-from rsoups.tasks import read_jsonl
+from rsoups.common.files import read_jsonl
+from rsoups.generation.decoding import seed_of
 
 TOKENIZER = tiny_tokenizer([f"w{i}" for i in range(60)])
 
@@ -66,7 +66,7 @@ class StandIn(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr("rsoups.vllm_server.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("rsoups.sweeps.vllm_server.time.sleep", lambda seconds: None)
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     server.loaded, server.asked, server.refuses, server.lock = {}, [], False, threading.Lock()
     thread = threading.Thread(target=server.serve_forever)

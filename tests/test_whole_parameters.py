@@ -8,8 +8,9 @@ from tiny import assert_is_sum, tiny_adapter, tiny_llama
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rsoups
-from rsoups.adapters import PREFIX, read_adapter
-from rsoups.inspection import inspect_adapters
+from rsoups.adapters.adapter import read_adapter
+from rsoups.adapters.layer_names import PREFIX
+from rsoups.soups.inspect import inspect_adapters
 
 IDS = torch.tensor([[1, 5, 9, 30, 7]])
 HEAD = f"{PREFIX}lm_head.weight"

@@ -23,7 +23,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from rsoups.tasks import TASKS, read_jsonl
+from rsoups.common.files import read_jsonl
+from rsoups.data.tasks import TASKS
 
 COPYING_VARIANTS = 12
 VARIANTS, EXCHANGED = 8, 6
