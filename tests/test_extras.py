@@ -3,14 +3,12 @@
 import importlib.util
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
-from test_front import records
+from front_records import records
+from places import RECIPES
 
 import rsoups
-
-RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @pytest.fixture

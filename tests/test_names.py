@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_front import records
+from front_records import records
 from tiny import tiny_adapter
 
 import rsoups

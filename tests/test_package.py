@@ -8,10 +8,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import rsoups
 
-ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "rsoups").rglob("*.py"))
 
 # DESIGN: imports point one way. A room imports only from itself and from rooms in earlier rows.
