@@ -188,7 +188,7 @@ def plot(results: dict, runs: int, reward: str, path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     marks = {"uniform soup": ("#0072B2", "D"), "greedy soup": ("#009E73", "^"), "ensemble": ("#D55E00", "s")}
-    for at, (found, colour) in enumerate(zip(results.values(), ("#0072B2", "#D55E00"), strict=False)):
+    for at, (found, color) in enumerate(zip(results.values(), ("#0072B2", "#D55E00"), strict=False)):
         rewards = found["reward"]
         single = [value for name, (value, _, _) in rewards.items() if name.startswith("run-")]
         left.plot([at - 0.2] * runs, single, "o", color="#777777", label="single runs")
@@ -199,7 +199,7 @@ def plot(results: dict, runs: int, reward: str, path: Path) -> None:
         gains = np.array([pair["gain"] for pair in found["pairs"]])
         kl = [pair["diversity"] for pair in found["pairs"]]
         bars = [gains[:, 0] - gains[:, 1], gains[:, 2] - gains[:, 0]]
-        right.errorbar(kl, gains[:, 0], yerr=bars, fmt="o", color=colour, ecolor=colour + "55", label=list(results)[at])
+        right.errorbar(kl, gains[:, 0], yerr=bars, fmt="o", color=color, ecolor=color + "55", label=list(results)[at])
     left.set_xticks(range(len(results)), results)
     left.set_ylabel(f"{reward}  (mean reward)")
     left.set_title("bars: 95% bootstrap over prompts", fontsize=9, color="#777777", loc="left")

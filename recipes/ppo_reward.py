@@ -88,7 +88,7 @@ class ScriptArguments:
     )
     template: str | None = field(
         default=None,
-        metadata={"help": "Of a custom task's prompts, such as 'Summarise: {article}'; its column prompt if unset."},
+        metadata={"help": "Of a custom task's prompts, such as 'Summarize: {article}'; its column prompt if unset."},
     )
     dataset: str | None = field(
         default=None,
@@ -322,7 +322,7 @@ def summary(trainer: GRPOTrainer) -> dict[str, Any]:
 def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig) -> None:
     clear_folder(script, training)
     if model.load_in_8bit or model.load_in_4bit:
-        need("bitsandbytes", "quantised")
+        need("bitsandbytes", "quantized")
     # The adapter is pushed whole and alone, in the end; its repository is asked for now, since a token may be no good.
     hub, training.push_to_hub = training.push_to_hub and training.process_index == 0, False
     options = {"private": training.hub_private_repo, "token": training.hub_token}

@@ -149,7 +149,7 @@ def copying_rows(rows: list[dict], rng: random.Random) -> list[dict]:
 
 def sft_rows(rows: list[dict], rng: random.Random) -> list[dict]:
     """Each human sentence `VARIANTS` times: asked for by the data's concepts (once or twice), by some or all of its own
-    content words, and `EXCHANGED` times with a word or two exchanged for others that stand between the same neighbours
+    content words, and `EXCHANGED` times with a word or two exchanged for others that stand between the same neighbors
     elsewhere."""
     lemmas = Counter(concept for row in rows for concept in row["concepts"])
     exchange = Exchange([tidy_sentence(s) for row in rows for s in row["sentences"]])

@@ -30,7 +30,7 @@ _REFUSED = {
     "layer_replication": "layer replication changes the shape of the base",
     "megatron_config": "Megatron's parallel layers are not supported",
 }
-# Initialisations that subtract the adapter's start from the base: B·A is then not the change from the published base.
+# Initializations that subtract the adapter's start from the base: B·A is then not the change from the published base.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal", "mica")
 
 

@@ -32,7 +32,7 @@ def load_base(name: str, **options: Any) -> Any:
 
     options = {"trust_remote_code": False, **options}
     if getattr(options.get("quantization_config"), "quant_method", None) == "bitsandbytes":
-        need("bitsandbytes", "quantised")
+        need("bitsandbytes", "quantized")
     with _base_of(name, options.get("revision")):
         return from_safetensors(AutoModelForCausalLM.from_pretrained, resolve(name), **options)
 

@@ -27,7 +27,7 @@ def add_fronts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--reference",
         nargs="+",
         metavar="REWARD=VALUE",
-        help="where hypervolume is counted from, for each reward (all maximised)",
+        help="where hypervolume is counted from, for each reward (all maximized)",
     )
     report.add_argument(
         "--other",
@@ -42,7 +42,7 @@ def add_fronts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     select.add_argument("records", type=Path, help="records.jsonl of a sweep, or points in a .csv")
     select.add_argument("--preference", nargs="+", metavar="REWARD=WEIGHT", help="the largest weighted sum")
     select.add_argument(
-        "--maximise", metavar="REWARD", help="the most of one reward, with --subject_to limits of others"
+        "--maximize", metavar="REWARD", help="the most of one reward, with --subject_to limits of others"
     )
     select.add_argument("--subject_to", nargs="+", metavar="'REWARD >= 0.2'", help="limits of rewards, each in quotes")
     select.add_argument("--knee", action="store_true", help="where the front bends")
@@ -94,7 +94,7 @@ def _select(args: argparse.Namespace) -> None:
     front = _front(args.records)
     choice = front.select(
         _figures(args.preference) if args.preference else None,
-        maximise=args.maximise,
+        maximize=args.maximize,
         subject_to=dict(_limit(text) for text in args.subject_to) if args.subject_to else None,
         knee=args.knee,
         votes=args.votes,
@@ -102,7 +102,7 @@ def _select(args: argparse.Namespace) -> None:
     )
     for note in front.notes:
         print(note)
-    print(f"{choice}  (all rewards maximised)")
+    print(f"{choice}  (all rewards maximized)")
     if choice.behind:
         print(_better(front))
     if choice.point.lambdas:

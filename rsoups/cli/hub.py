@@ -25,7 +25,7 @@ def add_commands(commands: Any) -> None:
     push.add_argument("repo_id", help="user/name")
     push.add_argument("--front", type=Path, help="records.jsonl of the sweep that the soup was chosen from")
     push.add_argument("--require", type=Path, help="a test suite (YAML) that the soup must pass first")
-    push.add_argument("--licence", help="of what is published, by the Hub's name; see the card if left out")
+    push.add_argument("--license", help="of what is published, by the Hub's name; see the card if left out")
     push.add_argument("--base", help="name of the base on the Hub, in place of a folder of this disk")
     push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     push.add_argument("--commit-message", help="λ if left out")
@@ -87,7 +87,7 @@ def _push(args: argparse.Namespace) -> None:
     from rsoups.hub.push import push, push_adapter, read_soup
 
     options = {
-        "licence": args.licence,
+        "license": args.license,
         "base": args.base,
         "private": args.private,
         "commit_message": args.commit_message,

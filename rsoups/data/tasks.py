@@ -123,7 +123,7 @@ def custom_task(dataset: str, template: str | None = None) -> Task:
 
     Args:
         dataset: Hub id, folder or file.
-        template: Such as ``"Summarise in one sentence: {article}"``; the ``prompt`` column as it is by default: a text, or
+        template: Such as ``"Summarize in one sentence: {article}"``; the ``prompt`` column as it is by default: a text, or
             messages ``[{"role", "content"}, ...]`` for a model with a chat template. References are taken from a column
             ``references`` (texts), ``reference`` or ``response``, where there is one.
 
@@ -182,7 +182,7 @@ def _concepts_references(row: dict[str, Any]) -> list[str]:
     return [sentences] if isinstance(sentences, str) else list(sentences)
 
 
-_SUMMARISE = "Generate a one-sentence summary of this post."
+_SUMMARIZE = "Generate a one-sentence summary of this post."
 
 
 def _between(text: Any, least: int, most: float) -> bool:
@@ -196,12 +196,12 @@ def _news_article(row: dict[str, Any]) -> str:
 
 
 def _news_prompt(row: dict[str, Any]) -> str | None:
-    return format_prompt(_SUMMARISE, _news_article(row)) if _between(row["text"], 100, 1500) else None
+    return format_prompt(_SUMMARIZE, _news_article(row)) if _between(row["text"], 100, 1500) else None
 
 
 def _reddit_prompt(row: dict[str, Any]) -> str | None:
     post = row["info"].get("post")  # None for the dataset's news part
-    return format_prompt(_SUMMARISE, post) if _between(post, 100, 1200) else None
+    return format_prompt(_SUMMARIZE, post) if _between(post, 100, 1200) else None
 
 
 def _stack_prompt(row: dict[str, Any]) -> str | None:

@@ -179,7 +179,7 @@ def _mark(axes: Axes, x: Estimate, y: Estimate, look: Look, told: str, number: i
     if number is not None:
         kind = f'role="button" data-at="{number}" tabindex="-1" aria-pressed="{str(chosen).lower()}"'
     return (
-        f'<g class="mark {look.colour}" {kind} aria-label="{escape(told)}"><title>{escape(told)}</title>{axes.bars(x, y)}'
+        f'<g class="mark {look.color}" {kind} aria-label="{escape(told)}"><title>{escape(told)}</title>{axes.bars(x, y)}'
         f'<g transform="translate({axes.x(x.value)},{axes.y(y.value)})"><circle class="reach" r="13"/>'
         f'<path class="dot" d="{SHAPES[look.shape]}"/></g></g>'
     )

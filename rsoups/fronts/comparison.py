@@ -1,7 +1,7 @@
 """One set of points against another: hypervolume, IGD+, coverage, attainment, each with its interval.
 
 A stack is an array of shape (1 + draws, points, rewards): the means as observed, then in each bootstrap draw over prompts,
-the same draws in both stacks, so that differences are paired. All rewards are maximised.
+the same draws in both stacks, so that differences are paired. All rewards are maximized.
 
 Three things make a set of points look better than it is: more points, points that were chosen for the figures they are told by,
 and a price that is left out. So as many soups are compared as there are runs on several rewards at once (MORL); a point is
@@ -296,7 +296,7 @@ def distance(points: Stack, to: Stack) -> Estimate:
     """IGD+ of points to the Pareto set of others, in units of the rewards."""
     from moocore import igd_plus
 
-    found = Estimate.basic(_over_draws(lambda a, b: float(igd_plus(a, ref=pareto_of(b), maximise=True)), points, to))
+    found = Estimate.basic(_over_draws(lambda a, b: float(igd_plus(a, ref=pareto_of(b), maximize=True)), points, to))
     return Estimate(found.value, *(None if end is None else max(0.0, end) for end in (found.low, found.high)))
 
 
@@ -304,7 +304,7 @@ def pareto_of(means: NDArray[np.float64]) -> NDArray[np.float64]:
     """The points, shape (points, rewards), that no other beats."""
     from moocore import is_nondominated
 
-    return means[is_nondominated(means, maximise=True)]
+    return means[is_nondominated(means, maximize=True)]
 
 
 def attainment_surfaces(
@@ -327,7 +327,7 @@ def attainment_surfaces(
     number = np.repeat(np.arange(len(sets)), [len(points) for points in sets])
     found = {}
     for level in levels:
-        # moocore minimises here; the surface of p% is what at least p% of the sets attain.
+        # moocore minimizes here; the surface of p% is what at least p% of the sets attain.
         corners = -eaf(-np.concatenate(list(sets)), number, percentiles=[100 * level])[:, :rewards]
         found[level] = corners[np.argsort(corners[:, 0])]
     return found

@@ -1,6 +1,6 @@
 """Figures with intervals: the paired bootstrap over prompts, hypervolumes with their reference, distinct-n.
 
-Arrays only; nothing here knows records or fronts. All rewards are maximised.
+Arrays only; nothing here knows records or fronts. All rewards are maximized.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Volume(Estimate):
     """A hypervolume, which is nothing without its reference. Its interval is `Estimate.basic`.
 
     Attributes:
-        reference: The value of each reward that volume is counted from. All rewards are maximised.
+        reference: The value of each reward that volume is counted from. All rewards are maximized.
         error: One standard error of `value` where it is approximated (above 5 rewards), else 0.
     """
 
@@ -79,7 +79,7 @@ class Volume(Estimate):
     def __str__(self) -> str:
         at = ", ".join(f"{name} {value:g}" for name, value in self.reference.items())
         about = f" (approximated, standard error {self.error:.2g})" if self.error else ""
-        return f"{super().__str__()}{about} above the reference {at} (every reward maximised)"
+        return f"{super().__str__()}{about} above the reference {at} (every reward maximized)"
 
 
 def resampling(n: int, seed: int) -> NDArray[np.float64] | None:
@@ -125,7 +125,7 @@ def checked_reference(reference: Mapping[str, float], rewards: Sequence[str]) ->
     """
     if set(reference) != set(rewards) or not all(math.isfinite(value) for value in reference.values()):
         raise FrontError(
-            f"hypervolume needs a finite reference for each of {list(rewards)} (all maximised), got {dict(reference)}"
+            f"hypervolume needs a finite reference for each of {list(rewards)} (all maximized), got {dict(reference)}"
         )
     return [float(reference[reward]) for reward in rewards]
 
@@ -140,9 +140,9 @@ def hypervolumes(draws: NDArray[np.float64], at: Sequence[float]) -> NDArray[np.
     if draws.shape[-1] == 2:
         return _areas(draws, at)
     if draws.shape[-1] <= _EXACT_REWARDS:
-        return np.array([hypervolume(points, ref=at, maximise=True) for points in draws])
+        return np.array([hypervolume(points, ref=at, maximize=True) for points in draws])
     return np.array(
-        [hv_approx(p, ref=at, maximise=True, nsamples=4_096, seed=0, method="DZ2019-MC") for p in draws[:501]]
+        [hv_approx(p, ref=at, maximize=True, nsamples=4_096, seed=0, method="DZ2019-MC") for p in draws[:501]]
     )
 
 
@@ -162,7 +162,7 @@ def hypervolume_and_error(points: NDArray[np.float64], at: Sequence[float]) -> t
     if points.shape[-1] <= _EXACT_REWARDS:
         return float(hypervolumes(points[None], at)[0]), 0.0
     rounds = [
-        hv_approx(points, ref=at, maximise=True, nsamples=32_768, seed=seed, method="DZ2019-MC")
+        hv_approx(points, ref=at, maximize=True, nsamples=32_768, seed=seed, method="DZ2019-MC")
         for seed in range(_ROUNDS)
     ]
     return float(np.mean(rounds)), float(np.std(rounds, ddof=1) / math.sqrt(_ROUNDS))

@@ -1,6 +1,6 @@
 """Records to a front: means with paired bootstrap intervals, Pareto set, hypervolume, mode connectivity, the choice of λ.
 
-Everything here is a pure function of records. All rewards are maximised: a card's ``sign`` turns those that are not.
+Everything here is a pure function of records. All rewards are maximized: a card's ``sign`` turns those that are not.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _check_scored(groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 class Front:
-    """Models compared on the same prompts by the same rewards, all of which are maximised.
+    """Models compared on the same prompts by the same rewards, all of which are maximized.
 
     Attributes:
         points: In the order of the records.
@@ -253,7 +253,7 @@ class Front:
         """The points that no other point equals or beats in every reward and beats in one."""
         from moocore import is_nondominated
 
-        kept = is_nondominated(self._stack(self.points)[0], maximise=True, keep_weakly=True)
+        kept = is_nondominated(self._stack(self.points)[0], maximize=True, keep_weakly=True)
         return [point for point, keep in zip(self.points, kept, strict=True) if keep]
 
     def pareto_shares(self) -> list[float] | None:
@@ -263,7 +263,7 @@ class Front:
         if self.shares is None:
             return None
         draws = self._stack(self.points)[1:]
-        kept = [is_nondominated(draw, maximise=True, keep_weakly=True) for draw in draws]
+        kept = [is_nondominated(draw, maximize=True, keep_weakly=True) for draw in draws]
         return np.mean(kept, axis=0).tolist()
 
     def hypervolume(self, reference: Mapping[str, float], points: Sequence[Point] | None = None) -> Volume:
@@ -387,7 +387,7 @@ class Front:
         self,
         preference: Mapping[str, float] | None = None,
         *,
-        maximise: str | None = None,
+        maximize: str | None = None,
         subject_to: Mapping[str, str] | None = None,
         knee: bool = False,
         votes: str | Path | Sequence[Mapping[str, Any]] | VotedUtility | None = None,
@@ -400,7 +400,7 @@ class Front:
         Args:
             preference: Weights μ by reward: the largest Σ μi·Ri, of the rewards as they are (recipes/calibrate.py makes
                 unlike scales comparable).
-            maximise: A reward: the largest one ...
+            maximize: A reward: the largest one ...
             subject_to: ... where others keep limits, ``{"harmless": ">= 0.2"}``.
             knee: The Pareto point farthest above the plane through the front's ends: where giving more of one reward
                 begins to cost more of another.
@@ -413,10 +413,10 @@ class Front:
                 value is told), or no point above the base in every reward (the nearest is told).
             VotesError: As `fit_votes`.
         """
-        rules = [preference is not None and not above_base, maximise is not None, knee, votes is not None, above_base]
-        if sum(rules) != 1 or (subject_to and maximise is None):
+        rules = [preference is not None and not above_base, maximize is not None, knee, votes is not None, above_base]
+        if sum(rules) != 1 or (subject_to and maximize is None):
             raise FrontError(
-                "choose by one rule: preference, maximise (with subject_to, if you like), knee, votes or above_base "
+                "choose by one rule: preference, maximize (with subject_to, if you like), knee, votes or above_base "
                 "(with a preference, if you like)"
             )
         if votes is not None:
@@ -425,7 +425,7 @@ class Front:
             return self._above_base(preference or dict.fromkeys(self.rewards, 1.0))
         among = self._front
         means = self._stack(among)
-        rule, words = self._rule(preference, maximise, subject_to or {})
+        rule, words = self._rule(preference, maximize, subject_to or {})
         if isinstance(rule, Constrained):
             rule.refuse(means[0], [point.label for point in among])
         chosen = int(rule(means[0]))
@@ -433,14 +433,14 @@ class Front:
         return self._choice(among[chosen], words, share)
 
     def _rule(
-        self, preference: Mapping[str, float] | None, maximise: str | None, subject_to: Mapping[str, str]
+        self, preference: Mapping[str, float] | None, maximize: str | None, subject_to: Mapping[str, str]
     ) -> tuple[Rule, str]:
         if preference is not None:
             weights = ", ".join(f"{name} {weight:g}" for name, weight in preference.items())
             return by_preference(preference, self.rewards), f"preference {weights}"
-        if maximise is not None:
+        if maximize is not None:
             limits = "".join(f", {name} {limit}" for name, limit in subject_to.items())
-            return Constrained(maximise, subject_to, self.rewards), f"largest {maximise}{limits}"
+            return Constrained(maximize, subject_to, self.rewards), f"largest {maximize}{limits}"
         return knee, "knee of the front"
 
     def _voted(self, votes: str | Path | Sequence[Mapping[str, Any]] | VotedUtility) -> Choice:

@@ -92,9 +92,9 @@ def edges(ingredients: int, points: int = 11) -> list[list[float]]:
 
 
 def largest_gap(lambdas: Sequence[Sequence[float]], rewards: NDArray[np.float64]) -> list[float] | None:
-    """The λ that a front wants next: the middle of the two neighbours whose rewards are farthest apart.
+    """The λ that a front wants next: the middle of the two neighbors whose rewards are farthest apart.
 
-    Neighbours are points with no other one inside the ball between them (Gabriel's graph: of two ingredients, the next
+    Neighbors are points with no other one inside the ball between them (Gabriel's graph: of two ingredients, the next
     ones in order). Each reward counts in units of its deviation over the points.
 
     Args:
@@ -102,7 +102,7 @@ def largest_gap(lambdas: Sequence[Sequence[float]], rewards: NDArray[np.float64]
         rewards: (K, rewards), the mean of each reward at each λ.
 
     Returns:
-        N weights; None where neighbours are too near to each other, or there is one point only.
+        N weights; None where neighbors are too near to each other, or there is one point only.
     """
     at = np.asarray(lambdas, dtype=np.float64)
     deviation = rewards.std(axis=0)

@@ -1,7 +1,7 @@
 """Rules that choose a point of a front, and how sure the choice is: the share of bootstrap draws that make the same one.
 
 Arrays of means, shape (..., points, rewards), to the index of the chosen point, shape (...); -1 where none will do.
-All rewards are maximised.
+All rewards are maximized.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Constrained:
         FrontError: A name that is no reward, or a limit that is not like ``">= 0.2"``.
     """
 
-    def __init__(self, maximise: str, subject_to: Mapping[str, str], rewards: Sequence[str]):
-        _known([maximise, *subject_to], rewards)
-        self._column = list(rewards).index(maximise)
+    def __init__(self, maximize: str, subject_to: Mapping[str, str], rewards: Sequence[str]):
+        _known([maximize, *subject_to], rewards)
+        self._column = list(rewards).index(maximize)
         self._limits = {reward: _limit(reward, text) for reward, text in subject_to.items()}
         self._rewards = list(rewards)
 
@@ -105,7 +105,7 @@ def knee(means: NDArray[np.float64]) -> NDArray[np.int64]:
 
     if means.ndim > 2:
         return np.array([knee(draw) for draw in means])
-    kept = np.flatnonzero(is_nondominated(means, maximise=True, keep_weakly=True))
+    kept = np.flatnonzero(is_nondominated(means, maximize=True, keep_weakly=True))
     on_front = means[kept]
     width = np.ptp(on_front, axis=0)
     if not width.any():  # one point, or copies of it

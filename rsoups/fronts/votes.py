@@ -99,7 +99,7 @@ class VotedUtility:
         self.ingredients, self.votes, self._seed = ingredients, len(votes), seed
         self._grid = _simplex(len(ingredients))
         self._features = _features(self._grid)
-        self._centre = self._features(self._grid).mean(axis=0)
+        self._center = self._features(self._grid).mean(axis=0)
         sides = [[self._weights(vote[side]["lambdas"]) for vote in votes] for side in "ab"]
         first, second = (self._features(np.array(rows).reshape(-1, len(ingredients))) for rows in sides)
         outcomes = np.array([_OUTCOME[vote["choice"]] for vote in votes])
@@ -168,7 +168,7 @@ class VotedUtility:
         return [float(lambdas[name]) for name in self.ingredients]
 
     def _at(self, lambdas: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
-        return self._features(np.array([self._weights(row) for row in lambdas])) - self._centre
+        return self._features(np.array([self._weights(row) for row in lambdas])) - self._center
 
     def _draws(self, lambdas: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
         """Draws from the posterior of u: shape (draws, K)."""

@@ -120,7 +120,7 @@ def soup_card(
     soup: Soup,
     repo_id: str,
     evaluation: Evaluation | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     place: str | None = None,
 ) -> str:
     """The card of one soup.
@@ -129,11 +129,11 @@ def soup_card(
         soup: The soup, as it is published.
         repo_id: ``user/name``.
         evaluation: Its front, if there is one.
-        licence: As `rsoups.hub.push.push`.
-        place: Where the base is read, for its licence; where its config says by default.
+        license: As `rsoups.hub.push.push`.
+        place: Where the base is read, for its license; where its config says by default.
     """
     base = short_name(soup.config.base_model_name_or_path) or ""
-    known, about = license_of(place or soup.config.base_model_name_or_path or "", _parents(soup), licence)
+    known, about = license_of(place or soup.config.base_model_name_or_path or "", _parents(soup), license)
     name = repo_id.rsplit("/", 1)[-1]
     body = f"""# {name}
 
@@ -162,13 +162,13 @@ def front_card(
     folders: Mapping[str, Soup],
     repo_id: str,
     evaluation: Evaluation | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     place: str | None = None,
 ) -> str:
     """The card of a repository that holds one soup in each of its folders. Arguments as those of `soup_card`."""
     (folder, first), *_ = folders.items()
     base = short_name(first.config.base_model_name_or_path) or ""
-    known, about = license_of(place or first.config.base_model_name_or_path or "", _parents(first), licence)
+    known, about = license_of(place or first.config.base_model_name_or_path or "", _parents(first), license)
     name = repo_id.rsplit("/", 1)[-1]
     rows = "\n".join(f"| [{key}](./{key}) | {' | '.join(f'{x:g}' for x in s.lambdas)} |" for key, s in folders.items())
     names = [ingredient.name for ingredient in first.ingredients]
@@ -192,13 +192,13 @@ Base: {_linked(base, first.config.revision)}.
 
 
 def adapter_card(
-    config: LoraConfig, manifest: Manifest, repo_id: str, licence: str | None = None, place: str | None = None
+    config: LoraConfig, manifest: Manifest, repo_id: str, license: str | None = None, place: str | None = None
 ) -> str:
     """The card of a trained adapter: reward and what it reads, KL, data, how to train it again. Arguments as `soup_card`."""
     manifest = scrubbed(manifest)
     base = short_name(config.base_model_name_or_path) or ""
     parents = [(parent["source"].partition("@")[0], parent["revision"]) for parent in manifest.get("parents", [])]
-    known, about = license_of(place or config.base_model_name_or_path or "", parents, licence)
+    known, about = license_of(place or config.base_model_name_or_path or "", parents, license)
     name, kind = repo_id.rsplit("/", 1)[-1], str(manifest.get("kind", "adapter")).upper()
     rewards = [str(reward.get("name")) for reward in manifest.get("rewards") or ()]
     settings = sorted((manifest.get("config") or {}).items())
@@ -271,7 +271,7 @@ def _card(
     config: LoraConfig,
     manifest: Manifest,
     evaluation: Evaluation | None,
-    licence: str | None,
+    license: str | None,
     body: str,
     merged: bool = True,
 ) -> str:
@@ -281,7 +281,7 @@ def _card(
         base_model=base if on_hub(base) else None,
         base_model_relation="adapter" if on_hub(base) else None,
         library_name="peft",
-        license=licence,
+        license=license,
         tags=["rewarded-soups", "lora", "rlhf", *(["merge"] if merged else [])],
         datasets=_datasets(manifest) or None,
         pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
@@ -362,7 +362,7 @@ def _reproduction(soup: Soup) -> str:
     return "## Reproduce\n\n```\n" + "\n".join(lines) + "\n```\n"
 
 
-def _limits(soup: Soup, evaluation: Evaluation | None, about_licence: str) -> str:
+def _limits(soup: Soup, evaluation: Evaluation | None, about_license: str) -> str:
     told = ["Rewards are models: what they like is not always good, and a policy learns their faults."]
     told.append("No safety evaluation was made." if evaluation else "It was not evaluated here.")
     if soup.svd_error is not None:
@@ -375,10 +375,10 @@ def _limits(soup: Soup, evaluation: Evaluation | None, about_licence: str) -> st
         told.append("Its ingredients name different bases, which was allowed on purpose.")
     if any(i.revision is None for i in soup.ingredients):
         told.append("Ingredients without a revision were folders: whoever wants to make it again needs them.")
-    return f"## Limits\n\n{' '.join([*told, about_licence]).strip()}\n"
+    return f"## Limits\n\n{' '.join([*told, about_license]).strip()}\n"
 
 
-# --- licences --------------------------------------------------------------------------------------------------------
+# --- licenses --------------------------------------------------------------------------------------------------------
 
 
 def _parents(soup: Soup) -> list[tuple[str, str | None]]:

@@ -21,30 +21,30 @@ def on_hub(name: str) -> bool:
 
 
 def license_of(base: str, parents: Sequence[tuple[str, str | None]], given: str | None) -> tuple[str | None, str]:
-    """The licence for the metadata, None where it would be a guess, and a sentence about it."""
+    """The license for the metadata, None where it would be a guess, and a sentence about it."""
     if given is not None:
         return given, ""
     sources = [(base, None), *parents]
     return strictest({Path(source).name or "the base": _stated(source, revision) for source, revision in sources})
 
 
-def strictest(licences: Mapping[str, str | None]) -> tuple[str | None, str]:
-    """The licence that asks for the most, where that is clear: all are known, and at most one of them is not permissive.
+def strictest(licenses: Mapping[str, str | None]) -> tuple[str | None, str]:
+    """The license that asks for the most, where that is clear: all are known, and at most one of them is not permissive.
 
     Args:
-        licences: By what they are of; None where unknown.
+        licenses: By what they are of; None where unknown.
 
     Returns:
-        The licence or None, and a sentence that says why there is none.
+        The license or None, and a sentence that says why there is none.
     """
-    unknown = sorted(name for name, licence in licences.items() if licence is None)
+    unknown = sorted(name for name, license in licenses.items() if license is None)
     if unknown:
-        return None, f"No licence is stated here, since none is known of {', '.join(unknown)}."
-    found = {str(licence).lower() for licence in licences.values()}
+        return None, f"No license is stated here, since none is known of {', '.join(unknown)}."
+    found = {str(license).lower() for license in licenses.values()}
     others = found - _PERMISSIVE.keys()
     if len(others) > 1:
-        told = ", ".join(f"{name}: {licence}" for name, licence in licences.items())
-        return None, f"No licence is stated here, since several sets of terms apply ({told})."
+        told = ", ".join(f"{name}: {license}" for name, license in licenses.items())
+        return None, f"No license is stated here, since several sets of terms apply ({told})."
     return (others.pop() if others else max(sorted(found), key=lambda name: _PERMISSIVE[name])), ""
 
 

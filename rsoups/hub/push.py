@@ -43,7 +43,7 @@ def push(
     *,
     front: Front | str | Path | None = None,
     private: bool | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     base: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
@@ -57,7 +57,7 @@ def push(
         repo_id: ``user/name``; made if it is not there.
         front: With the soup among its points, or the records.jsonl it is made of (beside which the sweep's settings are).
         private: Of a new repository.
-        licence: Of the soup, by the Hub's name. By default the strictest of the base's and the ingredients', where all of them
+        license: Of the soup, by the Hub's name. By default the strictest of the base's and the ingredients', where all of them
             are known and one of them is the strictest; else the card has none and says why.
         base: Name of the base on the Hub, in place of a folder of this disk. No path of a disk is published.
         commit_message: The λ by default.
@@ -78,7 +78,7 @@ def push(
     def write(folder: Path) -> None:
         told.save_pretrained(folder)
         _write_front(folder, evaluation)
-        (folder / CARD_FILE).write_text(soup_card(told, repo_id, evaluation, licence, place), encoding="utf-8")
+        (folder / CARD_FILE).write_text(soup_card(told, repo_id, evaluation, license, place), encoding="utf-8")
 
     message = commit_message or f"Soup: {soup.mix}"
     return publish(repo_id, write, SOUP_FILE, private, message, create_pr, dry_run, token)
@@ -90,7 +90,7 @@ def push_front(
     front: Front | str | Path | None = None,
     *,
     private: bool | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     base: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
@@ -104,7 +104,7 @@ def push_front(
 
     Args:
         soups: At least one; all of the same ingredients, by name and hash, each at its own λ.
-        repo_id, front, private, licence, base, commit_message, create_pr, dry_run, token: As `push`.
+        repo_id, front, private, license, base, commit_message, create_pr, dry_run, token: As `push`.
 
     Raises:
         HubError: As `push`; or soups that do not make one front.
@@ -122,7 +122,7 @@ def push_front(
         for name, soup in told.items():
             soup.save_pretrained(folder / name)
         _write_front(folder, evaluation)
-        (folder / CARD_FILE).write_text(front_card(told, repo_id, evaluation, licence, place), encoding="utf-8")
+        (folder / CARD_FILE).write_text(front_card(told, repo_id, evaluation, license, place), encoding="utf-8")
 
     message = commit_message or f"Front of {len(soups)} soups"
     return publish(repo_id, write, f"{next(iter(folders))}/{SOUP_FILE}", private, message, create_pr, dry_run, token)
@@ -133,7 +133,7 @@ def push_adapter(
     repo_id: str,
     *,
     private: bool | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     base: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
@@ -144,7 +144,7 @@ def push_adapter(
 
     Args:
         source: The run's folder.
-        repo_id, private, licence, base, commit_message, create_pr, dry_run, token: As `push`.
+        repo_id, private, license, base, commit_message, create_pr, dry_run, token: As `push`.
 
     Raises:
         AdapterError: As `read_adapter`.
@@ -168,7 +168,7 @@ def push_adapter(
         _write_json(folder / MANIFEST_FILE, told)
         if holds_tokens(adapter.layout):
             copy_files(Path(source), TOKENIZER_FILES, folder)
-        (folder / CARD_FILE).write_text(adapter_card(config, told, repo_id, licence, place), encoding="utf-8")
+        (folder / CARD_FILE).write_text(adapter_card(config, told, repo_id, license, place), encoding="utf-8")
 
     message = commit_message or f"{str(manifest.get('kind', 'adapter')).upper()} adapter"
     return publish(repo_id, write, None, private, message, create_pr, dry_run, token)

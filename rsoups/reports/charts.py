@@ -1,6 +1,6 @@
-"""Charts of a front as inline SVG: what report.html is made of. Colours are the page's, in light and in dark.
+"""Charts of a front as inline SVG: what report.html is made of. Colors are the page's, in light and in dark.
 
-Every mark tells its figures in an aria-label and a title, has a shape of its own beside its colour, and is hollow where
+Every mark tells its figures in an aria-label and a title, has a shape of its own beside its color, and is hollow where
 another point beats it. Text is escaped here.
 """
 
@@ -29,8 +29,8 @@ SHAPES = {
     "star": "M0,-6.8L1.9,-2.2L6.8,-2L3,1.1L4.2,5.9L0,3.2L-4.2,5.9L-3,1.1L-6.8,-2L-1.9,-2.2Z",
 }
 _OTHERS = ("diamond", "up", "down", "plus", "star", "cross")
-_COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
-# Seven steps of viridis, which grows lighter evenly and is told apart with any colour vision; text on them in the last column.
+_COLORS = ("c1", "c2", "c3", "c4", "c5", "c6")
+# Seven steps of viridis, which grows lighter evenly and is told apart with any color vision; text on them in the last column.
 _RAMP = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
 
 BAND = (
@@ -43,23 +43,23 @@ CHORD = '<svg class="swatch" viewBox="-8 -8 16 16" aria-hidden="true"><path clas
 
 @dataclass(frozen=True)
 class Look:
-    """Colour class and shape of a model, the same in all charts."""
+    """Color class and shape of a model, the same in all charts."""
 
-    colour: str
+    color: str
     shape: str
 
 
 def looks_of(front: Front) -> dict[Point, Look]:
-    """Soups are blue circles, the base a grey square, every other model has a pair of colour and shape of its own."""
+    """Soups are blue circles, the base a gray square, every other model has a pair of color and shape of its own."""
     looks = {point: Look("soup", "circle") for point in front.soups}
     others = [point for point in front.others if point.name != BASE]
-    looks |= {p: Look(_COLOURS[i % 6], _OTHERS[(i + i // 6) % 6]) for i, p in enumerate(others)}
+    looks |= {p: Look(_COLORS[i % 6], _OTHERS[(i + i // 6) % 6]) for i, p in enumerate(others)}
     return looks | {point: Look("base", "square") for point in front.others if point.name == BASE}
 
 
 def beside_look(number: int) -> Look:
-    """Of all points of another front; its colours are taken from the other end than those of models beside the soups."""
-    return Look(_COLOURS[5 - number % 6], "circle")
+    """Of all points of another front; its colors are taken from the other end than those of models beside the soups."""
+    return Look(_COLORS[5 - number % 6], "circle")
 
 
 def escaped(text: object) -> str:
@@ -69,7 +69,7 @@ def escaped(text: object) -> str:
 def swatch(look: Look, hollow: bool = False) -> str:
     """A mark for a legend."""
     return (
-        f'<svg class="swatch" viewBox="-8 -8 16 16" aria-hidden="true"><path class="dot {look.colour}'
+        f'<svg class="swatch" viewBox="-8 -8 16 16" aria-hidden="true"><path class="dot {look.color}'
         f'{" hollow" if hollow else ""}" d="{SHAPES[look.shape]}"/></svg>'
     )
 
@@ -167,7 +167,7 @@ def _mark(
     """A shape at a place, with what it tells; `before` is drawn under it and is lit with it."""
     number = "" if model is None else f' data-model="{model}"'
     return (
-        f'<g class="mark {look.colour}" role="img" aria-label="{escaped(tip)}"{number}><title>{escaped(tip)}</title>{before}'
+        f'<g class="mark {look.color}" role="img" aria-label="{escaped(tip)}"{number}><title>{escaped(tip)}</title>{before}'
         f'<g transform="translate({x},{y})"><circle class="halo" r="11"/>'
         f'<path class="dot{" hollow" if hollow else ""}" d="{SHAPES[look.shape]}"/></g></g>'
     )
@@ -314,7 +314,7 @@ def lambda_chart(front: Front, name: str, models: Mapping[Point, int]) -> str:
     looks = looks_of(front)
     body = [axes.frame(f"λ of {second}", name, y_ticks=4), axes.band(at, found, "soup")]
     for point, estimate in others:
-        body.append(axes.line([(x, estimate.value) for x in axes.x_limits], f"level {looks[point].colour}"))
+        body.append(axes.line([(x, estimate.value) for x in axes.x_limits], f"level {looks[point].color}"))
         tip = f"{point.label}\n{name} {estimate}"
         body.append(_mark(looks[point], axes.right, axes.y(estimate.value), tip, model=models[point]))
     body.append(axes.line(zip(at, (e.value for e in found), strict=True), "line soup"))
@@ -336,7 +336,7 @@ def runs_chart(curve: Sequence[Reach]) -> str:
     axes = Axes(62, 42, 658, 300, (0.5, max(reach.runs for reach in curve) + 0.5), limits)
     body = [axes.frame("PPO runs", "hypervolume"), axes.line(best, "chord")]
     for look, name, found in series:
-        body.append(axes.line([(runs, estimate.value) for runs, estimate in found], f"line {look.colour}"))
+        body.append(axes.line([(runs, estimate.value) for runs, estimate in found], f"line {look.color}"))
         for runs, estimate in found:
             tip = f"{name}\n{runs} {'run' if runs == 1 else 'runs'}\nhypervolume {estimate}"
             bars = axes.bars(Estimate(runs), estimate)
@@ -349,7 +349,7 @@ def runs_chart(curve: Sequence[Reach]) -> str:
 def ternary_chart(
     front: Front, name: str, figure: Callable[[Point], Estimate | None], models: Mapping[Point, int]
 ) -> str:
-    """Of three ingredients: a figure at each λ of the triangle, as a colour and a number; a ring marks the Pareto points."""
+    """Of three ingredients: a figure at each λ of the triangle, as a color and a number; a ring marks the Pareto points."""
     shown = [(point, e) for point in front.soups if (e := figure(point)) is not None]
     corners = ((220.0, 70.0), (62.0, 343.6), (378.0, 343.6))
     places = [_in_triangle(list((p.lambdas or {}).values()), corners) for p, _ in shown]
@@ -392,7 +392,7 @@ def _short(value: float, spread: float) -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """A model that is set off against the others, with its colour, shape and dashes (by the colour's class)."""
+    """A model that is set off against the others, with its color, shape and dashes (by the color's class)."""
 
     point: Point
     name: str
@@ -411,8 +411,8 @@ def series_of(front: Front) -> list[Series]:
         found.append(Series(uniform, f"{name} ({uniform.label})", Look("soup", "circle")))
     looks = looks_of(front)
     others = [p for p in front.others if p.name != BASE][:3]
-    used = {looks[p].colour for p in others}
-    free = [colour for colour in reversed(_COLOURS) if colour not in used]
+    used = {looks[p].color for p in others}
+    free = [color for color in reversed(_COLORS) if color not in used]
     for number, end in enumerate(ends):
         name = next(n for n, w in (end.lambdas or {}).items() if w == 1)
         found.append(Series(end, f"{name} alone", Look(free[number % len(free)], _OTHERS[-1 - number % 6])))
@@ -440,7 +440,7 @@ def parallel_chart(front: Front, series: Sequence[Series], models: Mapping[Point
     body = []
     for number, (reward, x) in enumerate(at.items()):
         values = [p.mean[reward] for p in front.points]
-        # Names at the edges stay inside; neighbours take turns where they are many or long.
+        # Names at the edges stay inside; neighbors take turns where they are many or long.
         anchor, middle = {0: ("start", 10.0), len(at) - 1: ("end", 670.0)}.get(number, ("middle", x))
         up = 26 * (crowded and number % 2 == 0)
         body += [f'<path class="axis" d="M{x},84V384"/>', _text("name", middle, 48 - up, reward, anchor)]
@@ -458,7 +458,7 @@ def parallel_chart(front: Front, series: Sequence[Series], models: Mapping[Point
                 f'<path class="reach" d="{line}"/><path class="line soup faint" d="{line}"/></g>'
             )
     for entry in reversed(series):
-        body.append(f'<path class="line {entry.look.colour} set-off" d="{path(entry.point)}"/>')
+        body.append(f'<path class="line {entry.look.color} set-off" d="{path(entry.point)}"/>')
         for reward, x in at.items():
             place = x, round(384 - 300 * scale(entry.point, reward), 1)
             body.append(
@@ -492,8 +492,8 @@ def spider_chart(front: Front, series: Sequence[Series], models: Mapping[Point, 
         body.append(_text("name", at, y + (28 if math.sin(angle) > 0.3 else -16), reward, anchor))
     for entry in reversed(series):
         reaches = [30 + 130 * scale(entry.point, reward) for reward in front.rewards]
-        fill = " filled" if entry.look.colour == "soup" else ""
-        body.append(f'<path class="line {entry.look.colour} set-off{fill}" d="{ring(reaches)}"/>')
+        fill = " filled" if entry.look.color == "soup" else ""
+        body.append(f'<path class="line {entry.look.color} set-off{fill}" d="{ring(reaches)}"/>')
         for reward, reach in zip(front.rewards, reaches, strict=True):
             tip = f"{entry.name}\n{tip_of(entry.point, front.rewards)}"
             body.append(_mark(entry.look, *place(reward, reach), tip, model=models[entry.point]))

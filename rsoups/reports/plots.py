@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Okabe and Ito's colours, told apart with any colour vision; shapes differ too.
-_BLUE, _GREY, _BLACK = "#0072B2", "#777777", "#222222"
+# Okabe and Ito's colors, told apart with any color vision; shapes differ too.
+_BLUE, _GRAY, _BLACK = "#0072B2", "#777777", "#222222"
 _OTHERS = [("#D55E00", "D"), ("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X")]
 
 
@@ -68,20 +68,20 @@ def _draw_pair(axes: Axes, front: Front, x: str, y: str) -> None:
         joined = len(soups[0].lambdas or {}) == 2
         if joined and len(soups) > 1:
             ends = soups[0], soups[-1]
-            axes.plot(*([p.mean[r] for p in ends] for r in (x, y)), "--", color=_GREY, lw=1.2, zorder=1, label="chord")
+            axes.plot(*([p.mean[r] for p in ends] for r in (x, y)), "--", color=_GRAY, lw=1.2, zorder=1, label="chord")
         _mark(axes, soups, x, y, _BLUE, "o", "soups", line="-" if joined else "")
         for point in soups:
             _label(axes, point, x, y)
     for number, point in enumerate(front.others):
-        colour, marker = (_BLACK, "s") if point.name == BASE else _OTHERS[number % len(_OTHERS)]
-        _mark(axes, [point], x, y, colour, marker, point.name)
+        color, marker = (_BLACK, "s") if point.name == BASE else _OTHERS[number % len(_OTHERS)]
+        _mark(axes, [point], x, y, color, marker, point.name)
     axes.set_xlabel(f"{x}  (mean reward)")
     axes.set_ylabel(f"{y}  (mean reward)")
     note = f"{len(front.prompts)} prompts, bars: 95% bootstrap over prompts" if front.prompts else "means, as published"
     if soups and len(soups[0].lambdas or {}) == 2:
         first, second = soups[0].lambdas or {}
         note += f"\nnumbers: λ of {second}, the rest is {first}"
-    axes.set_title(note, fontsize=9, color=_GREY, loc="left")
+    axes.set_title(note, fontsize=9, color=_GRAY, loc="left")
     axes.legend(frameon=False, fontsize=9)
 
 
@@ -92,7 +92,7 @@ def _style(axes: Axes) -> None:
 
 
 def _mark(
-    axes: Axes, points: Sequence[Point], x: str, y: str, colour: str, marker: str, label: str, line: str = ""
+    axes: Axes, points: Sequence[Point], x: str, y: str, color: str, marker: str, label: str, line: str = ""
 ) -> None:
     axes.errorbar(
         [p.mean[x] for p in points],
@@ -100,8 +100,8 @@ def _mark(
         xerr=_bars(points, x),
         yerr=_bars(points, y),
         fmt=marker + line,
-        color=colour,
-        ecolor=colour + "55",
+        color=color,
+        ecolor=color + "55",
         elinewidth=1,
         markersize=6,
         lw=1.6,
@@ -118,7 +118,7 @@ def _bars(points: Sequence[Point], reward: str) -> list[list[float]]:
 
 
 def _label(axes: Axes, point: Point, x: str, y: str) -> None:
-    """λ beside a point, to the upper right, where a front of two maximised rewards leaves room; of more than two, the ends."""
+    """λ beside a point, to the upper right, where a front of two maximized rewards leaves room; of more than two, the ends."""
     weights = point.lambdas or {}
     alone = [name for name, weight in weights.items() if weight == 1]
     if len(weights) != 2 and not alone:
@@ -153,7 +153,7 @@ def draw_chord(front: Front) -> Figure:
             )
         axes.plot(at, [p.mean[reward] for p in soups], "o-", color=_BLUE, ms=5, label="soups")
         ends = [soups[0].mean[reward], soups[-1].mean[reward]]
-        axes.plot([at[0], at[-1]], ends, "--", color=_GREY, lw=1.2, label="chord")
+        axes.plot([at[0], at[-1]], ends, "--", color=_GRAY, lw=1.2, label="chord")
         axes.set_xlabel(f"λ of {second}")
         axes.set_ylabel(reward)
     figure.axes[0].legend(frameon=False, fontsize=9)

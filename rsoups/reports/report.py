@@ -253,7 +253,7 @@ def _markdown(front: Front, told: Sequence[str]) -> str:
     lines = ["# Front", "", "![The front](front.png)", "", *(f"**{note}**\n" for note in front.notes)]
     lines += ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", f"{_how_many(front)} Every reward is maximised.", ""]
+    lines += ["", f"{_how_many(front)} Every reward is maximized.", ""]
     lines += [f"- {sentence}" for sentence in told]
     return "\n".join(lines) + "\n"
 
@@ -298,7 +298,7 @@ class _Page:
         apart = f" No run was trained on {', '.join(held_out)}." if held_out else ""
         return template("report.html").substitute(
             rewards=escaped(", ".join(front.rewards)),
-            lead=escaped(f"{_how_many(front)} Every reward is maximised: higher is better.{apart}"),
+            lead=escaped(f"{_how_many(front)} Every reward is maximized: higher is better.{apart}"),
             notes="".join(f'<p class="notice">{escaped(note)}</p>' for note in front.notes),
             told="".join(f"<li>{escaped(sentence)}</li>" for sentence in told),
             links="".join(f'<a href="#{name}">{escaped(title)}</a>' for name, title, body in sections if body),
@@ -439,7 +439,7 @@ class _Page:
         if len(front.rewards) > 1:
             rules.append(("all rewards count alike", front.select(dict.fromkeys(front.rewards, 1.0))))
             rules.append(("the knee, where the front bends", front.select(knee=True)))
-        return rules + [(f"most {reward}", front.select(maximise=reward)) for reward in front.rewards]
+        return rules + [(f"most {reward}", front.select(maximize=reward)) for reward in front.rewards]
 
     def _figures(self) -> str:
         head, rows = _table(self._front)

@@ -127,7 +127,7 @@ class RewardCard:
         dtype: To compute in: ``float32``, which ``auto`` is too, ``bfloat16`` or ``float16``, whose scores move a little with
             the batch (by how much is logged when the model is loaded).
         source: Where the input recipe comes from.
-        licence: Of the model's weights; empty where it was not looked up.
+        license: Of the model's weights; empty where it was not looked up.
     """
 
     name: str
@@ -149,7 +149,7 @@ class RewardCard:
     cut: str = "end"
     dtype: str = "auto"
     source: str = ""
-    licence: str = ""
+    license: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self, f"reward card {self.name!r}")

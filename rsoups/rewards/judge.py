@@ -116,7 +116,7 @@ class JudgeCard:
         mean, std: The score is ``(rating - mean) / std``: from a named calibration, so that rewards can be mixed.
         calibration: What mean and std were measured on.
         source: Where the rubric comes from.
-        licence: Of the model's weights; empty where it was not looked up.
+        license: Of the model's weights; empty where it was not looked up.
     """
 
     name: str
@@ -125,7 +125,7 @@ class JudgeCard:
     std: float = 1.0
     calibration: str | None = None
     source: str = ""
-    licence: str = ""
+    license: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self, f"reward card {self.name!r}")

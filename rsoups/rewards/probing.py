@@ -1,4 +1,4 @@
-"""Probe rewards before optimising them: what they do with length, nothing, noise, templates and the wrong question.
+"""Probe rewards before optimizing them: what they do with length, nothing, noise, templates and the wrong question.
 
 A policy finds whatever a reward pays for. Each check changes one thing of a sample of responses and looks at what the score
 makes of it; figures are in the sample's own standard deviations, with 95% bootstrap intervals over the sample.

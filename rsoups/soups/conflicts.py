@@ -13,7 +13,7 @@ from rsoups.soups.methods import cosines_of_starts
 
 _ONE_START = 0.5  # cosine of A
 _START = (
-    "{a} and {b} start from different initialisations (cosine of A {cosine:+.2f}). Method factors mixes directions that do not "
+    "{a} and {b} start from different initializations (cosine of A {cosine:+.2f}). Method factors mixes directions that do not "
     "belong together: use exact or svd; or train both from one adapter (--adapter_name_or_path, or one adapter_init_seed). "
     "Permutation alignment does not help a LoRA: the order of its rank's directions does not change B·A, and the base, "
     "whose neurons it would permute, is the same for all."

@@ -30,7 +30,7 @@ class Inspection:
     Attributes:
         adapters: What was read.
         products: For each layer ⟨Δi, Δj⟩ in the Frobenius sense, N × N; the diagonal holds squared norms.
-        starts: Cosine of the A factors, N × N: near 1 where two were trained from one initialisation, near 0 otherwise.
+        starts: Cosine of the A factors, N × N: near 1 where two were trained from one initialization, near 0 otherwise.
         refusals: For the methods ``exact`` and ``factors``, why these adapters cannot be souped so; None where they can.
     """
 

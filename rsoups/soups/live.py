@@ -273,7 +273,7 @@ class LiveSoup:
         if isinstance(quantization, str):
             if quantization not in ("8bit", "4bit"):
                 raise LambdasError(f"quantization is {quantization!r}, must be '8bit', '4bit' or a config")
-            need("bitsandbytes", "quantised")
+            need("bitsandbytes", "quantized")
             quantization = BitsAndBytesConfig(**{f"load_in_{quantization}": True})
         if quantization is not None:
             kwargs["quantization_config"] = quantization
@@ -329,11 +329,11 @@ class LiveSoup:
 
         Raises:
             LambdasError: As `interpolate`; within `at` or `merged` of the same thread.
-            AdapterError: The base is quantised: rounding would lose the change. Use `at`.
+            AdapterError: The base is quantized: rounding would lose the change. Use `at`.
         """
         (row,) = weights_of([float(x) for x in lambdas], len(self.names), normalize, extrapolate)
         if not self.can_merge:
-            raise AdapterError("the base's weights are quantised and cannot take a soup in: use `at`")
+            raise AdapterError("the base's weights are quantized and cannot take a soup in: use `at`")
         if self._mix.get() is not None:
             raise LambdasError("`merged` within `at`: leave it first")
         own: list[tuple[nn.Module, dict[str, Any]]] = []

@@ -71,7 +71,7 @@ def merge(
     source = str(model.name_or_path) if model is not None else resolve(str(base))
     if model is not None and getattr(model, "is_quantized", False):
         warnings.warn(
-            f"a change does not fit into quantised weights: the base is read again from {source}", stacklevel=3
+            f"a change does not fit into quantized weights: the base is read again from {source}", stacklevel=3
         )
         model, dtype = None, dtype or torch.bfloat16
     given = model is not None
@@ -114,7 +114,7 @@ def _load(source: str, soup: Soup | None = None) -> PreTrainedModel:
         raise AdapterError(f"cannot load the base {source!r}: {error}") from None
     if getattr(config, "quantization_config", None):
         raise AdapterError(
-            f"{source} holds quantised weights only, which a change does not fit into: load the soup on it"
+            f"{source} holds quantized weights only, which a change does not fit into: load the soup on it"
         )
     architecture = (config.architectures or [""])[0]
     task = getattr(soup.config.task_type, "value", soup.config.task_type) if soup else None

@@ -214,7 +214,7 @@ def factors(rows: list[Kept], dtype: torch.dtype | None) -> list[dict[str, Any]]
         if any(starts[i][j] < _ONE_START for i, j in combinations(places, 2)):
             distance = _distance(kept, tensors)
             warnings.warn(
-                f"these ingredients do not start from one initialisation: Δ of method 'factors' is {distance:.0%} of the exact "
+                f"these ingredients do not start from one initialization: Δ of method 'factors' is {distance:.0%} of the exact "
                 "Δ away from it; use method 'exact' or 'svd'",
                 stacklevel=3,
             )

@@ -76,7 +76,7 @@ class Soup:
         svd_error: Relative Frobenius error of Δ, of the whole soup; None unless the method is ``svd``.
         svd_errors: The same for each module.
         factors_distance: ‖Δ of ``factors`` - exact Δ‖ / ‖exact Δ‖, measured where the ingredients of a ``factors`` soup
-            do not share their initialisation; None otherwise.
+            do not share their initialization; None otherwise.
         tensors: How each tensor is made, by PEFT's names.
     """
 
@@ -307,7 +307,7 @@ class Soup:
         *,
         front: Front | str | Path | None = None,
         private: bool | None = None,
-        licence: str | None = None,
+        license: str | None = None,
         base: str | None = None,
         commit_message: str | None = None,
         create_pr: bool = False,
@@ -326,7 +326,7 @@ class Soup:
             repo_id,
             front=front,
             private=private,
-            licence=licence,
+            license=license,
             base=base,
             commit_message=commit_message,
             create_pr=create_pr,
@@ -356,7 +356,7 @@ def interpolate(
         lambdas: N weights, or a K × N matrix for a list of K soups. (Every ingredient is then read once, and kept in memory as
             long as one of them is, unless it has more than 1 GiB.) Uniform by default.
         method: ``exact``: Σ λi·si·Bi·Ai as one LoRA of rank Σ ri. ``factors``: Σ λi·Ai and Σ λi·Bi apart, as the paper's
-            code did: the rank stays, and it is right only for adapters from one initialisation (of others it warns). ``svd``:
+            code did: the rank stays, and it is right only for adapters from one initialization (of others it warns). ``svd``:
             the best approximation of exact at `rank` (Eckart-Young), its relative error recorded.
         rank: Of an svd soup: an int, or a float below 1 that bounds each module's relative error (.01: 1%). The largest
             rank among the ingredients by default.

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 class PPOTrainer(GRPOTrainer):
-    """Proximal policy optimisation of a LoRA adapter against one reward, or a weighted sum of several (MORL).
+    """Proximal policy optimization of a LoRA adapter against one reward, or a weighted sum of several (MORL).
 
     Takes GRPOTrainer's arguments. The reference is the base with the adapter off where `peft_config` makes a fresh
     adapter, and a frozen copy of the adapter where `model` is a PeftModel that is trained on (the paper's Alpaca case).
@@ -60,7 +60,7 @@ class PPOTrainer(GRPOTrainer):
     Metrics are means since the last log, over all processes. Of each rollout: ``reward`` (weighted score of a response,
     penalties of length included, KL not), ``rewards/NAME`` (one reward's score), ``abstained/NAME`` (share of its None,
     which the other means leave out), ``kl`` (k1 estimate to the reference, summed over a response's tokens, in nats),
-    ``kl_coef`` (β that the rollout was penalised with), ``entropy`` (-log p of the sampled tokens, nats per token),
+    ``kl_coef`` (β that the rollout was penalized with), ``entropy`` (-log p of the sampled tokens, nats per token),
     ``explained_variance`` (of the returns by the rollout's values), ``distinct`` (share of the responses that differ; near
     0 is a collapsed policy, or a reward that asks for one answer), ``completions/...`` (tokens of a response, end token
     included: mean, min, max; ``clipped_ratio`` of them ended at the limit; ``terminated``: of those that ended by
@@ -140,7 +140,7 @@ class PPOTrainer(GRPOTrainer):
             self._first_rollout = False
             self._value_head.start = self.accelerator.gather(scores).mean().item()
             values = values + self._value_head.start * mask
-        rewards = rl_math.kl_penalised_rewards(scores, logps, ref_logps, mask, self.kl_controller.coef)
+        rewards = rl_math.kl_penalized_rewards(scores, logps, ref_logps, mask, self.kl_controller.coef)
         advantages, returns = rl_math.gae(rewards, values, mask, self.args.gamma, self.args.lam)
         batch["advantages"] = rl_math.masked_whiten(advantages, mask, self._sum_over_processes)
         batch |= {"old_logps": logps, "old_values": values, "returns": returns}
@@ -384,7 +384,7 @@ class PPOTrainer(GRPOTrainer):
     def _stop_in_vain(self, kl: float, distinct: float) -> None:
         """Warn of a policy that runs away or collapses, and stop it at the limits of the config."""
         limit = self.args.kl_limit
-        remedy = "raise kl_coef, lower learning_rate, or normalise the reward; checkpoints from before are good"
+        remedy = "raise kl_coef, lower learning_rate, or normalize the reward; checkpoints from before are good"
         if limit is not None and kl > limit:
             raise TrainingError(f"KL is {kl:.1f} nats per response, above kl_limit {limit:g}: {remedy}")
         if distinct < self.args.min_distinct:
@@ -476,7 +476,7 @@ class PPOTrainer(GRPOTrainer):
         if not self.args.fp16 and not math.isfinite(norm):
             raise TrainingError(
                 f"the gradient is {float(norm)} at step {self.state.global_step + 1}: the step is not taken, and "
-                "checkpoints before it are good; lower learning_rate, or normalise the reward"
+                "checkpoints before it are good; lower learning_rate, or normalize the reward"
             )
         return norm
 
@@ -559,7 +559,7 @@ def hide_value_head(generation: Any) -> None:
 
 
 def reset_adapter(model: PeftModel, seed: int) -> None:
-    """Draw a fresh LoRA adapter's weights anew from `seed`: A as PEFT initialises it, B zero.
+    """Draw a fresh LoRA adapter's weights anew from `seed`: A as PEFT initializes it, B zero.
 
     Adapters that will share a soup should share their start (Ramé et al. 2023, section 2.2), while each run keeps its
     own seed for data and sampling.

@@ -53,7 +53,7 @@ def masked_whiten(values: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tenso
     return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
-def kl_penalised_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+def kl_penalized_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Per-token rewards: -β (log π - log π_ref) at each token, plus the score at the last one.
 
     Ouyang et al. 2022, eq. 2, with the k1 estimator of the KL divergence at the sampled tokens.
@@ -71,7 +71,7 @@ def kl_penalised_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask:
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): A_t = Σ_k (γλ)^k δ_{t+k}.
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16): A_t = Σ_k (γλ)^k δ_{t+k}.
 
     δ_t = r_t + γ V_{t+1} - V_t; the value after a response's last token is 0 (the episode has ended).
 

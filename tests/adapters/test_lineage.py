@@ -295,7 +295,7 @@ def test_a_patch_of_a_truncated_soup_has_the_soup_as_its_ingredient(here):
 def test_conflicts_are_told_with_their_remedy(here, capsys):
     adapters = {name: read_adapter(name) for name in ("helpful", "harmless")}
     (text,) = merge_conflicts(adapters)
-    assert "different initialisations" in text and "use exact or svd" in text and "Permutation alignment" in text
+    assert "different initializations" in text and "use exact or svd" in text and "Permutation alignment" in text
     assert merge_conflicts({"a": adapters["helpful"], "b": adapters["helpful"]}) == []
     assert main(["inspect", "helpful", "harmless"]) == 0 and "conflict: helpful and harmless" in capsys.readouterr().out
 

@@ -203,7 +203,7 @@ def test_report_compares_fronts_above_a_reference(tmp_path, capsys):
     command = ["report", str(path), "--reference", "a=-4,b=-4", "--other", str(csv), f"again={path}", "--out"]
     assert main([*command, str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "above the reference a -4, b -4 (every reward maximised)" in out and "Soups less MORL" in out
+    assert "above the reference a -4, b -4 (every reward maximized)" in out and "Soups less MORL" in out
     assert "Against published (no common prompts)" in out and "Against again (5 common prompts): 0.000" in out
     assert (tmp_path / "out" / "report.html").is_file()
 
@@ -215,8 +215,8 @@ def test_select_chooses_by_each_rule(tmp_path, capsys):
     votes.write_text(json.dumps({"prompt": "p", "a": sides[0], "b": sides[1], "choice": "b"}) + "\n")
     for rule, lambdas in (
         (["--preference", "a=.7", "b=.3"], "1 0"),
-        (["--maximise", "a", "--subject_to", "b >= 0.2"], "0.75 0.25"),
-        (["--maximise", "b", "--subject_to", "a>0.2", "b < .7"], "0.5 0.5"),
+        (["--maximize", "a", "--subject_to", "b >= 0.2"], "0.75 0.25"),
+        (["--maximize", "b", "--subject_to", "a>0.2", "b < .7"], "0.5 0.5"),
         (["--votes", str(votes)], "1 0"),
     ):
         assert main(["select", str(path), *rule]) == 0
@@ -234,8 +234,8 @@ def test_select_chooses_by_each_rule(tmp_path, capsys):
         (["select", "RECORDS"], "one rule"),
         (["select", "RECORDS", "--preference", "a"], "'a' is not REWARD=NUMBER"),
         (["select", "RECORDS", "--preference", "a=b"], "'a=b' is not REWARD=NUMBER"),
-        (["select", "RECORDS", "--maximise", "a", "--subject_to", "b"], "is not like 'REWARD >= 0.2'"),
-        (["select", "RECORDS", "--maximise", "a", "--subject_to", "b >= 9"], "the best reachable is 1 (λ 0 / 1)"),
+        (["select", "RECORDS", "--maximize", "a", "--subject_to", "b"], "is not like 'REWARD >= 0.2'"),
+        (["select", "RECORDS", "--maximize", "a", "--subject_to", "b >= 9"], "the best reachable is 1 (λ 0 / 1)"),
         (["select", "RECORDS", "--votes", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
         (["report", "RECORDS", "--reference", "a=1"], "finite reference for each of ['a', 'b']"),
         (["report", "nowhere.jsonl"], "cannot read nowhere.jsonl"),

@@ -26,7 +26,7 @@ def test_prompts_are_the_papers():
 @pytest.mark.parametrize(
     ("instruction", "input", "question"),
     [
-        ("Summarise this post.", "A long post.", "A long post."),
+        ("Summarize this post.", "A long post.", "A long post."),
         ("Why is the sky blue?", None, "Why is the sky blue?"),  # no input: the paper's code lost this question
         ("Why?", "What does ### Response: mean?", "What does ### Response: mean?"),
     ],
@@ -77,7 +77,7 @@ def test_assistant_rows_keep_short_first_questions():
     assert rows == [{"prompt": "### Instruction: How do I boil an egg? ### Response: ", "references": ["In water."]}]
 
 
-SUMMARISE = "### Instruction: Generate a one-sentence summary of this post. ### Input: "
+SUMMARIZE = "### Instruction: Generate a one-sentence summary of this post. ### Input: "
 ARTICLE = "A bank " + "in town " * 20 + "closed."
 ROWS = {
     "news": (
@@ -90,8 +90,8 @@ ROWS = {
             {"text": f"No agency. {ARTICLE}", "prediction": None, "id": "e"},
         ],
         [
-            (f"{SUMMARISE}{ARTICLE} More. ### Response: ", ["Bank closes."]),
-            (f"{SUMMARISE}No agency. {ARTICLE} ### Response: ", []),
+            (f"{SUMMARIZE}{ARTICLE} More. ### Response: ", ["Bank closes."]),
+            (f"{SUMMARIZE}No agency. {ARTICLE} ### Response: ", []),
         ],
     ),
     "reddit": (
@@ -101,7 +101,7 @@ ROWS = {
             {"info": {"id": "t3_2", "post": None, "article": "news"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0},
             {"info": {"id": "t3_3", "post": "w" * 1200}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0},
         ],
-        [(f"{SUMMARISE}{ARTICLE} Help! ### Response: ", ["B."])],
+        [(f"{SUMMARIZE}{ARTICLE} Help! ### Response: ", ["B."])],
     ),
     "stack": (
         [
@@ -145,9 +145,9 @@ def test_a_task_of_ones_own(tmp_path):
     assert custom_task("x").rows([{"prompt": messages}])[0]["prompt"] == messages
     assert question_of(messages) == "Hello?" and response_start(messages) == ""
     with pytest.raises(DatasetError, match=r"needs the column\(s\) \['article'\]"):
-        custom_task("x", "Summarise: {article}").rows(rows)
+        custom_task("x", "Summarize: {article}").rows(rows)
     with pytest.raises(DatasetError, match="names no column"):
-        custom_task("x", "Summarise")
+        custom_task("x", "Summarize")
 
 
 def test_tables_are_datasets(tmp_path):

@@ -73,7 +73,7 @@ def test_hypervolume_wants_its_reference(reference):
 
 def test_a_hypervolume_tells_its_reference_and_direction():
     volume = Front.from_records(records(n=4)[0]).hypervolume({"b": -4, "a": -3.5})
-    assert str(volume).endswith("] above the reference a -3.5, b -4 (every reward maximised)")
+    assert str(volume).endswith("] above the reference a -3.5, b -4 (every reward maximized)")
     assert volume.reference == {"a": -3.5, "b": -4.0} and volume.error == 0
 
 
@@ -177,7 +177,7 @@ def test_many_rewards_are_approximated_with_a_stated_error():
     from moocore import hypervolume
 
     volume = front.hypervolume({f"r{j}": 0 for j in range(7)})
-    exact = hypervolume([p.values.mean(axis=0) for p in front.soups], ref=[0] * 7, maximise=True)
+    exact = hypervolume([p.values.mean(axis=0) for p in front.soups], ref=[0] * 7, maximize=True)
     assert 0 < volume.error < 0.02 * exact and abs(volume.value - exact) < 4 * volume.error
     assert "approximated, standard error" in str(volume)
 
@@ -201,7 +201,7 @@ def test_a_front_against_another_is_paired_over_their_common_prompts():
     gaps = [min(np.linalg.norm(np.maximum(np.subtract(goal, point), 0)) for point in sets[1]) for goal in sets[0]]
     assert found.igd_plus[1].value == pytest.approx(np.mean(gaps)) == pytest.approx(second.igd_plus(first).value)
     assert first.igd_plus(second).value == 0
-    assert "40 common prompts" in str(found) and "every reward maximised" in str(found)
+    assert "40 common prompts" in str(found) and "every reward maximized" in str(found)
 
 
 def test_fronts_that_cannot_be_compared():
@@ -361,7 +361,7 @@ def test_a_preference_chooses_the_largest_weighted_sum_and_tells_how_surely():
 
 def test_limits_leave_the_best_that_keeps_them():
     front = Front.from_records(noisy())
-    choice = front.select(maximise="a", subject_to={"b": ">= 0.6"})
+    choice = front.select(maximize="a", subject_to={"b": ">= 0.6"})
     kept = [p for p in front.soups if p.mean["b"] >= 0.6]
     assert choice.point is max(kept, key=lambda p: p.mean["a"]) and choice.point.mean["a"] < front.soups[0].mean["a"]
     at, made = front.soups.index(choice.point), 0
@@ -369,20 +369,20 @@ def test_limits_leave_the_best_that_keeps_them():
         allowed = [i for i in range(5) if draw[i, 1] >= 0.6]
         made += bool(allowed) and max(allowed, key=lambda i: draw[i, 0]) == at
     assert choice.share == pytest.approx(made / 2000)
-    assert front.select(maximise="a").point is max(front.soups, key=lambda p: p.mean["a"])
-    assert front.select(maximise="a", subject_to={"a": "< 0.9", "b": ">0"}).point.mean["a"] < 0.9
+    assert front.select(maximize="a").point is max(front.soups, key=lambda p: p.mean["a"])
+    assert front.select(maximize="a", subject_to={"a": "< 0.9", "b": ">0"}).point.mean["a"] < 0.9
 
 
 def test_limits_that_nothing_keeps_tell_the_best_reachable():
     front = Front.from_records(records(n=4, noise=0.0)[0])
     with pytest.raises(rsoups.FrontError, match=r"b >= 1\.5: the best reachable is 1 \(λ 0 / 1\)$"):
-        front.select(maximise="a", subject_to={"b": ">= 1.5"})
+        front.select(maximize="a", subject_to={"b": ">= 1.5"})
     with pytest.raises(
         rsoups.FrontError, match=r"a >= 0\.9: the best reachable is 0\.25 \(λ 0\.25 / 0\.75\), the other limits kept"
     ):
-        front.select(maximise="a", subject_to={"a": ">= .9", "b": ">= 0.7"})
+        front.select(maximize="a", subject_to={"a": ">= .9", "b": ">= 0.7"})
     with pytest.raises(rsoups.FrontError, match="a reaches from 0 to 1; b reaches from 0 to 1"):
-        front.select(maximise="a", subject_to={"a": "> 2", "b": "> 2"})
+        front.select(maximize="a", subject_to={"a": "> 2", "b": "> 2"})
 
 
 def test_the_knee_is_where_the_front_bends():
@@ -496,9 +496,9 @@ def test_the_distance_is_to_the_points_that_nothing_beats():
         ({"preference": {"a": -1}}, "at least 0"),
         ({"preference": {"a": 0.0}}, "not all 0"),
         ({"preference": {"a": math.nan}}, "finite"),
-        ({"maximise": "c"}, "no reward"),
-        ({"maximise": "a", "subject_to": {"b": "0.2"}}, "write it as"),
-        ({"maximise": "a", "subject_to": {"b": ">= 1.2.3"}}, "write it as"),
+        ({"maximize": "c"}, "no reward"),
+        ({"maximize": "a", "subject_to": {"b": "0.2"}}, "write it as"),
+        ({"maximize": "a", "subject_to": {"b": ">= 1.2.3"}}, "write it as"),
     ],
 )
 def test_rules_that_choose_nothing(rule, words):

@@ -40,7 +40,7 @@ def test_the_gap_of_three_ingredients_is_on_an_edge_of_their_grid():
     rewards = np.array([[row[0] ** 2, row[1]] for row in lambdas])
     found = largest_gap(lambdas, rewards)
     squares, edges = np.array(rewards) / np.std(rewards, axis=0), {}
-    for i, one in enumerate(lambdas):  # of a grid of step 1/2, neighbours differ in two coordinates by 1/2
+    for i, one in enumerate(lambdas):  # of a grid of step 1/2, neighbors differ in two coordinates by 1/2
         for j in range(i):
             if sorted(np.abs(np.subtract(one, lambdas[j]))) == [0, 0.5, 0.5]:
                 edges[tuple(np.add(one, lambdas[j]) / 2)] = np.linalg.norm(squares[i] - squares[j])

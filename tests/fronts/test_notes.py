@@ -43,7 +43,7 @@ def test_a_run_that_is_not_above_the_base_on_its_own_reward_is_told_with_its_int
 
 
 def test_the_weights_of_a_run_on_several_rewards_count():
-    """MORL by its own sum; a reward that is minimised; rewards that were trained on beside others."""
+    """MORL by its own sum; a reward that is minimized; rewards that were trained on beside others."""
     gains = {"A": (1, 0), "B": (0, 1), "MORL": (1, -0.5)}
     morl = {"A": {"a": 1.0}, "B": {"b": 1.0}}
     assert front(morl | {"MORL": {"a": 0.5, "b": 0.5}}, **gains).notes == []

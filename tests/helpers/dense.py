@@ -41,7 +41,7 @@ VARIETIES = {
 
 
 def one_start(folders):
-    """Give all adapters the A of the first, a little moved, as training from one initialisation does."""
+    """Give all adapters the A of the first, a little moved, as training from one initialization does."""
     first = load_file(folders[0] / "adapter_model.safetensors")
     for i, folder in enumerate(folders):
         tensors = load_file(folder / "adapter_model.safetensors")

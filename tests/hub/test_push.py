@@ -198,9 +198,9 @@ print(rsoups.interpolate(sys.argv[1:], [0.3, 0.7]).push_to_hub("someone/soup", c
     assert "theirs.txt" in hub.files("someone/soup")
 
 
-def test_the_licence_is_that_of_the_revision(hub, two, tmp_path):
-    for licence in ("mit", "apache-2.0"):
-        push(hub, two, licence=licence)
+def test_the_license_is_that_of_the_revision(hub, two, tmp_path):
+    for license in ("mit", "apache-2.0"):
+        push(hub, two, license=license)
     first, second = (commit["oid"] for commit in hub.history("someone/soup"))
     code = "import sys; from rsoups.hub.card import _stated; print([_stated('someone/soup', r) for r in sys.argv[1:]])"
     assert python(hub, tmp_path, code, first, second) == "['mit', 'apache-2.0']"
@@ -296,7 +296,7 @@ def test_a_front_goes_along(hub, two, front, tmp_path):
     rsoups.interpolate(
         dict(zip(("helpful", "harmless"), two, strict=True)), list(weights.lambdas.values())
     ).save_pretrained(tmp_path / "soup")
-    cli(hub, tmp_path, "push", "soup", "someone/soup", "--front", front, "--licence", "mit")
+    cli(hub, tmp_path, "push", "soup", "someone/soup", "--front", front, "--license", "mit")
     files = hub.files("someone/soup")
     assert set(files) == FILES | {"front.json", "front.png"} and files["front.png"].startswith(b"\x89PNG")
     data = json.loads(files["front.json"])
@@ -409,7 +409,7 @@ def test_the_card_is_true(two, tmp_path):
         config = json.loads((folder / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = "huggyllama/llama-7b"
         (folder / "adapter_config.json").write_text(json.dumps(config))
-    metadata = yaml.safe_load(soup_card(rsoups.interpolate(two), "someone/soup", licence="other").split("---")[1])
+    metadata = yaml.safe_load(soup_card(rsoups.interpolate(two), "someone/soup", license="other").split("---")[1])
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("huggyllama/llama-7b", "adapter")
     assert metadata["license"] == "other"
 
@@ -500,13 +500,13 @@ def test_what_is_saved_here_still_finds_its_base(secret):
     assert SECRET not in (secret / "merged" / "soup.json").read_text() + (secret / "merged" / "config.json").read_text()
 
 
-def test_licences_are_not_guessed(two, tmp_path):
+def test_licenses_are_not_guessed(two, tmp_path):
     assert strictest({"base": "apache-2.0", "a": "mit"}) == ("apache-2.0", "")
     assert strictest({"base": "llama2", "a": "mit"})[0] == "llama2"
-    licence, why = strictest({"base": "llama2", "a": "cc-by-nc-4.0"})
-    assert licence is None and "several sets of terms" in why and "a: cc-by-nc-4.0" in why
-    licence, why = strictest({"base": "mit", "a": None})
-    assert licence is None and "none is known of a" in why
+    license, why = strictest({"base": "llama2", "a": "cc-by-nc-4.0"})
+    assert license is None and "several sets of terms" in why and "a: cc-by-nc-4.0" in why
+    license, why = strictest({"base": "mit", "a": None})
+    assert license is None and "none is known of a" in why
     for folder in two:
         config = json.loads((folder / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = "rsoups/tiny-llama"

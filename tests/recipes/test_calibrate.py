@@ -17,7 +17,7 @@ RECIPE = str(RECIPES / "calibrate.py")
 def test_a_calibrated_card_scores_its_references_0_with_a_deviation_of_1(tmp_path, monkeypatch, capsys):
     folder = tiny_classifier(tmp_path / "model", "electra", labels=2)
     card = tmp_path / "liked.yaml"
-    card.write_text(f"name: liked\nmodel: {folder}\nlogit: 1\nminus: 0\nsign: -1\nmean: 5\nstd: 3\nlicence: mit")
+    card.write_text(f"name: liked\nmodel: {folder}\nlogit: 1\nminus: 0\nsign: -1\nmean: 5\nstd: 3\nlicense: mit")
     rows = [
         {"prompt": f"w{i} w{i + 1}", "response": " ".join(f"w{(i * j) % 20}" for j in range(1, 3 + i % 4))}
         for i in range(15)
@@ -43,7 +43,7 @@ def test_a_calibrated_card_scores_its_references_0_with_a_deviation_of_1(tmp_pat
     scores = reward([row["prompt"] for row in rows], [row["response"] for row in rows])
     assert fmean(scores) == pytest.approx(0, abs=1e-5) and pstdev(scores) == pytest.approx(1, abs=1e-5)
     assert reward.card.calibration == "15 reference responses of custom, rows.jsonl, all"
-    assert (reward.card.sign, reward.card.minus, reward.card.licence) == (-1, 0, "mit")
+    assert (reward.card.sign, reward.card.minus, reward.card.license) == (-1, 0, "mit")
     before = rsoups.load_reward(card)([row["prompt"] for row in rows], [row["response"] for row in rows])
     assert sorted(range(15), key=scores.__getitem__) == sorted(range(15), key=before.__getitem__)
 

@@ -259,7 +259,7 @@ def test_the_adapter_names_its_base_as_the_user_did(runs):
 
 
 def test_from_adapters_to_the_report(runs, tmp_path):
-    """With `--method factors` too, both runs start from one initialisation; then on a dataset's own prompts and references."""
+    """With `--method factors` too, both runs start from one initialization; then on a dataset's own prompts and references."""
     adapters = [f"{name}={runs / name}" for name in ("naturalness", "coverage")]
     flags = ["--adapters", *adapters, "--reward", "naturalness", "coverage", "--others", f"MORL={runs / 'again'}"]
     flags += ["--prompts", "6", "--points", "3", "--max_new_tokens", "8"]
@@ -329,7 +329,7 @@ def test_adapters_of_other_algorithms_go_into_the_same_soup(runs, tmp_path, algo
     launch(RECIPES / "ppo_reward.py", *flags, "--eval_prompts", 8, "--output_dir", tmp_path / algorithm)
     soup = rsoups.interpolate(
         [tmp_path / algorithm, runs / "naturalness"], [0.5, 0.5], method="factors"
-    )  # one initialisation
+    )  # one initialization
     assert soup.lambdas == (0.5, 0.5)
     held_out = json.loads((tmp_path / algorithm / "held_out_results.json").read_text())
     assert held_out["before"].keys() == held_out["after"].keys() >= {"reward"}

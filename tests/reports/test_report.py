@@ -105,7 +105,7 @@ def test_the_picture_is_a_picture(two_rewards):
 
 def test_the_table_is_the_same_in_markdown(two_rewards):
     text = (two_rewards[1] / "report.md").read_text(encoding="utf-8")
-    assert "| λ 0.25 / 0.75 | " in text and "| MORL | " in text and "Every reward is maximised" in text
+    assert "| λ 0.25 / 0.75 | " in text and "| MORL | " in text and "Every reward is maximized" in text
     cells = re.findall(r"<td>(.*?)</td>", (two_rewards[1] / "report.html").read_text(encoding="utf-8"))
     shown = {re.sub(r"</?small>", "", cell) for cell in cells}
     rows = [line for line in text.splitlines() if line.startswith("| λ")]

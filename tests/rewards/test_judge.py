@@ -159,7 +159,7 @@ def test_a_refusal_is_not_tried_again(tmp_path, server, status):
 
 
 @pytest.mark.parametrize("kind", ["seconds", "date"])
-def test_retry_after_is_honoured_and_bounded(tmp_path, server, kind, monkeypatch):
+def test_retry_after_is_honored_and_bounded(tmp_path, server, kind, monkeypatch):
     """A date says whole seconds: two from now are more than one."""
     after = "1" if kind == "seconds" else format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
     server.faults = [(429, {"Retry-After": after}, "slow down")]

@@ -58,7 +58,7 @@ def test_readability_by_hand():
     assert text.count(".") == 2 and len(text.replace(" ", "")) == 35
     (score,) = scores("readability", text, grade=6)
     assert score == pytest.approx(-abs(index - 6), abs=0.01)
-    hard = "The considerable animosity between neighbouring households eventually disappeared."
+    hard = "The considerable animosity between neighboring households eventually disappeared."
     assert score > scores("readability", hard, grade=6)[0]
     easy, harder = scores("readability", text, hard, grade=20)
     assert harder > easy

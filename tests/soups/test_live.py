@@ -230,9 +230,9 @@ def test_over_quantised_bases(tmp_path, settings):
     folders = [tiny_adapter(tmp_path / str(i), tiny_llama(**size), seed=i) for i in range(2)]
 
     def make():
-        quantised = BitsAndBytesConfig(**settings)
+        quantized = BitsAndBytesConfig(**settings)
         return AutoModelForCausalLM.from_pretrained(
-            tmp_path / "base", quantization_config=quantised, dtype=torch.float32
+            tmp_path / "base", quantization_config=quantized, dtype=torch.float32
         )
 
     live = LiveSoup(make(), folders)
@@ -241,7 +241,7 @@ def test_over_quantised_bases(tmp_path, settings):
         with torch.no_grad(), live.at(lambdas) as model:
             found = model(FOUR[row : row + 1]).logits[0]
         assert torch.allclose(found, alone(make, folders, lambdas, FOUR[row]), atol=1e-3)
-    with pytest.raises(rsoups.AdapterError, match="quantised"), live.merged(ROWS[0]):
+    with pytest.raises(rsoups.AdapterError, match="quantized"), live.merged(ROWS[0]):
         pass
 
 

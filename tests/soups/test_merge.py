@@ -74,7 +74,7 @@ def test_a_quantised_base_is_read_again_in_full_precision(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=BitsAndBytesConfig(load_in_4bit=True), dtype=torch.float32
     )
-    with pytest.warns(UserWarning, match="does not fit into quantised weights: the base is read again"):
+    with pytest.warns(UserWarning, match="does not fit into quantized weights: the base is read again"):
         soup.merge(base, tmp_path / "merged")
     soup.merge(tmp_path / "base", tmp_path / "direct", dtype=torch.bfloat16)
     merged, direct = (load_file(tmp_path / n / "model.safetensors") for n in ("merged", "direct"))
@@ -90,8 +90,8 @@ def test_bases_that_no_soup_can_be_merged_into(tmp_path):
         soup.merge(tiny_llama(num_hidden_layers=3), tmp_path / "out")
     tiny_llama().save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
-    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    for change, words in ((quantised, "quantised weights only"), ({"architectures": ["Nothing"]}, "no class")):
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    for change, words in ((quantized, "quantized weights only"), ({"architectures": ["Nothing"]}, "no class")):
         (tmp_path / "base" / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(rsoups.AdapterError, match=words):
             soup.merge(tmp_path / "base", tmp_path / "out")

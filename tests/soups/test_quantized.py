@@ -49,8 +49,8 @@ def test_a_sweep_over_a_quantised_base_goes_on_over_the_same_one(tmp_path, setti
     other.save_pretrained(tmp_path / "other")
 
     def load(name):
-        quantised = BitsAndBytesConfig(**settings)
-        return AutoModelForCausalLM.from_pretrained(tmp_path / name, quantization_config=quantised, dtype=torch.float32)
+        quantized = BitsAndBytesConfig(**settings)
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name, quantization_config=quantized, dtype=torch.float32)
 
     same = load("base")
     for base, grid in ((same, [[1, 0]]), (same, [[0.5, 0.5]]), (load("base"), [[0, 1]])):

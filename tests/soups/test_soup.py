@@ -166,7 +166,7 @@ def test_factors_averages_a_and_b_apart(two):
 
 
 def test_factors_of_unlike_starts_warns_with_the_distance_it_has_measured(two):
-    with pytest.warns(UserWarning, match=r"do not start from one initialisation.* \d+% of the exact"):
+    with pytest.warns(UserWarning, match=r"do not start from one initialization.* \d+% of the exact"):
         soup = rsoups.interpolate(two, [0.3, 0.7], method="factors")
     first, second = map(dense, two)
     apart = total = 0.0

@@ -396,7 +396,7 @@ def test_the_settings_tell_how_the_records_were_made(two, tmp_path):
 
 
 def widest_gap(means):
-    """The middle of the two neighbours, in the order of λ, whose rewards are farthest apart in their own deviations."""
+    """The middle of the two neighbors, in the order of λ, whose rewards are farthest apart in their own deviations."""
     at = sorted(means)
     values = np.array([means[x] for x in at])
     scaled = values / np.where(values.std(axis=0) > 0, values.std(axis=0), 1)

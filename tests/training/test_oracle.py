@@ -42,7 +42,7 @@ def ours(trl):
     rows = (longer < mask.shape[1]).nonzero().squeeze(1)
     episode[rows, longer[rows]] = True
     logps, ref_logps = (trl[key].masked_fill(~mask, 0) for key in ("logps", "ref_logps"))
-    rewards = rl_math.kl_penalised_rewards(trl["scores"], logps, ref_logps, episode, KL_COEF)
+    rewards = rl_math.kl_penalized_rewards(trl["scores"], logps, ref_logps, episode, KL_COEF)
     advantages, returns = rl_math.gae(rewards, trl["values"], episode, GAMMA, LAM)
     return {"mask": mask, "episode": episode, "logps": logps, "advantages": advantages, "returns": returns}
 

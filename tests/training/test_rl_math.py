@@ -50,7 +50,7 @@ def test_whitening_over_processes_is_whitening_of_all_their_tokens(rollout):
 
 
 def test_rewards_are_the_penalty_at_each_token_and_the_score_at_the_last(rollout):
-    rewards = rl_math.kl_penalised_rewards(
+    rewards = rl_math.kl_penalized_rewards(
         rollout["scores"], rollout["logps"], rollout["ref"], rollout["mask"], kl_coef=0.3
     )
     for i, n in enumerate(rollout["lengths"]):
