@@ -16,7 +16,6 @@ from rsoups._errors import RsoupsError
 from rsoups.adapters import Adapter
 from rsoups.base_weights import BaseWeights, of_one_base
 from rsoups.soup import Soup, interpolate
-from rsoups.soup_config import check_written
 from rsoups.stacking import check_factors, cosines_of_starts
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
@@ -113,7 +112,7 @@ def _try_out(adapters: Mapping[str, Adapter], base: Any, allow_base_mismatch: bo
     """Refuse what no uniform soup can be made of, or none that PEFT loads."""
     soup = interpolate(adapters, base=base, allow_base_mismatch=allow_base_mismatch)
     assert isinstance(soup, Soup)
-    check_written(soup.config, soup.layout)
+    soup.check_loads()
 
 
 def _products(adapters: list[Adapter]) -> dict[str, list[list[float]]]:
