@@ -30,7 +30,7 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import (
     GRPOConfig,
     GRPOTrainer,
@@ -45,7 +45,16 @@ from trl.trainer.utils import use_adapter
 from rsoups import PPOConfig, PPOTrainer, load_reward
 from rsoups._errors import OutputError, SettingsError, in_one_line
 from rsoups._files import hub_commit
-from rsoups._resources import LAST_TENTH, base_config, is_table, load_base, need, resolve, train_and_held_out
+from rsoups._resources import (
+    LAST_TENTH,
+    base_config,
+    is_table,
+    load_base,
+    load_tokenizer,
+    need,
+    resolve,
+    train_and_held_out,
+)
 from rsoups.adapters import read_adapter
 from rsoups.bases import check_base
 from rsoups.checkpoints import last_checkpoint
@@ -330,7 +339,7 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     device, trusted = script.reward_device or str(training.device), training.trust_remote_code
     of_base = {"revision": model.model_revision, "trust_remote_code": trusted}
     context = base_config(model.model_name_or_path, **of_base)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(model.model_name_or_path), padding_side="left", **of_base)
+    tokenizer = load_tokenizer(model.model_name_or_path, padding_side="left", **of_base)
     rewards = [load_reward(name, device, trust_remote_code=trusted) for name in script.reward]
     room = context.get_text_config().max_position_embeddings - training.max_completion_length
     room = min(room, script.max_prompt_length or room)

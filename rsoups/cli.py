@@ -365,9 +365,7 @@ def _tasks(args: argparse.Namespace) -> None:
 def _preview(args: argparse.Namespace) -> None:
     from itertools import islice
 
-    from transformers import AutoTokenizer
-
-    from rsoups._resources import is_table, part_of, raw_rows, resolve
+    from rsoups._resources import is_table, load_tokenizer, part_of, raw_rows
     from rsoups.decoding import encode
     from rsoups.function_rewards import check_columns, columns_read
     from rsoups.scoring import load_reward
@@ -385,7 +383,7 @@ def _preview(args: argparse.Namespace) -> None:
     if reward is not None:
         check_columns([reward], columns_of(rows))
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))
+    tokenizer = load_tokenizer(args.tokenizer)
     template = template_kwargs(args.chat_template_kwargs)
     for row in rows[:5]:
         ids = encode(tokenizer, row["prompt"], template)

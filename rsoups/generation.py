@@ -19,7 +19,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from rsoups._errors import AdapterError
-from rsoups._resources import base_config, load_base, resolve
+from rsoups._resources import base_config, load_base, load_tokenizer, resolve
 from rsoups.adapters import Adapter
 from rsoups.decoding import Decoder, Prompt, Said, seed_of, uniforms
 from rsoups.live import LiveSoup
@@ -104,8 +104,6 @@ class Base:
     """The base: its tokenizer at once, its weights when there is something to answer."""
 
     def __init__(self, base: str | PreTrainedModel | LiveSoup, tokenizer: PreTrainedTokenizerBase | None):
-        from transformers import AutoTokenizer
-
         self._base: Any = base
         if isinstance(base, LiveSoup):
             config, tokenizer = base.model.config, tokenizer or base.tokenizer
@@ -114,7 +112,7 @@ class Base:
             source, config = resolve(base), base_config(base)
         else:
             config, source = base.config, base.config.name_or_path
-        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        self.tokenizer = tokenizer or load_tokenizer(source)
         self.context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def fingerprint(self) -> str:

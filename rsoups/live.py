@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rsoups._errors import AdapterError, LambdasError
-from rsoups._resources import load_base, need, resolve
+from rsoups._resources import load_base, load_tokenizer, need, resolve
 from rsoups.adapters import Adapter, read_adapter
 from rsoups.attaching import output_scale
 from rsoups.base_weights import BaseWeights, of_one_base
@@ -260,7 +260,7 @@ class LiveSoup:
             CheckpointError: The base cannot be loaded.
             AdapterError: As of the constructor.
         """
-        from transformers import AutoTokenizer, BitsAndBytesConfig
+        from transformers import BitsAndBytesConfig
 
         source = resolve(base)
         named = {name: a if isinstance(a, Adapter) else read_adapter(a) for name, a in named_adapters(adapters).items()}
@@ -279,7 +279,7 @@ class LiveSoup:
         model = load_base(base, **kwargs)
         if quantization is None and "device_map" not in kwargs:
             nn.Module.to(model, device)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=kwargs.get("revision"))
+        tokenizer = load_tokenizer(base, revision=kwargs.get("revision"))
         live = cls(
             model, named, method, tokenizer, allow_base_mismatch=True
         )  # it may be loaded from a copy of another name

@@ -25,7 +25,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D
 
 from rsoups._errors import AdapterError
-from rsoups._files import whole_folder
+from rsoups._files import check_replaceable, whole_folder
 from rsoups._resources import from_safetensors, resolve, why_not
 from rsoups.attaching import output_scale
 from rsoups.base_files import PROCESSOR_FILES, TOKENIZER_FILES, BaseFiles, copy_files, tokenizer_folder
@@ -65,6 +65,7 @@ def merge(
 ) -> None:
     """See `Soup.merge`."""
     check_base(soup.named_configs, base, allow_base_mismatch)
+    check_replaceable(Path(out), SOUP_FILE)  # before the base is loaded
     model = base if isinstance(base, PreTrainedModel) else None
     source = str(model.name_or_path) if model is not None else resolve(str(base))
     if model is not None and getattr(model, "is_quantized", False):
