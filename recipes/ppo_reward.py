@@ -30,7 +30,7 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import (
     GRPOConfig,
     GRPOTrainer,
@@ -47,7 +47,7 @@ from rsoups.adapters.adapter import read_adapter
 from rsoups.adapters.convert import conversion_of, convert
 from rsoups.adapters.filenames import MANIFEST_FILE
 from rsoups.adapters.lineage import fingerprint, settings_of, write_manifest
-from rsoups.bases.load import base_config, load_base
+from rsoups.bases.load import base_config, load_base, load_tokenizer
 from rsoups.bases.names import check_base
 from rsoups.common.assets import need, resolve
 from rsoups.common.errors import OutputError, SettingsError, in_one_line
@@ -337,7 +337,7 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     device, trusted = script.reward_device or str(training.device), training.trust_remote_code
     of_base = {"revision": model.model_revision, "trust_remote_code": trusted}
     context = base_config(model.model_name_or_path, **of_base)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(model.model_name_or_path), padding_side="left", **of_base)
+    tokenizer = load_tokenizer(model.model_name_or_path, padding_side="left", **of_base)
     rewards = [load_reward(name, device, trust_remote_code=trusted) for name in script.reward]
     room = context.get_text_config().max_position_embeddings - training.max_completion_length
     room = min(room, script.max_prompt_length or room)
