@@ -463,7 +463,9 @@ def test_metrics_are_those_of_the_rollout(tmp_path):
     for key, value in expected.items():
         assert history(run, key)[0] == pytest.approx(value, rel=1e-5), key
     assert history(run, "clip_fraction") == [0, 0], "the policy has hardly moved"
-    assert list(run._logs["completion"]) == texts and list(run._logs["rewards"]["pays_for_one_word"]) == pytest.approx(scores)
+    assert list(run._logs["completion"]) == texts and list(run._logs["rewards"]["pays_for_one_word"]) == pytest.approx(
+        scores
+    )
 
 
 def test_the_clip_fraction_is_the_share_of_tokens_whose_ratio_is_clipped(tmp_path):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import rsoups
 from rsoups._resources import resolve
+from rsoups.adapters import read_adapter
 from rsoups.cli import main
 from rsoups.suites import Suite, _regressions, run_suite
 
@@ -60,6 +61,28 @@ def test_thresholds(soup, mine, capsys):
 def test_no_step_back_from_a_parent(soup, mine):
     checks = run_suite(Suite.read(suite(mine, "suite_rewards:ones >= 0", against=str(soup))), soup)
     assert [check.passed for check in checks] == [True, True] and "0.000 [0.000, 0.000] against" in checks[1].text
+
+
+def test_prompts_that_the_model_was_trained_on_are_refused_unless_allowed(mine, capsys):
+    from test_training_data import trained
+
+    (mine / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": f"dog {i}"}) for i in range(20)))
+    model = trained(
+        mine / "model", [f"dog {i}" for i in range(19)]
+    )  # a tiny Llama of another shape than the suite's base
+    tiny_adapter(model, AutoModelForCausalLM.from_pretrained(resolve(BASE)), lora_alpha=1)
+    told = json.loads((model / "lineage.json").read_text())
+    (model / "lineage.json").write_text(json.dumps(told | {"sha256": read_adapter(model).sha256}))
+    sets = [{"task": "custom", "dataset": "rows.jsonl", "require": ["suite_rewards:ones >= 1"]}]
+    command = ["test", str(model), "--suite"]
+    assert main([*command, str(suite(mine, sets=sets))]) == 2
+    assert "of 2 prompts, model on 1 were trained on" in capsys.readouterr().err
+
+    for more, flag in (({}, ["--allow_trained_prompts"]), ({"allow_trained_prompts": True}, [])):
+        assert main([*command, str(suite(mine, sets=sets, **more)), *flag]) == 0
+        assert "set 1 (custom, 2 prompts; model was trained on 1): suite_rewards:ones" in capsys.readouterr().out
+    with pytest.raises(rsoups.SuiteError, match="allow_trained_prompts is 'yes', must be true or false"):
+        Suite.read(suite(mine, sets=sets, allow_trained_prompts="yes"))
 
 
 @pytest.mark.parametrize(("fall", "tolerance", "passed"), [(0.5, 0.0, False), (0.5, 0.6, True), (0.0, 0.0, True)])
