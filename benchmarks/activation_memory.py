@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from rsoups.actor_critic import add_actor_critic_forward
+from rsoups.training.actor_critic import add_actor_critic_forward
 
 ROWS, LENGTH, RESPONSE = 2, 72, 32
 QUANTISED = {

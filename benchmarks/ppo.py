@@ -132,7 +132,7 @@ def trl_trainer(args, base, folder):
 
     class Backbone(torch.nn.Module):
         def forward(self, input_ids, attention_mask, **kwargs):
-            # (B, T, 1): running share of favoured tokens; TRL reads it at a response's last token.
+            # (B, T, 1): running share of favored tokens; TRL reads it at a response's last token.
             good = ((input_ids % 2 == 1) & attention_mask.bool()).float().cumsum(1)
             share = 4 * good / attention_mask.cumsum(1).clamp(min=1)
             return type("Output", (), {"hidden_states": [share.unsqueeze(-1)]})()

@@ -33,9 +33,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import rsoups
-from rsoups._resources import load_rows, resolve
-from rsoups.decoding import Decoder
-from rsoups.tasks import TASKS, read_jsonl
+from rsoups.common.assets import resolve
+from rsoups.common.files import read_jsonl
+from rsoups.data.datasets import load_rows
+from rsoups.data.tasks import TASKS
+from rsoups.generation.decoding import Decoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = 32

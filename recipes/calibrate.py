@@ -20,12 +20,13 @@ import torch
 import yaml
 
 from rsoups import RewardError, load_reward
-from rsoups._errors import in_one_line
-from rsoups._resources import load_rows
-from rsoups.function_rewards import check_columns, columns_read
-from rsoups.probing import answers
-from rsoups.scoring import rewards_by_name
-from rsoups.tasks import TASKS, Task, columns_of, find_task, template_kwargs
+from rsoups.common.errors import in_one_line
+from rsoups.data.datasets import load_rows
+from rsoups.data.prompts import template_kwargs
+from rsoups.data.tasks import TASKS, Task, columns_of, find_task
+from rsoups.rewards.functions import check_columns, columns_read
+from rsoups.rewards.load import rewards_by_name
+from rsoups.rewards.probing import answers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESPONSE = "response that is scored"  # key of a row, beside the dataset's columns

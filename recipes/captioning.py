@@ -22,8 +22,9 @@ from pathlib import Path
 
 import rsoups
 from demo import RECIPES, run, train_all
-from rsoups._errors import in_one_line
-from rsoups.tasks import TASKS, read_jsonl
+from rsoups.common.errors import in_one_line
+from rsoups.common.files import read_jsonl
+from rsoups.data.tasks import TASKS
 
 REWARDS = ("bleu-1", "rouge-l-recall", "meteor", "cider")
 POLICY, TASK = "rsoups/tiny-llama", TASKS["concepts"]

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rsoups._errors import in_one_line
+from rsoups.common.errors import in_one_line
 
 RECIPES = Path(__file__).parent
 REWARDS = ("naturalness", "coverage")
@@ -114,7 +114,7 @@ def main() -> None:
     flags += ["--others", f"MORL 0.5/0.5={out / 'morl'}", "--output_dir", str(out), *seed]
     flags += ["--temperature", "0.7", "--max_new_tokens", "24"]  # as trained: recipes/configs/embedded.yaml
     flags += ["--samples", "4"]
-    run("4/5  Soups at 11 λ: generate, score, front, report", ["-m", "rsoups.cli", "sweep", *flags])
+    run("4/5  Soups at 11 λ: generate, score, front, report", ["-m", "rsoups.cli.main", "sweep", *flags])
     soup = choose(out)
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Look at:")
     for what, path in (

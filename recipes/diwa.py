@@ -28,10 +28,12 @@ import yaml
 
 import rsoups
 from demo import RECIPES, train_all
-from rsoups._errors import in_one_line
-from rsoups._resources import load_rows
-from rsoups.front import Estimate
-from rsoups.tasks import TASKS, question_of, read_jsonl
+from rsoups.common.errors import in_one_line
+from rsoups.common.files import read_jsonl
+from rsoups.data.datasets import load_rows
+from rsoups.data.prompts import question_of
+from rsoups.data.tasks import TASKS
+from rsoups.fronts.estimates import Estimate
 
 LEARNING_RATES = (0.5, 0.7, 1.0, 1.4)  # mild factors of the config's own, drawn for each run
 KL_COEFFICIENTS = (0.6, 1.0, 1.4)
@@ -121,7 +123,7 @@ def results_of(front: rsoups.Front, divergences: np.ndarray, best: str, kept: li
     """The figures of one set of prompts: rewards, differences, and for each pair of runs its gain and its diversity."""
     (reward,), names = front.rewards, list(front.soups[0].lambdas)
 
-    def at(some: list[str]) -> rsoups.front.Point:
+    def at(some: list[str]) -> rsoups.fronts.front.Point:
         wanted = {name: (name in some) / len(some) for name in names}
         return next(p for p in front.soups if np.allclose([p.lambdas[n] - wanted[n] for n in names], 0))
 
@@ -186,7 +188,7 @@ def plot(results: dict, runs: int, reward: str, path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     marks = {"uniform soup": ("#0072B2", "D"), "greedy soup": ("#009E73", "^"), "ensemble": ("#D55E00", "s")}
-    for at, (found, colour) in enumerate(zip(results.values(), ("#0072B2", "#D55E00"), strict=False)):
+    for at, (found, color) in enumerate(zip(results.values(), ("#0072B2", "#D55E00"), strict=False)):
         rewards = found["reward"]
         single = [value for name, (value, _, _) in rewards.items() if name.startswith("run-")]
         left.plot([at - 0.2] * runs, single, "o", color="#777777", label="single runs")
@@ -197,7 +199,7 @@ def plot(results: dict, runs: int, reward: str, path: Path) -> None:
         gains = np.array([pair["gain"] for pair in found["pairs"]])
         kl = [pair["diversity"] for pair in found["pairs"]]
         bars = [gains[:, 0] - gains[:, 1], gains[:, 2] - gains[:, 0]]
-        right.errorbar(kl, gains[:, 0], yerr=bars, fmt="o", color=colour, ecolor=colour + "55", label=list(results)[at])
+        right.errorbar(kl, gains[:, 0], yerr=bars, fmt="o", color=color, ecolor=color + "55", label=list(results)[at])
     left.set_xticks(range(len(results)), results)
     left.set_ylabel(f"{reward}  (mean reward)")
     left.set_title("bars: 95% bootstrap over prompts", fontsize=9, color="#777777", loc="left")

@@ -32,21 +32,22 @@ import rsoups
 from demo import train_all
 from ppo_reward import parse as parse_ppo
 from ppo_reward import policy, prompts, task_of
-from rsoups._errors import in_one_line
-from rsoups._files import whole_folder
-from rsoups._resources import resolve
-from rsoups.decoding import encode, respond
-from rsoups.estimates import Estimate
-from rsoups.function_rewards import check_columns, columns_read
-from rsoups.lineage import MANIFEST_FILE, write_manifest
-from rsoups.points import Point
-from rsoups.ppo import reset_adapter
-from rsoups.scoring import reward_function, rewards_by_name
-from rsoups.tasks import read_jsonl
+from rsoups.adapters.filenames import MANIFEST_FILE
+from rsoups.adapters.lineage import write_manifest
+from rsoups.common.assets import resolve
+from rsoups.common.errors import in_one_line
+from rsoups.common.files import read_jsonl, whole_folder
+from rsoups.fronts.estimates import Estimate
+from rsoups.fronts.points import Point
+from rsoups.generation.decoding import encode, respond
+from rsoups.rewards.functions import check_columns, columns_read
+from rsoups.rewards.load import rewards_by_name
+from rsoups.training.ppo import reset_adapter
+from rsoups.training.trl_rewards import reward_function
 
 MINUS_KL = "-KL"  # as one more objective: of two models of one reward, that nearer the start is better
 BATCH = 64
-COLOURS = ("#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's
+COLORS = ("#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -205,12 +206,12 @@ def report(front: rsoups.Front, rewards: list[str], out: Path) -> None:
     figure = Figure(figsize=(5 * (len(rewards) + 1), 4.4), layout="constrained")
     shown = {"mean of the rewards": rewards} | {reward: [reward] for reward in rewards}
     for axes, (title, of) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
-        for (name, points), colour, marker in zip(lines.items(), cycle(COLOURS), cycle("o^sDvP"), strict=False):
+        for (name, points), color, marker in zip(lines.items(), cycle(COLORS), cycle("o^sDvP"), strict=False):
             x = [abs(p.mean[MINUS_KL]) for p in points]
             estimates = [mean_of(front, p, of) for p in points]
             y = [e.value for e in estimates]
             errors = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
-            axes.errorbar(x, y, yerr=errors, marker=marker, color=colour, label=name, linewidth=1.5, elinewidth=0.6)
+            axes.errorbar(x, y, yerr=errors, marker=marker, color=color, label=name, linewidth=1.5, elinewidth=0.6)
         axes.set(title=title, xlabel="KL to the first start, nats per response")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("reward")

@@ -44,23 +44,30 @@ from trl import (
 from trl.trainer.utils import use_adapter
 
 from rsoups import PPOConfig, PPOTrainer, load_reward
-from rsoups._errors import OutputError, SettingsError, in_one_line
-from rsoups._files import hub_commit
-from rsoups._resources import LAST_TENTH, base_config, is_table, load_base, need, resolve, train_and_held_out
-from rsoups.adapters import read_adapter
-from rsoups.bases import check_base
-from rsoups.checkpoints import last_checkpoint
-from rsoups.convert import conversion_of, convert, holds_only_pickles
-from rsoups.decoding import encode
-from rsoups.first_step import sample_purely
-from rsoups.function_rewards import check_columns, columns_read
-from rsoups.hub import push_adapter, reserve
-from rsoups.lineage import MANIFEST_FILE, fingerprint, settings_of, write_manifest
-from rsoups.ppo import reset_adapter
-from rsoups.run_plan import GB, run_plan
-from rsoups.scoring import PLACE, models_of, reward_function
-from rsoups.tasks import TASKS, Task, columns_of, find_task, fit_prompts, with_prefixes
-from rsoups.training_data import prompt_marks
+from rsoups.adapters.adapter import read_adapter
+from rsoups.adapters.convert import conversion_of, convert
+from rsoups.adapters.filenames import MANIFEST_FILE
+from rsoups.adapters.lineage import fingerprint, settings_of, write_manifest
+from rsoups.bases.load import base_config, load_base
+from rsoups.bases.names import check_base
+from rsoups.common.assets import need, resolve
+from rsoups.common.errors import OutputError, SettingsError, in_one_line
+from rsoups.common.files import hub_commit
+from rsoups.common.pickles import holds_only_pickles
+from rsoups.data.datasets import LAST_TENTH, is_table, train_and_held_out
+from rsoups.data.prompts import fit_prompts, with_prefixes
+from rsoups.data.tasks import TASKS, Task, columns_of, find_task
+from rsoups.data.training_data import prompt_marks
+from rsoups.generation.decoding import encode
+from rsoups.generation.settings import sample_purely
+from rsoups.hub.push import push_adapter
+from rsoups.hub.upload import reserve
+from rsoups.rewards.functions import check_columns, columns_read
+from rsoups.rewards.load import models_of
+from rsoups.training.checkpoints import last_checkpoint
+from rsoups.training.ppo import reset_adapter
+from rsoups.training.run_plan import GB, run_plan
+from rsoups.training.trl_rewards import PLACE, reward_function
 
 ASKED = "prompt without prefix"  # column: a prompt without the words of a reference that --prefix_tokens puts after it
 # A soup does not care how its ingredients were trained: same cards, tasks, adapters and outputs for each.
@@ -86,7 +93,7 @@ class ScriptArguments:
     )
     template: str | None = field(
         default=None,
-        metadata={"help": "Of a custom task's prompts, such as 'Summarise: {article}'; its column prompt if unset."},
+        metadata={"help": "Of a custom task's prompts, such as 'Summarize: {article}'; its column prompt if unset."},
     )
     dataset: str | None = field(
         default=None,
@@ -321,7 +328,7 @@ def summary(trainer: GRPOTrainer) -> dict[str, Any]:
 def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig) -> None:
     clear_folder(script, training)
     if model.load_in_8bit or model.load_in_4bit:
-        need("bitsandbytes", "quantised")
+        need("bitsandbytes", "quantized")
     # The adapter is pushed whole and alone, in the end; its repository is asked for now, since a token may be no good.
     hub, training.push_to_hub = training.push_to_hub and training.process_index == 0, False
     options = {"private": training.hub_private_repo, "token": training.hub_token}

@@ -21,10 +21,11 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
 
-from rsoups._errors import in_one_line
-from rsoups._resources import resolve
-from rsoups.reward_inputs import encode_pairs
-from rsoups.tasks import pair_of, read_jsonl
+from rsoups.common.assets import resolve
+from rsoups.common.errors import in_one_line
+from rsoups.common.files import read_jsonl
+from rsoups.data.prompts import pair_of
+from rsoups.rewards.inputs import encode_pairs
 
 
 @dataclass

@@ -16,12 +16,13 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
-from rsoups._errors import in_one_line
-from rsoups._files import hub_commit
-from rsoups._resources import is_table, load_rows, resolve
-from rsoups.lineage import fingerprint, settings_of, write_manifest
-from rsoups.tasks import TASKS
-from rsoups.training_data import prompt_marks
+from rsoups.adapters.lineage import fingerprint, settings_of, write_manifest
+from rsoups.common.assets import resolve
+from rsoups.common.errors import in_one_line
+from rsoups.common.files import hub_commit
+from rsoups.data.datasets import is_table, load_rows
+from rsoups.data.tasks import TASKS
+from rsoups.data.training_data import prompt_marks
 
 
 @dataclass

@@ -19,12 +19,15 @@ import torch
 from trl import TrlParser
 
 from rsoups import load_reward, simplex, sweep, write_report
-from rsoups._errors import in_one_line
-from rsoups._resources import is_table, load_rows, named_sources
-from rsoups.function_rewards import check_columns, columns_read
-from rsoups.grids import edges
-from rsoups.scoring import rewards_by_name
-from rsoups.tasks import TASKS, columns_of, find_task, read_jsonl, template_kwargs
+from rsoups.common.assets import named_sources
+from rsoups.common.errors import in_one_line
+from rsoups.common.files import read_jsonl
+from rsoups.data.datasets import is_table, load_rows
+from rsoups.data.prompts import template_kwargs
+from rsoups.data.tasks import TASKS, columns_of, find_task
+from rsoups.fronts.grids import edges
+from rsoups.rewards.functions import check_columns, columns_read
+from rsoups.rewards.load import rewards_by_name
 
 
 @dataclass

@@ -22,8 +22,8 @@ import numpy as np
 
 import rsoups
 from demo import RECIPES, train_all
-from rsoups._errors import in_one_line
-from rsoups.tasks import read_jsonl
+from rsoups.common.errors import in_one_line
+from rsoups.common.files import read_jsonl
 
 LEARNING_RATES = (0.5, 0.7, 1.0)  # mild factors, drawn for each run
 LINE = (0.0, 0.25, 0.5, 0.75, 1.0)  # λ of the second run
@@ -38,7 +38,7 @@ def swapped(rows: list[dict], share: float, seed: int) -> list[dict]:
 
 
 def misspelt(text: str, draw: random.Random, share: float = 0.3) -> str:
-    """A `share` of the words of four letters and more with two neighbouring inner letters exchanged."""
+    """A `share` of the words of four letters and more with two neighboring inner letters exchanged."""
     words = text.split()
     for i, word in enumerate(words):
         if len(word) >= 4 and draw.random() < share:
@@ -103,10 +103,10 @@ def draw(results: dict, members: list[str], line: list[str], path: Path) -> None
         left.plot(
             [at - 0.2] * len(members), [by_model[m][0] for m in members], "o", color="#777777", label="single runs"
         )
-        for shift, model, colour, marker in ((0, "average", "#0072B2", "D"), (0.2, "ensemble", "#D55E00", "s")):
+        for shift, model, color, marker in ((0, "average", "#0072B2", "D"), (0.2, "ensemble", "#D55E00", "s")):
             value, low, high = by_model[model]
             bars = [[value - low], [high - value]]
-            left.errorbar(at + shift, value, yerr=bars, fmt=marker, color=colour, label=f"{model} of {len(members)}")
+            left.errorbar(at + shift, value, yerr=bars, fmt=marker, color=color, label=f"{model} of {len(members)}")
     left.set_xticks(range(len(results)), results)
     left.set_ylabel("pairs in the right order")
     handles, labels = left.get_legend_handles_labels()

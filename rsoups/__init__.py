@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rsoups._errors import (
+    from rsoups.common.errors import (
         AdapterError,
         CheckpointError,
         DatasetError,
@@ -24,28 +24,31 @@ if TYPE_CHECKING:
         TrainingError,
         VotesError,
     )
-    from rsoups.averaging import EMACallback, greedy, moving_average
-    from rsoups.explorer import explore
-    from rsoups.front import Front
-    from rsoups.full_weights import interpolate_checkpoints
-    from rsoups.grids import simplex
-    from rsoups.hub import push_front
-    from rsoups.judge import Judge, JudgeCard
-    from rsoups.live import LiveSoup
-    from rsoups.ppo import PPOTrainer
-    from rsoups.ppo_config import PPOConfig
-    from rsoups.probing import Probe, Sample, probe
-    from rsoups.report import write_report
-    from rsoups.scoring import Reward, RewardCard, load_reward
-    from rsoups.soup import Soup, interpolate
-    from rsoups.space import write_space
-    from rsoups.sweeps import sweep
-    from rsoups.votes import fit_votes
+    from rsoups.explorer.app import explore
+    from rsoups.explorer.space import write_space
+    from rsoups.fronts.front import Front
+    from rsoups.fronts.grids import simplex
+    from rsoups.fronts.votes import fit_votes
+    from rsoups.hub.push import push_front
+    from rsoups.reports.report import write_report
+    from rsoups.rewards.cards import RewardCard
+    from rsoups.rewards.classifier import Reward
+    from rsoups.rewards.judge import Judge, JudgeCard
+    from rsoups.rewards.load import load_reward
+    from rsoups.rewards.probing import Probe, Sample, probe
+    from rsoups.soups.greedy import greedy
+    from rsoups.soups.live import LiveSoup
+    from rsoups.soups.soup import Soup, interpolate
+    from rsoups.soups.whole_models import interpolate_checkpoints
+    from rsoups.sweeps.sweep import sweep
+    from rsoups.training.averaging import EMACallback, moving_average
+    from rsoups.training.ppo import PPOTrainer
+    from rsoups.training.ppo_config import PPOConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "_errors": (
+    "common.errors": (
         "AdapterError",
         "CheckpointError",
         "DatasetError",
@@ -62,23 +65,26 @@ _HOMES = {
         "TrainingError",
         "VotesError",
     ),
-    "averaging": ("EMACallback", "greedy", "moving_average"),
-    "explorer": ("explore",),
-    "front": ("Front",),
-    "full_weights": ("interpolate_checkpoints",),
-    "hub": ("push_front",),
-    "grids": ("simplex",),
-    "judge": ("Judge", "JudgeCard"),
-    "live": ("LiveSoup",),
-    "ppo": ("PPOTrainer",),
-    "ppo_config": ("PPOConfig",),
-    "probing": ("Probe", "Sample", "probe"),
-    "report": ("write_report",),
-    "scoring": ("Reward", "RewardCard", "load_reward"),
-    "soup": ("Soup", "interpolate"),
-    "space": ("write_space",),
-    "sweeps": ("sweep",),
-    "votes": ("fit_votes",),
+    "soups.greedy": ("greedy",),
+    "training.averaging": ("EMACallback", "moving_average"),
+    "explorer.app": ("explore",),
+    "fronts.front": ("Front",),
+    "soups.whole_models": ("interpolate_checkpoints",),
+    "hub.push": ("push_front",),
+    "fronts.grids": ("simplex",),
+    "rewards.judge": ("Judge", "JudgeCard"),
+    "soups.live": ("LiveSoup",),
+    "training.ppo": ("PPOTrainer",),
+    "training.ppo_config": ("PPOConfig",),
+    "rewards.probing": ("Probe", "Sample", "probe"),
+    "reports.report": ("write_report",),
+    "rewards.cards": ("RewardCard",),
+    "rewards.classifier": ("Reward",),
+    "rewards.load": ("load_reward",),
+    "soups.soup": ("Soup", "interpolate"),
+    "explorer.space": ("write_space",),
+    "sweeps.sweep": ("sweep",),
+    "fronts.votes": ("fit_votes",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

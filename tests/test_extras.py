@@ -3,14 +3,12 @@
 import importlib.util
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
-from test_front import records
+from front_records import records
+from places import RECIPES
 
 import rsoups
-
-RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @pytest.fixture
@@ -20,7 +18,7 @@ def without(monkeypatch):
     def hide(name):
         find = importlib.util.find_spec
         monkeypatch.setattr("importlib.util.find_spec", lambda n, *more: None if n == name else find(n, *more))
-        for module in ("rsoups._resources", "rsoups.report"):
+        for module in ("rsoups.common.assets", "rsoups.reports.report"):
             __import__(module)
             monkeypatch.setattr(f"{module}.find_spec", lambda n, *more: None if n == name else find(n, *more))
         monkeypatch.setitem(sys.modules, name, None)
@@ -35,7 +33,7 @@ def test_a_quantized_run_without_bitsandbytes(without, tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["ppo_reward.py", flag, "true", "--output_dir", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(RECIPES / "ppo_reward.py"), run_name="__main__")
-    assert "pip install 'rsoups[quantised]'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "pip install 'rsoups[quantized]'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_quantized_live_soup_without_bitsandbytes(without, tmp_path):
@@ -44,7 +42,7 @@ def test_a_quantized_live_soup_without_bitsandbytes(without, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     adapter = tiny_adapter(tmp_path / "a")
     without("bitsandbytes")
-    with pytest.raises(rsoups.SettingsError, match=r"package bitsandbytes.*rsoups\[quantised\]"):
+    with pytest.raises(rsoups.SettingsError, match=r"package bitsandbytes.*rsoups\[quantized\]"):
         rsoups.LiveSoup.from_pretrained(
             str(tmp_path / "base"), {"a": adapter}, quantization="4bit", allow_base_mismatch=True
         )

@@ -3,14 +3,16 @@
 import json
 
 import pytest
-from test_front import records
+from front_records import records
 from tiny import tiny_adapter
 
 import rsoups
-from rsoups._errors import FrontError
-from rsoups._resources import load_base, named_sources
-from rsoups.cli import main
-from rsoups.scoring import FunctionReward, rewards_by_name
+from rsoups.bases.load import load_base
+from rsoups.cli.main import main
+from rsoups.common.assets import named_sources
+from rsoups.common.errors import FrontError
+from rsoups.rewards.functions import FunctionReward
+from rsoups.rewards.load import rewards_by_name
 
 
 def test_sources_are_named_by_as_much_of_their_path_as_tells_them_apart(tmp_path, monkeypatch):

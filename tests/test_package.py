@@ -8,63 +8,29 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import rsoups
 
-ROOT = Path(__file__).parent.parent
-SOURCES = sorted((ROOT / "rsoups").glob("*.py"))
+SOURCES = sorted((ROOT / "rsoups").rglob("*.py"))
 
-# DESIGN: imports point one way. A module may import from rsoups only what stands in an earlier row.
-ORDER = [
-    {"_errors"},
-    {"_cards", "_files", "_unpickle", "tensor_files"},
-    {
-        "actor_critic",
-        "adapter_config",
-        "callbacks",
-        "checkpoints",
-        "estimates",
-        "first_step",
-        "grids",
-        "judge_client",
-        "layer_names",
-        "lineage",
-        "low_rank",
-    }
-    | {"reward_inputs", "rl_math", "sampling", "tasks", "votes"},
-    {"convert"},
-    {"_resources"},
-    {"bases"},
-    {"base_files", "lora_modules"},
-    {"adapters"},
-    {"compatibility"},
-    {"soup_config"},
-    {"comparison", "decoding", "points", "records", "selection", "stacking", "text_metrics", "training_data"},
-    {"notes"},
-    {"front", "text_checks"},
-    {"function_rewards"},
-    {"base_weights"},
-    {"attaching"},
-    {"soup", "judge"},
-    {"averaging", "conflicts", "full_weights", "inspection", "live", "merging", "sweep_folder"},
-    {"generation", "ppo_config", "scoring", "streaming"},
-    {"ppo", "probing", "vllm_server"},
-    {"run_plan", "sweeps"},
-    {"suites"},
-    {"charts", "plots", "space", "tasting"},
-    {"report"},
-    {"model_card"},
-    {"hub"},
-    {"versions"},
-    {"explorer_view"},
-    {"explorer_page"},
-    {"explorer"},
-    {"cli_hub"},
-    {"cli"},
+# DESIGN: imports point one way. A room imports only from itself and from rooms in earlier rows.
+ROOMS = [
+    "common",
+    "adapters",
+    "bases",
+    "data",
+    "fronts",
+    "reports",
+    "generation",
+    "hub",
+    "soups",
+    "rewards",
+    "explorer",
+    "sweeps",
+    "training",
+    "cli",
 ]
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-# `Soup.push_to_hub` and `.merge` are methods as users expect them; their work is in modules imported when they are called.
-ALLOWED = {("soup", "hub"), ("soup", "merging"), ("lineage", "convert")}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -74,26 +40,48 @@ def imports_of(path: Path) -> set[str]:
     def visit(node):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             return
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("rsoups", "recipes", "rewards"):
-            parts = (node.module or "").split(".")
-            found.update([parts[1]] if len(parts) > 1 else [alias.name for alias in node.names])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rsoups":
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            found.update(name if (ROOT / f"{name.replace('.', '/')}.py").is_file() else node.module for name in below)
         elif isinstance(node, ast.Import):
-            found.update(a.name for a in node.names if a.name.split(".")[0] in ("rsoups", "recipes", "rewards"))
+            found.update(alias.name for alias in node.names if alias.name.split(".")[0] == "rsoups")
         for child in ast.iter_child_nodes(node):
             visit(child)
 
     visit(ast.parse(path.read_text(encoding="utf-8")))
-    return found
+    return found - {"rsoups"}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_imports_point_one_way(path):
-    if path.stem == "__init__":
-        return
-    assert path.stem in RANK, f"{path.name} has no place in ORDER: give it one"
-    for imported in imports_of(path) - {"__version__"}:
-        assert imported in RANK, f"{path.name} imports {imported}"
-        assert RANK[imported] < RANK[path.stem] or (path.stem, imported) in ALLOWED, f"{path.stem} imports {imported}"
+def test_every_module_is_in_a_room():
+    folders = {path.relative_to(ROOT / "rsoups").parts[0] for path in SOURCES}
+    assert folders == {*ROOMS, "__init__.py"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_from_earlier_rooms_only(room):
+    allowed = set(ROOMS[: ROOMS.index(room) + 1])
+    for path in sorted((ROOT / "rsoups" / room).rglob("*.py")):
+        for imported in imports_of(path):
+            assert imported.split(".")[1] in allowed, f"{path.relative_to(ROOT)} imports {imported}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_circle_within_a_room(room):
+    files = {f"rsoups.{room}.{path.stem}": path for path in (ROOT / "rsoups" / room).glob("*.py")}
+    left = {name: imports_of(path) & files.keys() for name, path in files.items()}
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"these import each other: {left}"
+
+
+def test_no_recipe_or_benchmark_imports_a_private_name():
+    for folder in ("recipes", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rsoups"):
+                    names = [*node.module.split("."), *(alias.name for alias in node.names)]
+                    assert not [name for name in names if name.startswith("_")], f"{path.name}: {names}"
 
 
 def test_the_public_names_are_those_of_all():
@@ -120,7 +108,9 @@ def fresh_python(code: str, cwd: Path, **env: str) -> str:
 def test_importing_rsoups_or_asking_for_help_imports_no_torch(tmp_path):
     heavy = "[m for m in ('torch', 'transformers', 'numpy', 'peft', 'matplotlib') if m in sys.modules]"
     assert fresh_python(f"import sys, rsoups; print({heavy})", tmp_path) == "[]"
-    code = f"import sys, rsoups.cli\ntry: rsoups.cli.main(['--help'])\nexcept SystemExit: pass\nprint({heavy})"
+    code = (
+        f"import sys, rsoups.cli.main\ntry: rsoups.cli.main.main(['--help'])\nexcept SystemExit: pass\nprint({heavy})"
+    )
     assert fresh_python(code, tmp_path).splitlines()[-1] == "[]"
 
 
@@ -139,7 +129,7 @@ def test_the_wheel_holds_one_package_with_its_cards_recipes_and_assets(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"rsoups", f"rsoups-{rsoups.__version__}.dist-info"}
     for needed in (
-        "rewards/naturalness.yaml",
+        "assets/cards/naturalness.yaml",
         "recipes/ppo_reward.py",
         "recipes/configs/embedded.yaml",
         "assets/tiny-llama/model.safetensors",
@@ -164,7 +154,7 @@ prompt = "### Instruction: Write one sentence that uses these words. ### Input: 
 scores = rsoups.load_reward("coverage")([prompt, prompt], ["A dog runs in the park.", "The sea is calm."])
 assert scores[0] > scores[1], scores
 from transformers import AutoModelForCausalLM
-from rsoups._resources import resolve, shipped
+from rsoups.common.assets import resolve, shipped
 AutoModelForCausalLM.from_pretrained(resolve("rsoups/tiny-llama"))
 assert (shipped("recipes") / "demo.py").is_file()
 print("works")

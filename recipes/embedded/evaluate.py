@@ -24,8 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewards import covered, prompt, samples
 from rsoups import load_reward
-from rsoups._resources import load_rows, resolve
-from rsoups.tasks import TASKS, first_sentence, read_jsonl
+from rsoups.common.assets import resolve
+from rsoups.common.files import read_jsonl
+from rsoups.data.datasets import load_rows
+from rsoups.data.prompts import first_sentence
+from rsoups.data.tasks import TASKS
 
 
 @torch.inference_mode()

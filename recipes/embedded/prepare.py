@@ -23,7 +23,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from rsoups.tasks import TASKS, read_jsonl
+from rsoups.common.files import read_jsonl
+from rsoups.data.tasks import TASKS
 
 COPYING_VARIANTS = 12
 VARIANTS, EXCHANGED = 8, 6
@@ -148,7 +149,7 @@ def copying_rows(rows: list[dict], rng: random.Random) -> list[dict]:
 
 def sft_rows(rows: list[dict], rng: random.Random) -> list[dict]:
     """Each human sentence `VARIANTS` times: asked for by the data's concepts (once or twice), by some or all of its own
-    content words, and `EXCHANGED` times with a word or two exchanged for others that stand between the same neighbours
+    content words, and `EXCHANGED` times with a word or two exchanged for others that stand between the same neighbors
     elsewhere."""
     lemmas = Counter(concept for row in rows for concept in row["concepts"])
     exchange = Exchange([tidy_sentence(s) for row in rows for s in row["sentences"]])

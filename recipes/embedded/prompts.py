@@ -12,7 +12,7 @@ import json
 import random
 from pathlib import Path
 
-from rsoups.tasks import read_jsonl
+from rsoups.common.files import read_jsonl
 
 PEOPLE = """
     man woman boy girl child kid dog cat player team couple family farmer chef artist teacher student soldier

@@ -38,8 +38,10 @@ from transformers import (
     set_seed,
 )
 
-from rsoups._resources import resolve
-from rsoups.tasks import TASKS, first_sentence, read_jsonl
+from rsoups.common.assets import resolve
+from rsoups.common.files import read_jsonl
+from rsoups.data.prompts import first_sentence
+from rsoups.data.tasks import TASKS
 
 VOCABULARY = 5_000
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -1,0 +1,1 @@
+"""Read and check LoRA adapters, their tensors, names and lineage."""

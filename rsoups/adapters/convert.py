@@ -1,0 +1,180 @@
+"""Convert pickled weights to safetensors: the one door for pickles.
+
+Nothing else in rsoups opens a pickle. Here it is opened by torch's weights-only unpickler in a child process without network
+(`rsoups.common.unpickle`), and only tensors come out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rsoups.adapters.filenames import MANIFEST_FILE
+from rsoups.adapters.lineage import parents_of, published, read_manifest, write_manifest
+from rsoups.common.errors import CheckpointError, OutputError
+from rsoups.common.files import sha256_of, whole_folder
+from rsoups.common.pickles import (
+    CONFIG_FILES,
+    MODEL_STEM,
+    PICKLE_INDEX,
+    PICKLE_SUFFIXES,
+    TOKENIZER_PATTERNS,
+    Pickles,
+    converted,
+    find_pickles,
+    place_in_cache,
+)
+
+_LONGEST_INDEX = 2**26  # bytes
+
+
+def convert(source: str | Path, out: str | Path | None = None, *, say: Callable[[str], None] = print) -> Path:
+    """Write an adapter, a reward model or a whole model from ``.bin`` or ``.pt`` files as safetensors.
+
+    The same bytes come out for the same bytes in. Configs and tokenizers are copied, nothing else. ``lineage.json`` tells the
+    SHA-256 of each original file and of each converted one.
+
+    Args:
+        source: A folder, one file, or a Hub id (``user/name``, ``user/name@revision``).
+        out: The new folder. By default a place in the cache (``$HF_HOME/rsoups/converted``), where every command of rsoups
+            finds it under the Hub id.
+        say: Is told what is opened, and of which revision, before it is opened.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: There is no pickle, or one that holds anything but tensors, or that needs too much memory.
+        OutputError: `out` is there already, or cannot be written.
+        HubError: The Hub cannot be reached or refuses.
+    """
+    found = find_pickles(str(source))
+    target = Path(out) if out is not None else place_in_cache(found)
+    if out is None and target.is_dir():
+        return target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} exists: choose another folder, or remove it first")
+    hashes = {name: sha256_of(found.folder / name) for name in found.pickles}
+    say(f"opening {found}: " + ", ".join(f"{name} (SHA-256 {sha256[:12]})" for name, sha256 in hashes.items()))
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(target, MANIFEST_FILE) as partial:
+        for name, new in found.pickles.items():
+            _convert_file(found.folder / name, partial / new)
+        for path in _beside(found.folder):
+            shutil.copyfile(path, partial / path.name)
+        if found.index:
+            _write_index(found, partial)
+        _write_lineage(found, partial, hashes)
+    say(f"wrote {target}")
+    return target
+
+
+def conversion_of(source: str, revision: str | None = None) -> dict[str, Any] | None:
+    """What the cache's conversion of a source was made from: ``revision``, and the SHA-256 of ``original`` and ``converted``
+    weights (of several files by their names); None if there is none."""
+    if (folder := converted(source, revision)) is None:
+        return None
+    manifest = read_manifest(folder / MANIFEST_FILE)
+    (parent,) = parents_of(manifest)
+    return {"revision": parent["revision"], "original": parent["sha256"], "converted": manifest["sha256"]}
+
+
+# --- what is written ---------------------------------------------------------------------------------------------------
+
+
+def _convert_file(pickle: Path, out: Path) -> None:
+    """Open one pickle in a child process, which writes `out`."""
+    # Nothing of the environment that could change what torch does, and no token.
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "LANG") if name in os.environ}
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent.parent), *sys.path]))
+    with tempfile.TemporaryDirectory(prefix="rsoups-") as home:
+        child = subprocess.run(
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-m",
+                "rsoups.common.unpickle",
+                str(pickle.resolve()),
+                str(out.resolve()),
+            ],
+            env=kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HOME": home, "PYTHONDONTWRITEBYTECODE": "1"},
+            cwd=home,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if child.returncode == 0 and out.is_file():
+        return
+    try:
+        reason = str(json.loads(child.stderr.strip().splitlines()[-1]))
+    except (ValueError, IndexError):
+        reason = f"the process that read it ended with status {child.returncode}"
+    if "No space left" in reason:
+        raise OutputError(f"cannot write {out}: {reason}")
+    reason = reason.removeprefix("RefusedError: ").partition("\n")[0][:300]
+    raise CheckpointError(
+        f"{pickle} is not converted, and nothing of it was run: {reason}. Only files of plain tensors by name are converted"
+    )
+
+
+def _beside(folder: Path) -> Iterator[Path]:
+    """Configs and the tokenizer; never code, pickles or a card."""
+    for pattern in (*CONFIG_FILES, *TOKENIZER_PATTERNS):
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file() and not path.name.endswith((*PICKLE_SUFFIXES, ".py")):
+                yield path
+
+
+def _write_index(found: Pickles, partial: Path) -> None:
+    """The index of the new files, from their own headers; the old index must tell of the same tensors."""
+    from safetensors import safe_open
+
+    path = found.folder / PICKLE_INDEX
+    try:
+        if path.stat().st_size > _LONGEST_INDEX:
+            raise ValueError("it is too long")
+        old = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        told = {name: found.pickles[file] for name, file in old.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no index of the files beside it: {error!r}") from None
+    weight_map: dict[str, str] = {}
+    total = 0
+    for new in found.pickles.values():
+        with safe_open(partial / new, "pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), new)
+        total += (partial / new).stat().st_size
+    if different := sorted(told.items() ^ weight_map.items()):
+        raise CheckpointError(f"{path} and its files differ on {different[0][0]}: fetch the model again")
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (partial / f"{MODEL_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_lineage(found: Pickles, partial: Path, hashes: dict[str, str]) -> None:
+    """The manifest of the conversion: the original is its parent, with the hashes of the pickles."""
+    config: dict[str, Any] = {}
+    if (partial / "adapter_config.json").is_file():
+        try:
+            config = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            raise CheckpointError(f"{found.folder / 'adapter_config.json'} is not valid JSON") from None
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    original = next(iter(hashes.values())) if len(hashes) == 1 else hashes
+    write_manifest(
+        partial,
+        "conversion",
+        base={"model": str(base or published(found.name)), "revision": None},
+        recipe="rsoups convert",
+        config={"files": found.pickles},
+        data={},
+        parent=(found.name, found.revision, original),
+    )

@@ -1,0 +1,245 @@
+"""One naming of layers: prefixes of wrappers are stripped, old layer names become those that transformers has today.
+
+PEFT converts an adapter's names when it loads it onto a base; two adapters of one base can therefore carry unlike names. Here
+the same conversion is done on names alone, on a skeleton of the base without weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.utils import logging
+
+from rsoups.common.errors import AdapterError
+
+PREFIX = "base_model.model."
+# torch.compile, FSDP (of torch and fairscale), activation checkpointing, Lightning, Opacus: anywhere in a name.
+_WRAPPER = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module|_forward_module|_module)\."
+)
+_PARALLEL = re.compile(
+    r"^(module\.)+|(?<=^base_model\.model\.)(module\.)+"
+)  # DDP and DeepSpeed: around the whole model
+# PEFT leaves the adapter's name out of a file; of this one it also reads names that hold it.
+_ADAPTER_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB]|\.modules_to_save|\.trainable_tokens_delta)\.default(?=\.|$)")
+_ODD = re.compile(
+    r"^(?!base_model\.model\.)|^base_model\.model\.(base_model|module)\.|(^|\.)_\w+\.|\.default(\.|$)"
+    r"|\.(modules_to_save|original_module|base_layer)\.",
+    re.MULTILINE,
+)
+EXPERT = re.compile(r"\.experts\.\d+\.")  # PEFT itself fuses adapters of single experts when it loads them
+_WHOLE = re.compile(r"\.base_layer(\.(?:weight|bias))$")  # beside the factors of an adapted module
+_PART = re.compile(r"\.(lora_|base_layer\.|token_adapter\.).*")  # what follows a module's path in the name of a tensor
+
+
+def plain_names(source: str, names: Iterable[str]) -> dict[str, str]:
+    """The name that PEFT would have given each tensor, and its name in the file.
+
+    Copies that PEFT (0.21) writes beside a module that was trained as a whole are left out.
+
+    Raises:
+        AdapterError: A name that PEFT reads nothing of, or two names of one tensor.
+    """
+    names = list(names)
+    if not _ODD.search("\n".join(names)):  # as most files are
+        return dict(zip(names, names, strict=True))
+    found: dict[str, str] = {}
+    for name in names:
+        plain = _plain(name)
+        if not plain.startswith(PREFIX):
+            raise AdapterError(
+                f"{source}: the name of tensor {name} does not start with {PREFIX!r}, so PEFT reads nothing of it: save the "
+                "adapter again with PEFT's save_pretrained, from the model without its wrappers"
+            )
+        if (other := found.setdefault(plain, name)) != name:
+            raise AdapterError(f"{source}: tensors {other} and {name} are both {plain} without the names of wrappers")
+    for name in list(found):
+        trained, frozen = name.replace(".modules_to_save.", "."), name.replace(".original_module.", ".")
+        if trained != name:
+            found.setdefault(trained, found[name])
+        if trained != name or (frozen != name and frozen in found):
+            del found[name]
+    return _without_base_layers(source, found)
+
+
+def _without_base_layers(source: str, names: dict[str, str]) -> dict[str, str]:
+    """Whole parameters of adapted modules by the base's names: `written_name` undoes it."""
+    found: dict[str, str] = {}
+    for name, there in names.items():
+        plain = _WHOLE.sub(r"\1", name)
+        if (other := found.setdefault(plain, there)) != there:
+            raise AdapterError(f"{source}: tensors {other} and {there} are both {plain} of the base")
+    return found
+
+
+def written_name(name: str, adapted: Container[str]) -> str:
+    """The name that PEFT gives a whole parameter.
+
+    Args:
+        name: Name of any tensor, as `plain_names` gives it.
+        adapted: Paths of the modules that have factors.
+    """
+    if path_of(name) not in adapted or _PART.search(name):
+        return name
+    return f"{PREFIX}{path_of(name)}.base_layer.{name.rpartition('.')[2]}"
+
+
+def _plain(name: str) -> str:
+    plain = _ADAPTER_NAME.sub(r"\1", _WRAPPER.sub("", name))
+    plain = _PARALLEL.sub("", plain)
+    while plain.startswith(2 * PREFIX):
+        plain = _PARALLEL.sub("", plain.removeprefix(PREFIX))
+    return plain
+
+
+def path_of(name: str) -> str:
+    """The module's path in the base that a tensor of an adapter belongs to."""
+    path = name.removeprefix(PREFIX)
+    return _PART.sub("", path) if _PART.search(path) else path.rpartition(".")[0]
+
+
+def current_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Names as layers are called in a model, and the given names: old ones are converted as transformers does on loading.
+
+    Raises:
+        AdapterError: Two names lead to one.
+    """
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    known = {without_numbers(path) for path, _ in model.named_modules()}
+    found: dict[str, str] = {}
+    for name in names:
+        new = name
+        if not EXPERT.search(name) and without_numbers(path_of(name)) not in known:
+            new = PREFIX + rename_source_key(name.removeprefix(PREFIX), renamings, [])[0]
+        if (other := found.setdefault(new, name)) != name:
+            raise AdapterError(f"tensors {other} and {name} are both {new} in {type(model).__name__}")
+    return found
+
+
+def as_loaded(
+    base: PreTrainedModel, config: LoraConfig, layout: Mapping[str, Tensor]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A config and the tensors beside it (their values too, where they are not on the meta device) as PEFT has them once it
+    has converted them for a base.
+
+    Raises:
+        AdapterError: PEFT cannot convert them.
+    """
+    config = deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(config, base, get_model_conversion_mapping(base))
+        return config, convert_peft_adapter_state_dict_for_transformers(base, config, dict(layout))
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise AdapterError(f"PEFT cannot convert the adapter for {type(base).__name__}: {error}") from None
+
+
+def without_numbers(path: str) -> str:
+    """A path that is the same for all layers and experts."""
+    return re.sub(r"\d+", "#", path)
+
+
+def recorded_base(config: LoraConfig) -> PreTrainedModel | None:
+    """A skeleton of the base that an adapter names, as far as this machine knows it; None where it does not, and where the
+    names of its layers never changed."""
+    name, base = _recorded(config)
+    return skeleton(name, base, only_renamed=True)
+
+
+def tells_class(config: LoraConfig) -> bool:
+    """Whether an adapter tells the class of its base, or the base is on this disk."""
+    return _class(_recorded(config)[0]) is not None
+
+
+def _recorded(config: LoraConfig) -> tuple[str, Any]:
+    """Name of the base's class, "" where it is not known, and its config, None where it is not on this disk."""
+    mapping = config.auto_mapping or {}
+    base = _local_config(config.base_model_name_or_path, config.revision)
+    if str(mapping.get("parent_library", "")).startswith("transformers.models."):
+        return str(mapping.get("base_model_class", "")), base
+    return (getattr(base, "architectures", None) or [""])[0], base
+
+
+def _local_config(name: str | None, revision: str | None) -> Any:
+    """The config of a base that is on this disk, or in the Hub's cache."""
+    try:
+        path = Path(name or "", "config.json")
+        if name and path.is_file():
+            return _read(name, revision, path.stat().st_mtime_ns)
+        return _read(name, revision, 0) if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@lru_cache(maxsize=32)
+def _read(name: str, revision: str | None, written: int) -> Any:
+    return AutoConfig.from_pretrained(name, revision=revision, local_files_only=True, trust_remote_code=False)
+
+
+def skeleton(name: str, config: Any, only_renamed: bool = False) -> PreTrainedModel | None:
+    """A model of transformers on the meta device, without weights.
+
+    Args:
+        name: Name of its class.
+        config: Its config; that of the class by default where it is another one's.
+        only_renamed: Make none of a class whose layers never had other names.
+
+    Returns:
+        The model; None where transformers has no such class.
+    """
+    if (kind := _class(name)) is None:
+        return None
+    if not isinstance(config, kind.config_class):
+        config = None
+    if only_renamed and not _was_renamed(kind):
+        return None
+    return _built(kind, "" if config is None else json.dumps(config.to_dict(), default=str, sort_keys=True))
+
+
+def _class(name: str) -> Any:
+    """A class of models in transformers, None where it has no such."""
+    kind = getattr(transformers, name, None) if name.isidentifier() else None
+    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class else None
+
+
+def _was_renamed(kind: Any) -> bool:
+    names = kind.__name__, kind.config_class.model_type
+    return bool(kind.config_class.sub_configs) or any(
+        get_checkpoint_conversion_mapping(name) is not None for name in names
+    )
+
+
+@lru_cache(maxsize=8)
+def _built(kind: Any, config: str) -> PreTrainedModel | None:
+    try:
+        with _quiet(), torch.device("meta"):
+            return kind(kind.config_class.from_dict(json.loads(config)) if config else kind.config_class())
+    except Exception:  # whatever an unusual config leads to: then the base is not known
+        return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,194 @@
+"""Pair the factors of an adapter into modules, and check them against each other and the config."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor
+
+from rsoups.adapters.config import by_pattern
+from rsoups.adapters.filenames import CONFIG_FILE
+from rsoups.adapters.layer_names import PREFIX
+from rsoups.common.errors import AdapterError
+
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<kind>weight|bias))?")
+# PEFT tells the parameters of one module apart by how their wrappers are nested: the first one defined is innermost.
+_DEFINED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """The change of one module, Δ = scaling · B @ A, as the adapter's file describes it.
+
+    Attributes:
+        A: Name of a tensor of shape (r, in) or, of a convolution, (r, in / groups, ...).
+        B: Name of a tensor of shape (out, r) or (out, r, 1, ...).
+        rank: r.
+        shape: Of the base's weight as far as the factors tell it: (out, in, ...).
+        scaling: alpha / r, or alpha / √r for rsLoRA.
+        bias: Name of what `lora_bias` adds (times `scaling`), shape (out,), or None.
+        embedding: Whether A and B are those of an embedding.
+        experts: How many weights of this shape one parameter holds, each with its own change. Then A is (experts · r, in),
+            one expert below the other, and B (out, r · experts), one direction beside the other.
+        parameter: Its name in the module, where PEFT's `target_parameters` names it; "" where several would do.
+    """
+
+    A: str
+    B: str
+    rank: int
+    shape: tuple[int, ...]
+    scaling: float
+    bias: str | None = None
+    embedding: bool = False
+    experts: int = 1
+    parameter: str | None = None
+
+    def factors(self, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The (r, in) and (out, r) of each expert, of all that a convolution multiplies flattened."""
+        a, b = a.flatten(1), b.flatten(1)
+        if self.experts == 1:
+            return [(a, b)]
+        return list(zip(a.unflatten(0, (self.experts, -1)), b.unflatten(1, (-1, self.experts)).unbind(2), strict=True))
+
+
+def read_modules(
+    source: str, config: LoraConfig, layout: Mapping[str, Tensor], old_paths: Mapping[str, str] | None = None
+) -> dict[str, LoraModule]:
+    """Pair the factors, and check them against each other and the config.
+
+    Args:
+        source: Where they are from, for errors.
+        config: The config.
+        layout: Tensors, of which shapes are looked at.
+        old_paths: The names that the config may have for modules, where they were renamed.
+
+    Raises:
+        AdapterError: A factor without its other, or one that the config does not tell of.
+    """
+    parts: dict[str, dict[str, str]] = {}
+    for key in layout:
+        if match := FACTOR.fullmatch(key):
+            path = match["module"].removeprefix(PREFIX)
+            parts.setdefault(path, {})[match["factor"] + (".bias" if match["kind"] == "bias" else "")] = key
+    modules = {}
+    try:
+        for path, found in parts.items():
+            if not {"A", "B"} <= set(found) or not set(found) <= {"A", "B", "B.bias"}:
+                raise AdapterError(f"{source}: module {path} has factors {sorted(found)}, must have A and B")
+            wrappers = sum(unwrapped(other) == unwrapped(path) for other in parts) if config.target_parameters else 1
+            told = _told(source, config, path, wrappers, layout[found["A"]].shape, (old_paths or {}).get(path, path))
+            modules[path] = _module(source, config, layout, path, found, told)
+    except re.error as error:
+        raise AdapterError(f"{source}: a pattern in {CONFIG_FILE} is no regular expression: {error}") from None
+    _check_experts(source, modules)
+    return modules
+
+
+class _Told(NamedTuple):
+    """What the config tells of a module."""
+
+    rank: int
+    alpha: float
+    parameter: str | None
+
+
+def _told(source: str, config: LoraConfig, path: str, wrappers: int, shape: Sequence[int], old_path: str) -> _Told:
+    """Rank, alpha and parameter of a module of some wrappers, found as PEFT finds them.
+
+    Raises:
+        AdapterError: The config does not target it, or the file does not tell which parameter it is.
+    """
+    names = _parameters(config, path, wrappers)
+    if not names:
+        both = list(dict.fromkeys((path, old_path)))
+        any_path = config.target_modules in (None, "all-linear")
+        if not any_path and not any(check_target_module_exists(config, name) for name in both):
+            raise AdapterError(f"{source}: tensors for module {path}, which {CONFIG_FILE} does not target")
+        ranks, alphas = ([by_pattern(p, name, d) for name in both] for p, d in _patterns(config))
+        if alphas[0] != alphas[-1]:
+            raise AdapterError(
+                f"{source}: alpha_pattern gives {alphas[-1]} for {old_path}, which transformers calls {path} today, and "
+                f"{alphas[0]} for that, which PEFT would scale by: write today's names into {CONFIG_FILE}"
+            )
+        return _Told(ranks[-1] if shape[:1] == (ranks[-1],) else ranks[0], alphas[0], None)
+    paths = [f"{unwrapped(path)}.{name}" for name in names]
+    told = [tuple(by_pattern(p, one, d) for p, d in _patterns(config)) for one in paths]
+    if any(one != told[0] for one in told):
+        raise AdapterError(
+            f"{source}: {CONFIG_FILE} gives {names} unlike ranks or alphas, and the file does not tell which of them {path} "
+            "is"
+        )
+    rank, alpha = told[0]
+    return _Told(rank, alpha, names[0] if len(names) == 1 else "")
+
+
+def _patterns(config: LoraConfig) -> tuple[tuple[Any, int], tuple[Any, int]]:
+    return (config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha)
+
+
+def _parameters(config: LoraConfig, path: str, wrappers: int) -> list[str]:
+    """Names of the parameters that the wrapper at a path may be of; none of a module that is targeted as a whole."""
+    module = unwrapped(path)
+    if not config.target_parameters or (path == module and wrappers == 1 and _is_plain(config, path)):
+        return []
+    targets = [target.rpartition(".") for target in sorted(config.target_parameters)]
+    names = list(
+        dict.fromkeys(name for place, _, name in targets if f".{module}".endswith(f".{place}" if place else ""))
+    )
+    if len(names) == wrappers and set(names) <= set(_DEFINED):
+        depth = path.removeprefix(module).count(".base_layer")
+        return [sorted(names, key=_DEFINED.index)[wrappers - 1 - depth]]
+    return names
+
+
+def _is_plain(config: LoraConfig, path: str) -> bool:
+    if config.target_modules == "all-linear":
+        return not path.endswith("experts")
+    return config.target_modules is not None and bool(check_target_module_exists(config, path))
+
+
+def unwrapped(path: str) -> str:
+    """The path of the module whose parameters are wrapped."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
+
+
+def _module(
+    source: str, config: LoraConfig, layout: Mapping[str, Tensor], path: str, found: dict[str, str], told: _Told
+) -> LoraModule:
+    a, b = layout[found["A"]].shape, layout[found["B"]].shape
+    experts = a[0] // int(told.rank) if told.parameter is not None and a else 1
+    rank = told.rank * experts
+    if len(a) < 2 or len(b) != len(a) or a[0] != rank or b[1] != rank or any(size != 1 for size in b[2:]):
+        raise AdapterError(
+            f"{source}: module {path} has A {tuple(a)} and B {tuple(b)}, but {CONFIG_FILE} says rank {told.rank}"
+        )
+    bias = found.get("B.bias")
+    if (bias is not None) != bool(config.lora_bias) or (bias and tuple(layout[bias].shape) != (b[0],)):
+        raise AdapterError(f"{source}: module {path} and lora_bias={config.lora_bias} in {CONFIG_FILE} disagree")
+    return LoraModule(
+        found["A"],
+        found["B"],
+        int(told.rank),
+        shape=(b[0], *a[1:]),
+        scaling=told.alpha / (math.sqrt(told.rank) if config.use_rslora else told.rank),
+        bias=bias,
+        embedding="lora_embedding_" in found["A"],
+        experts=experts,
+        parameter=told.parameter,
+    )
+
+
+def _check_experts(source: str, modules: Mapping[str, LoraModule]) -> None:
+    """All parameters of a module are of equally many experts, or they were taken for one another."""
+    counts: dict[str, int] = {}
+    for path, module in modules.items():
+        if module.parameter is not None and counts.setdefault(unwrapped(path), module.experts) != module.experts:
+            raise AdapterError(f"{source}: the parameters of {unwrapped(path)} do not have the ranks of {CONFIG_FILE}")

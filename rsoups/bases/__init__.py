@@ -1,0 +1,1 @@
+"""Base models: their names, files and weights, and what fits on them."""

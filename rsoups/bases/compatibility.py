@@ -1,0 +1,193 @@
+"""Adapters beside each other: in one naming of layers, of one base, and such that PEFT can hold their soup in one adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from rsoups.adapters.adapter import TOKENS, Adapter, holds_tokens, named_as, trained_tokens
+from rsoups.adapters.layer_names import EXPERT, as_loaded, path_of, recorded_base, tells_class, written_name
+from rsoups.adapters.lineage import pinned
+from rsoups.adapters.lora_modules import LoraModule, unwrapped
+from rsoups.bases.files import check_vocabularies
+from rsoups.bases.names import OVERRIDE, same_base
+from rsoups.common.errors import AdapterError
+
+
+def in_one_naming(adapters: Mapping[str, Adapter], base: Any = None) -> dict[str, Adapter]:
+    """Adapters of one base, their layers named as that base names them.
+
+    Args:
+        adapters: By name.
+        base: The loaded base or a skeleton of it; by default what one of the adapters records.
+    """
+    if base is None:
+        base = next((found for a in adapters.values() if (found := recorded_base(a.config)) is not None), None)
+    if base is None:
+        return dict(adapters)
+    named = {name: named_as(adapter, base) for name, adapter in adapters.items()}
+    return {name: fused(adapter, base) for name, adapter in named.items()} if _need_fusing(named.values()) else named
+
+
+def fused(adapter: Adapter, base: Any) -> Adapter:
+    """The adapter with the factors of single experts fused, as PEFT fuses them when it loads them on a base.
+
+    Raises:
+        AdapterError: PEFT cannot.
+    """
+    if not any(EXPERT.search(path) for path in adapter.modules):
+        return adapter
+    try:
+        config, tensors = as_loaded(base, adapter.config, {name: adapter.tensor(name) for name in adapter.layout})
+    except AdapterError as error:
+        raise AdapterError(f"{adapter.source}: {error}") from None
+    layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    return replace(adapter, config=config, layout=layout, _read=lambda name, rows: tensors[name][rows], _names={})
+
+
+def _need_fusing(adapters: Iterable[Adapter]) -> bool:
+    """Whether adapters of single experts stand beside fused ones, or beside those of other experts."""
+    adapters = list(adapters)
+    targets = {frozenset(filter(EXPERT.search, adapter.modules)) for adapter in adapters} - {frozenset()}
+    return len(targets) > 1 or (bool(targets) and any(map(_parameters_of, adapters)))
+
+
+def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = False, with_base: bool = False) -> None:
+    """Refuse adapters that are not of one base.
+
+    Args:
+        adapters: In one naming, as `in_one_naming` gives them.
+        allow_base_mismatch: Take bases of other names.
+        with_base: Whether the base is at hand, for whole parameters that not all of them hold.
+
+    Raises:
+        AdapterError: Bases of other names, revisions or shapes; whole parameters that not all of them hold; what PEFT cannot
+            hold in one adapter.
+    """
+    adapters = list(adapters)
+    if not allow_base_mismatch:
+        check_one_base(adapters)
+    for one, other in combinations(adapters, 2):
+        _check_modules(one, other)
+        _check_whole(one, other, with_base)
+        if not with_base and not any(tells_class(adapter.config) for adapter in (one, other)):
+            _check_one_naming(one, other)
+    with_tokens = [
+        adapter for adapter in adapters if holds_tokens(written_name(n, adapter.modules) for n in adapter.layout)
+    ]
+    if len(with_tokens) > 1:
+        check_vocabularies(pinned(adapter.source, adapter.revision) for adapter in with_tokens)
+
+
+def check_one_base(adapters: Iterable[Adapter]) -> None:
+    """Refuse adapters that name different bases, or revisions of one.
+
+    Raises:
+        AdapterError: Two names or revisions.
+    """
+    first, *others = adapters
+    same = {"base_model_name_or_path": same_base, "revision": lambda one, two: not one or not two or one == two}
+    for other in others:
+        for name, are_same in same.items():
+            ours, theirs = getattr(first.config, name), getattr(other.config, name)
+            if not are_same(ours, theirs):
+                raise AdapterError(
+                    f"{name} differs: {ours!r} ({first.source}) and {theirs!r} ({other.source}); adapters of different bases "
+                    f"do not add up. {OVERRIDE}"
+                )
+
+
+def _check_modules(one: Adapter, other: Adapter) -> None:
+    for a, b in ((one, other), (other, one)):
+        if _parameters_of(b) and (single := next(filter(EXPERT.search, a.modules), None)):
+            raise AdapterError(
+                f"{a.source} has factors of single experts ({single}), those of {b.source} are fused: pass base= (--base), so "
+                "that they are fused as PEFT does"
+            )
+    names, others = _parameters_of(one), _parameters_of(other)
+    for path in names.keys() & others.keys():
+        if names[path] != others[path]:
+            raise AdapterError(
+                f"target_parameters of {path} differ: {sorted(names[path])} ({one.source}) and {sorted(others[path])} "
+                f"({other.source}); PEFT tells the parameters of a module apart by their order, so no one adapter can hold both"
+            )
+    for path in one.modules.keys() & other.modules.keys():
+        ours, theirs = one.modules[path], other.modules[path]
+        if (ours.shape, ours.embedding, ours.experts) != (theirs.shape, theirs.embedding, theirs.experts):
+            raise AdapterError(
+                f"module {path} has shape {_size(ours)} in the base of {one.source} and {_size(theirs)} in the base of "
+                f"{other.source}"
+            )
+
+
+def _size(module: LoraModule) -> tuple[int, ...]:
+    return module.shape if module.experts == 1 else (module.experts, *module.shape)
+
+
+def _parameters_of(adapter: Adapter) -> dict[str, set[str]]:
+    """Names of the adapted parameters of each module of which they, not the module, are targeted."""
+    found: dict[str, set[str]] = {}
+    for path, module in adapter.modules.items():
+        if module.parameter is not None:
+            names = {module.parameter} if module.parameter else set(adapter.config.target_parameters or ())
+            found.setdefault(unwrapped(path), set()).update(names)
+    return found
+
+
+def _check_one_naming(one: Adapter, other: Adapter) -> None:
+    """Refuse names that may be the old and the new ones of the same layers, where nothing tells the base."""
+    if one.modules.keys() == other.modules.keys():
+        return
+    ours, theirs = _by_place(one), _by_place(other)
+    for here in ours.keys() - theirs.keys():
+        for there in theirs.keys() - ours.keys():
+            both = ours[here].keys() & theirs[there].keys()
+            halves = here.replace("encoder", "decoder") == there.replace(
+                "encoder", "decoder"
+            )  # of one base, not names of one
+            if both and not halves and all(ours[here][inside] == theirs[there][inside] for inside in both):
+                raise AdapterError(
+                    f"{one.source} has layers in {here}, {other.source} has such layers in {there}: they may be the same "
+                    "layers of a base whose layers were renamed, and neither tells its base's class: pass base= (--base)"
+                )
+
+
+def _by_place(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of modules in layers, by the path to all layers, and then by a layer's number and the names after it."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for path, module in adapter.modules.items():
+        if match := re.fullmatch(r"(.*?)(\.\d+\..*)", path):
+            found.setdefault(match[1], {})[match[2]] = module.shape
+    return found
+
+
+def _check_whole(one: Adapter, other: Adapter, with_base: bool) -> None:
+    for key in one.full:
+        if key in other.layout and (ours := tuple(one.layout[key].shape)) != (theirs := tuple(other.layout[key].shape)):
+            raise AdapterError(
+                f"{key} has shapes {ours} in {one.source} and {theirs} in {other.source}: "
+                "of bases (or vocabularies) of different sizes"
+            )
+        if key.endswith(TOKENS) and key in other.layout:
+            path = path_of(key)
+            if trained_tokens(one.config, path) != trained_tokens(other.config, path):
+                raise AdapterError(
+                    f"trainable_token_indices differ between {one.source} and {other.source}: one adapter has one row for each "
+                    "token, so only the same tokens in the same order can be interpolated"
+                )
+    for a, b in ((one, other), (other, one)):
+        for key in set(a.full) - set(a.copies):
+            if path_of(key) in b.modules and key.endswith(".weight"):  # biases stay beside factors
+                raise AdapterError(
+                    f"{path_of(key)} was trained as a whole in {a.source} and has factors in {b.source}: PEFT cannot hold both "
+                    "in one adapter"
+                )
+    own = {key for adapter in (one, other) for key in adapter.copies if path_of(key) in adapter.modules}
+    if not with_base and (difference := (set(one.full) ^ set(other.full)) - own):
+        raise AdapterError(
+            f"{sorted(difference)[0]} was trained as a whole in only one of {one.source} and {other.source}: whole parameters "
+            "are interpolated where every ingredient has them, or with the base's own: pass base= (--base)"
+        )

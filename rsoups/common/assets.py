@@ -1,0 +1,102 @@
+"""Resolve names of assets, reward cards and recipes to paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from string import Template
+
+from rsoups.common.errors import AdapterError, DatasetError, RsoupsError, SettingsError
+
+_PACKAGE = Path(__file__).parent.parent
+_PREFIX = "rsoups/"
+_IN_THE_WHEEL = {"rewards": "assets/cards", "recipes": "recipes"}
+
+
+def shipped(folder: str) -> Path:
+    """A folder that a checkout holds at its top level (`rewards`, `recipes`) and the wheel inside the package."""
+    # The package's folder `rewards` is code; the wheel has the cards among the assets.
+    inside = _PACKAGE / _IN_THE_WHEEL[folder]
+    return inside if inside.is_dir() else _PACKAGE.parent / folder
+
+
+def resolve(name: str) -> str:
+    """The local folder or file behind ``rsoups/<asset>``; any other name (a path, a Hub id) comes back unchanged."""
+    if not name.startswith(_PREFIX):
+        return name
+    asset = name.removeprefix(_PREFIX)
+    known = sorted(p.name for p in (_PACKAGE / "assets").iterdir() if p.is_dir() and p.name != "cards")
+    if asset not in known:
+        raise DatasetError(f"no embedded asset {name!r}; there are {[_PREFIX + k for k in known]}")
+    return str(_PACKAGE / "assets" / asset)
+
+
+def embedded_name(name: str) -> str | None:
+    """``rsoups/<asset>`` of an embedded asset, by that name or by its folder; None of any other name."""
+    if name.startswith(_PREFIX):
+        return name
+    folder = Path(name)
+    return f"{_PREFIX}{folder.name}" if folder.is_absolute() and folder.parent == _PACKAGE / "assets" else None
+
+
+def need(package: str, extra: str) -> None:
+    """Refuse work that needs a package of an extra which is not installed, before any of it is done.
+
+    Raises:
+        SettingsError: It is not installed; the command that installs it is told.
+    """
+    if find_spec(package) is None:
+        raise SettingsError(f"this needs the package {package}, which is not installed: pip install 'rsoups[{extra}]'")
+
+
+def asset(name: str) -> str:
+    """A text that ships: a page, a style sheet, a script."""
+    return (_PACKAGE / "assets" / name).read_text(encoding="utf-8")
+
+
+def template(name: str) -> Template:
+    """A page with $-placeholders, as it ships."""
+    return Template(asset(name))
+
+
+def named_sources(given: Sequence[str], kind: str, error: type[RsoupsError] = AdapterError) -> dict[str, str]:
+    """``NAME=SOURCE`` texts as a dict, none of them lost.
+
+    Args:
+        given: A bare source is named by its last part, and by more of its path where others end alike.
+        kind: What they are, for the error.
+        error: Its type.
+
+    Raises:
+        RsoupsError: Two have one name, or a name or a source is empty.
+    """
+    pairs = [_pair(text) for text in given]
+    bare = [source for name, source in pairs if name is None]
+    found: dict[str, str] = {}
+    for text, (name, source) in zip(given, pairs, strict=True):
+        name = _short_name(source, bare) if name is None else name
+        if not name or not source:
+            raise error(f"{kind} {text!r} has no name or no source: write NAME=SOURCE")
+        if name in found:
+            raise error(
+                f"two {kind} have the name {name!r}, {found[name]} and {source}: give each its own, NAME=SOURCE"
+            )
+        found[name] = source
+    return found
+
+
+def _pair(text: str) -> tuple[str | None, str]:
+    """Name and source; the name is None where the text is a source alone."""
+    name, separator, source = text.partition("=")
+    return (None, text) if not separator or Path(text).exists() else (name.strip(), source)
+
+
+def _short_name(source: str, among: Sequence[str]) -> str:
+    """The last parts of a path, as many as tell it from the others, without a table's ending."""
+    parts = Path(source).parts
+    for count in range(1, len(parts) + 1):
+        if sum(Path(other).parts[-count:] == parts[-count:] for other in among) == 1:
+            break
+    name = "/".join(parts[-count:]) if parts else ""
+    return name.replace("//", "/").removesuffix(".jsonl").removesuffix(".csv")

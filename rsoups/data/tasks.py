@@ -1,0 +1,290 @@
+"""Tasks: where prompts come from, how they are written for the policy, and which part of a response counts.
+
+The prompt format is the paper's (Ramé et al. 2023, appendix; after Alpaca):
+``### Instruction: {instruction} ### Input: {input} ### Response: `` with the Input part left out where there is none.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rsoups.common.errors import DatasetError
+from rsoups.data.prompts import first_sentence, format_prompt, messages_of, one_line, prompt_of, shown
+
+_FIELD = re.compile(r"\{(\w+)\}")  # in templates
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of prompt.
+
+    Attributes:
+        name: What ``--task`` calls it.
+        dataset: Default data: a Hub id, or ``rsoups/...`` for the embedded prompts.
+        folders: Folder of the Hub dataset that holds "train" and "test", where they are not told apart by file names.
+        revision: Branch or commit of the Hub dataset; its main branch if None.
+        splits: What the dataset calls "train" and "test", where it has other names (or, as for news, the paper swaps them).
+        most: Rows at most of each split, after the filters; None for all.
+        key: Row -> what may occur once only; None where every row counts.
+        columns: The columns that a dataset must have.
+        prompt: Row -> policy prompt, or None where the paper filters the row out.
+        references: Row -> reference responses (empty where the data has none).
+        cut: Response -> the part of it that rewards see.
+    """
+
+    name: str
+    dataset: str
+    columns: tuple[str, ...]
+    prompt: Callable[[dict[str, Any]], str | None]
+    references: Callable[[dict[str, Any]], list[str]]
+    cut: Callable[[str], str]
+    key: Callable[[dict[str, Any]], Any] | None = None
+    folders: dict[str, str] = field(default_factory=dict)
+    revision: str | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+    most: dict[str, int] = field(default_factory=dict)
+
+    def rows(
+        self, dataset: Iterable[dict[str, Any]], most: int | None = None, kept: Collection[str] = ()
+    ) -> list[dict[str, Any]]:
+        """Rows of a dataset as ``{"prompt": str, "references": list[str]}``; filtered rows are left out.
+
+        Args:
+            dataset: Rows.
+            most: How many to return at most; the rest is not read.
+            kept: Further columns of the dataset to keep as they are, where it has them.
+
+        Raises:
+            DatasetError: A column is missing (those present are listed), or no row is left.
+        """
+        out: list[dict[str, Any]] = []
+        seen, filtered = set(), 0
+        for number, row in enumerate(dataset, 1):
+            if most is not None and len(out) >= most:
+                break
+            self._check_columns(number, row)
+            key = self.key(row) if self.key else None
+            if key is not None and key in seen:
+                continue
+            try:
+                prompt = self.prompt(row)
+                references = [] if prompt is None else self.references(row)
+            except DatasetError as error:
+                raise DatasetError(f"row {number}: {error}") from None
+            if prompt is None:
+                filtered += 1
+                continue
+            seen.add(key)
+            further = {name: row[name] for name in kept if name in row}
+            out.append(further | {"prompt": prompt, "references": [text for text in references if text]})
+        if not out:
+            raise DatasetError(f"the dataset holds no row that task {self.name!r} can use")
+        if filtered and self.name == "custom":  # the paper's tasks filter by design
+            logger.warning("%d of %d rows have nothing in %s and are left out", filtered, number, list(self.columns))
+        return out
+
+    def _check_columns(self, number: int, row: Any) -> None:
+        if not isinstance(row, Mapping):
+            raise DatasetError(f"row {number} is {shown(row)}, not an object of columns")
+        if missing := [c for c in self.columns if c not in row]:
+            raise DatasetError(
+                f"task {self.name!r} needs the column(s) {missing}, the dataset has {sorted(map(str, row))}; "
+                f"rename them, or choose another --task"
+            )
+
+
+def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows of a task as columns, None where a row lacks one; without ``references`` where no row has any."""
+    names = dict.fromkeys(name for row in rows for name in row if name != "references" or row[name])
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def find_task(name: str, dataset: str | None = None, template: str | None = None) -> Task:
+    """One of `TASKS` by its name; ``custom`` is `custom_task`.
+
+    Raises:
+        DatasetError: No such task, or a custom one without a dataset.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    if name != "custom" or not dataset:
+        raise DatasetError(f"--task is one of {[*TASKS, 'custom']}, and custom needs a --dataset; got {name!r}")
+    return custom_task(dataset, template)
+
+
+def custom_task(dataset: str, template: str | None = None) -> Task:
+    """A task of the user's own: any dataset with a ``prompt``, or with the columns that a template names.
+
+    Args:
+        dataset: Hub id, folder or file.
+        template: Such as ``"Summarize in one sentence: {article}"``; the ``prompt`` column as it is by default: a text, or
+            messages ``[{"role", "content"}, ...]`` for a model with a chat template. References are taken from a column
+            ``references`` (texts), ``reference`` or ``response``, where there is one.
+
+    Raises:
+        DatasetError: A template that names no column.
+    """
+    names = tuple(dict.fromkeys(_FIELD.findall(template))) if template is not None else ("prompt",)
+    if not names:
+        raise DatasetError(f"the template {template!r} names no column: write one in braces, as in {{article}}")
+
+    def prompt(row: dict[str, Any]) -> Any:
+        if any(_is_empty(row[name]) for name in names):
+            return None
+        if template is None:
+            return prompt_of(row["prompt"])
+        if wrong := [name for name in names if not isinstance(row[name], (str, int, float))]:
+            raise DatasetError(f"the template's columns are texts or numbers, {wrong[0]!r} is {shown(row[wrong[0]])}")
+        return _FIELD.sub(lambda match: str(row[match[1]]), template)
+
+    return Task("custom", dataset, names, prompt, _own_references, cut=str.strip)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _own_references(row: dict[str, Any]) -> list[str]:
+    """Reference responses of a custom task: the texts, or the last message's, of the first such column that has any.
+
+    A column ``reference`` or ``response`` of other values is a column for rewards to read, and no reference.
+    """
+    for name in ("references", "reference", "response"):
+        if _is_empty(value := row.get(name)):
+            continue
+        try:
+            if isinstance(value, str):
+                return [value]
+            if isinstance(value, list) and all(text is None or isinstance(text, str) for text in value):
+                return [text for text in value if text]
+            return [messages_of(value)[-1]["content"]]
+        except DatasetError:
+            if name == "references":
+                raise DatasetError(f"references are texts, this row has {shown(value)}: rename the column") from None
+    return []
+
+
+def _concepts_prompt(row: dict[str, Any]) -> str:
+    concepts = row["concepts"]
+    return format_prompt(
+        "Write one sentence that uses these words.", concepts if isinstance(concepts, str) else ", ".join(concepts)
+    )
+
+
+def _concepts_references(row: dict[str, Any]) -> list[str]:
+    sentences = row.get("sentences") or []
+    return [sentences] if isinstance(sentences, str) else list(sentences)
+
+
+_SUMMARIZE = "Generate a one-sentence summary of this post."
+
+
+def _between(text: Any, least: int, most: float) -> bool:
+    """Whether it is a text of a length within these bounds, which the paper excludes."""
+    return isinstance(text, str) and least < len(text) < most
+
+
+def _news_article(row: dict[str, Any]) -> str:
+    """The text after the agency's mark."""
+    return row["text"].rpartition("(Reuters) -")[2].strip()
+
+
+def _news_prompt(row: dict[str, Any]) -> str | None:
+    return format_prompt(_SUMMARIZE, _news_article(row)) if _between(row["text"], 100, 1500) else None
+
+
+def _reddit_prompt(row: dict[str, Any]) -> str | None:
+    post = row["info"].get("post")  # None for the dataset's news part
+    return format_prompt(_SUMMARIZE, post) if _between(post, 100, 1200) else None
+
+
+def _stack_prompt(row: dict[str, Any]) -> str | None:
+    question = row["question"]
+    return format_prompt(question) if isinstance(question, str) and 0 < len(question.strip()) < 300 else None
+
+
+def _review_prompt(row: dict[str, Any]) -> str | None:
+    return format_prompt("Generate a movie review.") if _between(row["text"], 200, float("inf")) else None
+
+
+def _assistant_turns(row: dict[str, Any]) -> tuple[str, str]:
+    _, _, rest = (row["chosen"] or "").partition("Human:")
+    question, _, answer = rest.partition("Assistant:")
+    return one_line(question), one_line(answer.partition("Human:")[0])
+
+
+def _assistant_prompt(row: dict[str, Any]) -> str | None:
+    question, _ = _assistant_turns(row)
+    return format_prompt(question) if 5 < len(question) < 100 else None
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="concepts",
+            dataset="rsoups/concepts",
+            columns=("concepts",),
+            prompt=_concepts_prompt,
+            references=_concepts_references,
+            cut=first_sentence,
+        ),
+        Task(
+            name="news",
+            dataset="argilla/news-summary",
+            columns=("text", "prediction", "id"),
+            prompt=_news_prompt,
+            references=lambda row: [one_line(guess["text"]) for guess in (row["prediction"] or [])[:1]],
+            cut=first_sentence,
+            key=lambda row: row["id"],
+            splits={"train": "test", "test": "train"},  # the larger one is called test
+        ),
+        Task(
+            name="reddit",
+            dataset="openai/summarize_from_feedback",
+            # Its main branch is a script, which datasets no longer runs; the Hub keeps its own conversion to parquet.
+            revision="refs/convert/parquet",
+            folders={"train": "comparisons", "test": "comparisons"},
+            columns=("info", "summaries", "choice"),
+            prompt=_reddit_prompt,
+            references=lambda row: [one_line(row["summaries"][row["choice"]]["text"])],
+            cut=first_sentence,
+            key=lambda row: row["info"]["id"],
+            splits={"test": "validation"},
+        ),
+        Task(
+            name="stack",
+            dataset="lvwerra/stack-exchange-paired",
+            columns=("question", "response_k", "qid"),
+            prompt=_stack_prompt,
+            references=lambda row: [one_line(row["response_k"] or "")],
+            cut=one_line,
+            key=lambda row: row["qid"],
+            folders={"train": "data/rl", "test": "data/evaluation"},
+            splits={"test": "train"},  # of a folder
+            most={"train": 40_000, "test": 1_000},
+        ),
+        Task(
+            name="review",
+            dataset="stanfordnlp/imdb",
+            columns=("text",),
+            prompt=_review_prompt,
+            references=lambda row: [one_line(row["text"])],
+            cut=one_line,
+        ),
+        Task(
+            name="assistant",
+            dataset="Anthropic/hh-rlhf",
+            columns=("chosen",),
+            prompt=_assistant_prompt,
+            references=lambda row: [_assistant_turns(row)[1]],
+            cut=one_line,
+        ),
+    )
+}

@@ -1,0 +1,1 @@
+"""The Gradio app in which a person chooses λ."""

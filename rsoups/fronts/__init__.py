@@ -1,0 +1,1 @@
+"""Pareto fronts: pure functions of records."""

@@ -1,0 +1,1 @@
+"""Sample text: one prompt or many, with given random numbers."""

@@ -1,0 +1,399 @@
+"""Responses of batches whose rows may be of different models, each row with its own random numbers.
+
+transformers' `generate` draws for a batch as a whole, and computes rows that have ended until the last one does. Here a
+response depends on its own row alone, and rows that have ended leave the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from rsoups.common.errors import DatasetError
+from rsoups.data.prompts import messages_of, shown
+from rsoups.generation.sampling import draw, fast_sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Prompt = str | list[dict[str, Any]]  # a text, or messages for the tokenizer's chat template
+_DROPPED = 1 / 8  # rows leave a batch when so large a part of it has ended: the cache is copied then
+_RESPONSES = 64  # at a time, of `respond`
+_READ_TOKENS = 1_024  # of a batch, where finished responses are read again: few, for little padding and few logits
+_REMEMBERED = 2**30  # bytes of keys and values of prompts
+_TRIMMED: set[int] = set()  # tokenizers of which it was said
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Said:
+    """A response.
+
+    Attributes:
+        ids: Its tokens, the one that ended it included.
+        logp: Σ log p of them, in nats, under the model and at the temperature that they were chosen by (1 for greedy).
+    """
+
+    ids: list[int]
+    logp: float
+
+
+class Decoder:
+    """Decodes with a model as it stands: whatever puts λ on it does so around the call.
+
+    Samples purely (temperature, no top-k or top-p), or greedily.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float, max_new_tokens: int
+    ):
+        self.model, self.temperature, self.max_new_tokens = model, temperature, max_new_tokens
+        self._tokenizer = tokenizer
+        self._ends = torch.tensor(ends_of(model, tokenizer), dtype=torch.long, device=model.device)
+        self._pad: int = next((i for i in (tokenizer.pad_token_id, *self._ends.tolist()) if i is not None), 0)
+        known = inspect.signature(model.forward).parameters
+        self._read: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        self._read_bytes = 0
+        self._takes = {name for name in ("position_ids", "logits_to_keep") if name in known}
+
+    def text(self, said: Said) -> str:
+        """A response's text, without special tokens."""
+        return str(self._tokenizer.decode(said.ids, skip_special_tokens=True))
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Tensor | None = None,
+        members: int = 1,
+        keep: Callable[[Tensor], None] | None = None,
+        models: Sequence[int] | None = None,
+    ) -> list[Said]:
+        """Respond.
+
+        Args:
+            prompts: Tokens of each of B prompts.
+            uniforms: (B, max_new_tokens), each row's random numbers within [0, 1); None decodes greedily.
+            members: M > 1 answers as a prediction ensemble: each prompt is M rows of the model's batch, one after the
+                other, whose next-token distributions are averaged.
+            keep: Where rows are of different models: told which of the rows that it had the batch goes on with.
+            models: A number for the model of each prompt, where they differ.
+        """
+        cache, shared = self._beginning(prompts, members, keep, models)
+        ids, mask = self._padded([prompt[shared:] for prompt in prompts])
+        mask = torch.cat([torch.ones_like(ids[:, :1]).expand(-1, shared), mask], dim=1)
+        ids, mask = (t.repeat_interleave(members, dim=0) for t in (ids, mask))
+        chosen = torch.full((len(prompts), self.max_new_tokens), -1, device=ids.device)
+        logps = torch.zeros(len(prompts), dtype=torch.float64, device=ids.device)
+        uniforms = None if uniforms is None else uniforms.to(ids.device)
+        at = torch.arange(len(prompts), device=ids.device)  # whose rows the batch still holds,
+        going = torch.ones_like(at, dtype=torch.bool)  # and which of them have not ended
+        for step in range(self.max_new_tokens):
+            out = self._forward(ids, mask, 1, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            own = None if uniforms is None else uniforms[at, step, None]
+            tokens, logp = self._choose(out.logits[:, -1].float(), own, members)
+            chosen[at[going], step] = tokens[going]
+            logps[at[going]] += logp[going]
+            going &= ~torch.isin(tokens, self._ends)
+            left = int(going.sum())
+            if not left:
+                break
+            ids = tokens.repeat_interleave(members)[:, None]
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            if left <= (1 - _DROPPED) * len(at) and hasattr(cache, "batch_select_indices"):
+                rows = going.repeat_interleave(members).nonzero()[:, 0]
+                cache.batch_select_indices(rows)
+                if keep is not None:
+                    keep(rows)
+                at, ids, mask, going = at[going], ids[rows], mask[rows], going[going]
+        return [
+            Said([token for token in row if token >= 0], logp)
+            for row, logp in zip(chosen.tolist(), logps.tolist(), strict=True)
+        ]
+
+    def _beginning(
+        self,
+        prompts: Sequence[Sequence[int]],
+        members: int,
+        keep: Callable[[Tensor], None] | None,
+        models: Sequence[int] | None,
+    ) -> tuple[DynamicCache | None, int]:
+        """Keys and values of the tokens that all prompts begin with (an instruction, say), which each model reads once, and
+        how many these are. None where there are none, or the cache is of a kind in which rows are not padded in their middle.
+        """
+        of_rows = [model * members + i for model in models or [0] * len(prompts) for i in range(members)]
+        first = {model: row for row, model in reversed([*enumerate(of_rows)])}
+        if len(first) == len(of_rows) or not (shared := _shared(prompts)):
+            return None, 0
+        places = {model: place for place, model in enumerate(first)}
+        to_rows = torch.tensor([places[model] for model in of_rows], device=self.model.device)
+        ids = torch.tensor([prompts[0][:shared]], device=self.model.device).expand(len(first), -1)
+        if keep is not None:
+            keep(torch.tensor(list(first.values()), device=ids.device))
+        cache = self._forward(ids, torch.ones_like(ids), 1, use_cache=True).past_key_values
+        if keep is not None:
+            keep(to_rows)
+        if not _is_plain(cache):
+            return None, 0
+        cache.batch_select_indices(to_rows)
+        return cache, shared
+
+    @torch.inference_mode()
+    def logps(self, prompts: Sequence[Sequence[int]], said: Sequence[Said]) -> list[tuple[float, float]]:
+        """Σ log p of finished responses under the model as it stands, always the same one, in nats: at temperature 1, and as
+        they were chosen."""
+        order = sorted(range(len(said)), key=lambda i: len(said[i].ids), reverse=True)
+        found: dict[int, tuple[float, float]] = {}
+        while order:
+            size = max(1, _READ_TOKENS // len(said[order[0]].ids))
+            part, order = order[:size], order[size:]
+            tokens = [said[i].ids for i in part]
+            logits = self._logits_of([prompts[i] for i in part], tokens)
+            flat, lengths = torch.tensor(sum(tokens, []), device=logits.device), [len(ids) for ids in tokens]
+            chosen = None if self.temperature in (0, 1) else _logp(logits.clone(), flat, self.temperature)
+            plain = _logp(logits, flat, 1.0)
+            chosen = plain if chosen is None else chosen
+            sums = ([float(one.sum()) for one in logp.split(lengths)] for logp in (plain, chosen))
+            found |= dict(zip(part, zip(*sums, strict=True), strict=True))
+        return [found[i] for i in range(len(said))]
+
+    def _logits_of(self, prompts: Sequence[Sequence[int]], said: Sequence[Sequence[int]]) -> Tensor:
+        """Logits (n, V), float32, before each of the n tokens of responses."""
+        read, mask = self._prefixes(prompts)
+        rows = [
+            [*prompt[-1:], *ids[:-1]] if read else [*prompt, *ids[:-1]]
+            for prompt, ids in zip(prompts, said, strict=True)
+        ]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [self._pad] * (longest - len(row)) for row in rows], device=mask.device)
+        places = torch.arange(longest, device=ids.device)
+        ends = torch.tensor([len(row) for row in rows], device=ids.device)[:, None]
+        starts = ends - torch.tensor([len(one) for one in said], device=ids.device)[:, None]
+        at, mask = (places >= starts) & (places < ends), torch.cat([mask, (places < ends).long()], dim=1)
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return self._forward(ids, mask, 0, past_key_values=read).logits[at].float()
+        # The logits before other tokens are not computed: of a small model they are most of the work.
+        hook = head.register_forward_pre_hook(lambda module, args: (args[0][at], *args[1:]))
+        try:
+            logits: Tensor = self._forward(ids, mask, 0, past_key_values=read).logits
+        finally:
+            hook.remove()
+        return logits.float()
+
+    def _prefixes(self, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache | None, Tensor]:
+        """Keys and values of all but the prompts' last tokens, which are read once for all responses to them; with their
+        mask. None of a model whose cache is of another kind, or where a prompt is of one token."""
+        short = [tuple(prompt[:-1]) for prompt in prompts]
+        nothing = torch.zeros((len(prompts), 0), dtype=torch.long, device=self.model.device)
+        if not all(short):
+            return None, nothing
+        read = {one: self._read[one] for one in short if one in self._read}
+        if missing := list(dict.fromkeys(one for one in short if one not in read)):
+            ids, mask = self._padded(missing)
+            cache = self._forward(ids, mask, 1, use_cache=True).past_key_values
+            if not _is_plain(cache):
+                return None, nothing
+            layers = cache.layers
+            for row, one in enumerate(missing):
+                read[one] = [
+                    (layer.keys[row, :, -len(one) :].clone(), layer.values[row, :, -len(one) :].clone())
+                    for layer in layers
+                ]
+                size = sum(k.nbytes + v.nbytes for k, v in read[one])
+                if self._read_bytes + size <= _REMEMBERED:
+                    self._read[one] = read[one]
+                    self._read_bytes += size
+        longest = max(map(len, short))
+        cache = DynamicCache()
+        for layer in range(len(read[short[0]])):
+            pairs = zip(*(read[one][layer] for one in short), strict=True)
+            keys, values = (torch.stack([pad(t, (0, 0, longest - t.shape[1], 0)) for t in each]) for each in pairs)
+            cache.update(keys, values, layer)
+        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in short], device=nothing.device)
+        return cache, mask
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and mask, (B, longest), padded on the left."""
+        longest = max(map(len, prompts))
+        ids = [[self._pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
+
+    def _forward(self, ids: Tensor, mask: Tensor, logits: int, **settings: Any) -> Any:
+        if "position_ids" in self._takes:
+            settings["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self._takes:
+            settings["logits_to_keep"] = logits
+        return self.model(input_ids=ids, attention_mask=mask, **settings)
+
+    def _choose(self, logits: Tensor, uniform: Tensor | None, members: int) -> tuple[Tensor, Tensor]:
+        """Tokens and their log p, (B,) each, of logits (B·M, V)."""
+        temperature = self.temperature or 1.0
+        if members == 1 and uniform is None:
+            tokens = logits.argmax(-1)
+            return tokens, _logp(logits, tokens, temperature)
+        weights = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
+        if members > 1:
+            weights = (weights / weights.sum(-1, keepdim=True)).unflatten(0, (-1, members)).mean(dim=1)
+        tokens = weights.argmax(-1, keepdim=True) if uniform is None else draw(weights, uniform)
+        logp = weights.gather(-1, tokens).double().log() - weights.sum(-1, keepdim=True).double().log()
+        return tokens[:, 0], logp[:, 0]
+
+
+def _is_plain(cache: Any) -> bool:
+    """Whether it is keys and values of every token: no sliding window, no recurrent state."""
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, the last token of each left out."""
+    lowest, highest = min(map(list, prompts)), max(map(list, prompts))
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if lowest[i] != highest[i]), most)
+
+
+def _logp(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log p of tokens (n,) by logits (n, V), which are spoiled; float64. (Several times faster on a CPU than log_softmax.)"""
+    logits -= logits.amax(-1, keepdim=True)
+    if temperature != 1:
+        logits /= temperature
+    of_tokens = logits.gather(-1, tokens[:, None])[:, 0].double()
+    return of_tokens - logits.exp_().sum(-1).double().log()
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any] | None = None) -> list[int]:
+    """A prompt's tokens; of messages, by the tokenizer's chat template. All of rsoups reads prompts so.
+
+    Args:
+        tokenizer: The policy's.
+        prompt: A text, or messages.
+        template: Variables of the chat template, such as ``{"enable_thinking": False}``.
+
+    Raises:
+        DatasetError: Messages as `messages_of` refuses them, or a tokenizer without a chat template.
+    """
+    if isinstance(prompt, str):
+        return trimmed(tokenizer, prompt, list(tokenizer(prompt)["input_ids"]))
+    messages = messages_of(prompt)
+    if not tokenizer.chat_template:
+        raise DatasetError(
+            f"the prompt {shown(messages)} is a conversation, and the tokenizer of {tokenizer.name_or_path!r} has no chat "
+            "template: take a model that has one, or write the prompts as texts"
+        )
+    found: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, **(template or {})
+    )
+    return trimmed(tokenizer, prompt, list(found["input_ids"]))
+
+
+def trimmed(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int]) -> list[int]:
+    """A prompt's tokens without a second token for the beginning, and without the end token that some tokenizers put behind
+    each text: a response would begin after the end. Says so once for each tokenizer."""
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    found = []
+    if begin is not None and ids[:2] == [begin, begin]:
+        ids, found = ids[1:], [f"a second {tokenizer.bos_token}"]
+    ends_itself = isinstance(prompt, str) and prompt.rstrip().endswith(str(tokenizer.eos_token))
+    if (
+        end is not None
+        and end != begin
+        and len(ids) > 1
+        and ids[-1] == end
+        and isinstance(prompt, str)
+        and not ends_itself
+    ):
+        ids, found = ids[:-1], [*found, f"the {tokenizer.eos_token} behind each prompt"]
+    if found and id(tokenizer) not in _TRIMMED:
+        _TRIMMED.add(id(tokenizer))
+        logger.warning("the tokenizer of %s adds %s: left out", tokenizer.name_or_path, " and ".join(found))
+    return ids
+
+
+@torch.inference_mode()
+def respond(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int = 0,
+    template: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """Tokens of a response to each prompt, the one that ended it included, by transformers' `generate`.
+
+    Sampling is pure, as in a sweep: nothing is inherited from the base's generation_config but the tokens that end a response.
+
+    Args:
+        model: A causal language model (of a PeftModel its base model, with the adapter in it).
+        tokenizer: Its tokenizer.
+        prompts: Texts or messages.
+        temperature, max_new_tokens, seed: Settings of the sampling; temperature 0 is greedy.
+        template: As in `encode`.
+    """
+    ids = [encode(tokenizer, prompt, template) for prompt in prompts]
+    ends = ends_of(model, tokenizer)
+    pad_id = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    pure = GenerationConfig(
+        **(sampling if temperature else {"do_sample": False}),
+        max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad_id,
+    )  # fmt: skip
+
+    said: list[list[int]] = []
+    # `generate` fills what a config leaves open from the model's own, so that is the one to be exchanged.
+    own, model.generation_config = model.generation_config, pure
+    try:
+        torch.manual_seed(seed)
+        for start in range(0, len(ids), _RESPONSES):
+            batch = ids[start : start + _RESPONSES]
+            longest = max(map(len, batch))
+            read = torch.tensor([[pad_id] * (longest - len(one)) + one for one in batch], device=model.device)
+            mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in batch], device=model.device)
+            with fast_sampling(model.device):
+                generate: Any = model.generate
+                whole = generate(input_ids=read, attention_mask=mask)
+            said += [_ended(row, ends) for row in whole[:, longest:].tolist()]
+    finally:
+        model.generation_config = own
+    return said
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: those of the base's generation_config, or the tokenizer's one."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _ended(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """A response without what pads it after its end."""
+    first = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: first + 1]
+
+
+def seed_of(seed: int, prompt: Prompt, sample: int) -> int:
+    """The seed of one response, the same at every λ, so that models are compared under the same random numbers."""
+    text = json.dumps([seed, prompt, sample], sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def uniforms(seed: int, count: int) -> list[float]:
+    """A response's random numbers within [0, 1), one for each token."""
+    return np.random.default_rng(seed).random(count).tolist()

@@ -1,0 +1,1 @@
+"""Publish folders on the Hugging Face Hub."""

@@ -1,0 +1,1 @@
+"""Reward cards, and the rewards behind them."""

@@ -1,0 +1,129 @@
+"""What a reward model reads: questions and responses as token ids, shortened where they are too long, in batches."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+FIELD = re.compile(r"\{(\w+)\}")  # in templates
+FIELDS = {"question", "response", "bos", "eos", "sep"}
+_NO_ROOM = "a response fills all %d tokens that a reward model reads: its end is not seen"
+
+# Tokens of a batch, padding included. On a CPU (benchmarks/scoring.py) larger ones leave its caches and get slower.
+_BATCH_TOKENS, _BATCH_TOKENS_ON_CPU = 8_192, 768
+
+logger = logging.getLogger(__name__)
+
+
+def filled(template: str, **values: str) -> str:
+    """A template with its fields replaced, all at once: a field's name in a value is text."""
+    return FIELD.sub(lambda match: values[match[1]], template)
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    responses: Sequence[str],
+    max_length: int,
+    reverse: bool = False,
+    cut: str = "end",
+) -> list[dict[str, list[int]]]:
+    """Tokenize (question, response) pairs as a sequence classifier reads them; `reverse` puts the response first.
+
+    Where a pair is longer than `max_length` tokens, the question loses the side that `cut` says (``end`` or ``start``),
+    and where all of it is not enough, the response loses its end.
+    """
+
+    def encode(question: str, response: str, lost: str) -> dict[str, list[int]]:
+        pair = (response, question) if reverse else (question, response)
+        tokenizer.truncation_side = "left" if (lost, cut) == ("question", "start") else "right"
+        side = "only_second" if reverse == (lost == "question") else "only_first"
+        return dict(tokenizer(*pair, truncation=side, max_length=max_length))
+
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    sizes = [len(ids) for ids in tokenizer(list(responses), add_special_tokens=False)["input_ids"]]
+    encoded, own_side = [], tokenizer.truncation_side
+    try:
+        for question, response, size in zip(questions, responses, sizes, strict=True):
+            if size < room:
+                encoded.append(encode(question, response, "question"))
+            else:
+                logger.warning(_NO_ROOM, max_length)
+                encoded.append(encode("", response, "response"))
+    finally:
+        tokenizer.truncation_side = own_side
+    return encoded
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    questions: Sequence[str],
+    responses: Sequence[str],
+    max_length: int,
+    cut: str = "end",
+) -> list[dict[str, list[int]]]:
+    """Tokenize texts made by a template; where one is longer than `max_length` tokens, its question loses what `cut` says.
+
+    An empty text is one end-of-text token, for models whose tokenizer adds none of its own (GPT-2).
+    """
+    special = {name: getattr(tokenizer, f"{name}_token") or "" for name in ("bos", "eos", "sep")}
+
+    def encode(question: str, response: str) -> dict[str, list[int]]:
+        one = dict(tokenizer(filled(template, question=question, response=response, **special)))
+        if not one["input_ids"]:
+            one = dict(tokenizer(tokenizer.eos_token or tokenizer.pad_token))
+        return one
+
+    encoded = []
+    for question, response in zip(questions, responses, strict=True):
+        one = encode(question, response)
+        while (over := len(one["input_ids"]) - max_length) > 0 and question:
+            question = _shortened(tokenizer, question, over, cut)
+            one = encode(question, response)
+        if over > 0:
+            logger.warning(_NO_ROOM, max_length)
+            one = {key: ids[:max_length] for key, ids in one.items()}
+        encoded.append(one)
+    return encoded
+
+
+def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, cut: str) -> str:
+    """A text without so many tokens of its end, or start; always shorter (one character may be several tokens)."""
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if tokens >= len(places):
+        return ""
+    if cut == "start":
+        return text[max(places[tokens][0], 1) :]
+    return text[: min(places[-tokens - 1][1], len(text) - 1)]
+
+
+def batches(encoded: Sequence[dict[str, list[int]]], device: Any, even: bool = False) -> Iterator[list[int]]:
+    """Places of samples of like length, or of one length where `even`, the longest first, as many as suit the device."""
+    budget = _BATCH_TOKENS_ON_CPU if device.type == "cpu" else _BATCH_TOKENS
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]), reverse=True)
+    while order:
+        longest = len(encoded[order[0]]["input_ids"])
+        size = max(1, budget // longest)
+        if even:
+            size = min(size, sum(len(encoded[i]["input_ids"]) == longest for i in order))
+        yield order[:size]
+        order = order[size:]
+
+
+def padded(rows: Sequence[dict[str, list[int]]], pad: int, device: Any) -> dict[str, Any]:
+    """Ids, mask and kinds as tensors (B, longest) of int64, padded on the right."""
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+    fill = {key: pad if key == "input_ids" else 0 for key in rows[0]}
+    return {
+        key: torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows], device=device)
+        for key, value in fill.items()
+    }

@@ -1,0 +1,1 @@
+"""Interpolate adapters and models, load, merge and compare them."""

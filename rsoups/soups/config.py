@@ -1,0 +1,176 @@
+"""The config that a soup is written with: PEFT must load every tensor beside it, scaled as it was meant."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor
+
+from rsoups.adapters.adapter import Adapter
+from rsoups.adapters.config import for_inference
+from rsoups.adapters.layer_names import EXPERT, as_loaded, recorded_base, tells_class, without_numbers
+from rsoups.adapters.lora_modules import LoraModule, read_modules, unwrapped
+from rsoups.common.errors import AdapterError
+
+_SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# Where the layers of models with images or sound were until transformers moved them into one `model`.
+_OLD = re.compile(r"(language_model|vision_tower|visual|audio_tower|multi_modal_projector)\.")
+_BIASES = ("none", "lora_only", "all")
+
+
+def faithful_config(adapter: Adapter) -> LoraConfig:
+    """The config of an adapter that is written as it is: its own, or one that says the same where PEFT would read its own
+    otherwise, because patterns depend on their order, which PEFT does not keep, or names are of the past."""
+    config = for_inference(adapter.config)
+    if not _tells(config, adapter.layout, adapter.modules):
+        _select(config, [adapter], adapter.modules)
+        alphas = {path: alpha_of(module, config.use_rslora) for path, module in adapter.modules.items()}
+        _write_patterns(config, adapter.modules, alphas)
+    return config
+
+
+def alpha_of(module: LoraModule, rslora: bool | None) -> float:
+    """The alpha that gives a module its scaling."""
+    alpha = module.scaling * (module.rank**0.5 if rslora else module.rank)
+    return round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
+
+
+def stacked_config(adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> LoraConfig:
+    """A config of stacked factors: alpha equal to the rank, so that PEFT scales by 1, module by module."""
+    config = for_inference(adapters[0].config)
+    configs = [adapter.config for adapter in adapters]
+    config.use_rslora = False
+    config.lora_bias = any(module.bias is not None for module in modules.values())
+    config.lora_dropout = 0.0
+    config.bias = max((one.bias or "none" for one in configs), key=_BIASES.index)
+    saved = [name for one in configs for name in one.modules_to_save or ()]
+    config.modules_to_save = list(dict.fromkeys(saved)) or None
+    config.trainable_token_indices = next(
+        (one.trainable_token_indices for one in configs if one.trainable_token_indices), None
+    )
+    config.auto_mapping = next((one.auto_mapping for one in configs if one.auto_mapping), None)
+    _write_patterns(config, modules, {path: module.rank for path, module in modules.items()})
+    _select(config, adapters, modules)
+    return config
+
+
+def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alphas: Mapping[str, float]) -> None:
+    """Rank and alpha of each module: the most common ones, and patterns of which one at most fits a module."""
+    of_experts = {(module.rank, alphas[path]) for path, module in modules.items() if EXPERT.search(path)}
+    if len(of_experts) > 1:
+        raise AdapterError(
+            f"experts have unlike ranks, {sorted(rank for rank, _ in of_experts)}: PEFT, which fuses the factors of single "
+            "experts when it loads them, needs one rank; pass base= (--base), so that they are fused before"
+        )
+    told = {path: (module.rank, alphas[path]) for path, module in modules.items()}
+    fused = [
+        told[path] for path, module in modules.items() if module.parameter is not None
+    ]  # PEFT warns of patterns for these
+    common = Counter(fused or told.values()).most_common(1)[0][0]
+    rank, alpha = next(iter(of_experts), common)
+    config.r, config.lora_alpha = rank, alpha  # type: ignore[assignment]  # PEFT takes any number
+    dated = not tells_class(config)
+    patterns = {_pattern(modules, path, dated): both for path, both in told.items()}
+    config.rank_pattern = {pattern: rank for pattern, (rank, _) in patterns.items() if rank != config.r}
+    config.alpha_pattern = {pattern: alpha for pattern, (_, alpha) in patterns.items() if alpha != config.lora_alpha}
+
+
+def _pattern(modules: Mapping[str, LoraModule], path: str, dated: bool) -> str:
+    """A pattern of PEFT's that fits one module, or one parameter of it, or all of them where they have one rank."""
+    parameter = modules[path].parameter
+    if parameter is None:
+        return _whatever_its_name(path) if dated and _OLD.match(path) else f"^{re.escape(path)}"
+    module = unwrapped(path)
+    if not parameter and len({m.rank for other, m in modules.items() if unwrapped(other) == module}) > 1:
+        raise AdapterError(
+            f"the parameters of {module} have unlike ranks, and the adapters do not tell which is which: no config can say it"
+        )
+    return rf"^{re.escape(module)}\.{re.escape(parameter) if parameter else '[^.]+'}"
+
+
+def _whatever_its_name(path: str) -> str:
+    """A pattern that fits a path of the past, and the one that PEFT makes of it when it loads the adapter on its base."""
+    return re.sub(r"\\\.(model|vision_model)\\\.", r"\\.(?:\1\\.)?", re.escape(path))
+
+
+def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> None:
+    """Target the modules of all adapters."""
+    configs = [adapter.config for adapter in adapters]
+    narrowed = any(getattr(one, name) for one in configs for name in _SELECTION[1:])
+    parameters = [name for one in configs for name in one.target_parameters or ()]
+    wrapped = [(unwrapped(path), module.parameter) for path, module in modules.items() if module.parameter is not None]
+    if narrowed and all(name for _, name in wrapped):  # to some layers, which PEFT does not do for parameters
+        parameters = [f"{path}.{name}" for path, name in wrapped]
+    config.target_parameters = list(dict.fromkeys(parameters)) or None
+    paths = [path for path, module in modules.items() if module.parameter is None]
+    alike = all(getattr(one, name) == getattr(config, name) for one in configs for name in _SELECTION)
+    if alike and _selects(config, paths):
+        return
+    listed = all(not isinstance(one.target_modules, (str, type(None))) for one in configs)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.target_modules = sorted({name for one in configs for name in one.target_modules or ()}) if listed else []
+    if not listed or narrowed or not _selects(config, paths):
+        config.target_modules = sorted(paths)  # PEFT takes each name of a list for the end of a path
+        if any(map(_OLD.match, paths)) and not tells_class(config):
+            config.target_modules = f"(.*\\.)?({'|'.join(map(_whatever_its_name, sorted(paths)))})"
+
+
+def _selects(config: LoraConfig, paths: Sequence[str]) -> bool:
+    if config.target_modules == "all-linear":
+        return True
+    return (
+        config.target_modules is None and not paths or all(check_target_module_exists(config, path) for path in paths)
+    )
+
+
+def _tells(config: LoraConfig, layout: Mapping[str, Tensor], modules: Mapping[str, LoraModule]) -> bool:
+    try:
+        found = read_modules("the soup", as_written(config), layout)
+    except AdapterError:
+        return False
+    return found.keys() == modules.keys() and all(found[path].scaling == modules[path].scaling for path in modules)
+
+
+def as_written(config: LoraConfig) -> LoraConfig:
+    """A config as it comes back from its file, in which PEFT sorts all keys and sets have no order."""
+    config = deepcopy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, dict):
+            setattr(config, name, dict(sorted(value.items())))
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
+    return config
+
+
+def check_written(config: LoraConfig, layout: Mapping[str, Any]) -> None:
+    """See by their names that PEFT loads all tensors of a soup with its config.
+
+    Args:
+        config: As it is written.
+        layout: The tensors, of which names and shapes are looked at.
+
+    Raises:
+        AdapterError: PEFT would pass over a tensor.
+    """
+    config = as_written(config)
+    read_modules("the soup", config, layout)
+    if (base := recorded_base(config)) is None:
+        return
+    try:
+        config, layout = as_loaded(base, config, layout)
+        modules = read_modules("the soup as PEFT converts it for its base", config, layout)
+    except AdapterError as error:
+        raise AdapterError(f"PEFT would not load all of this soup: {error}") from None
+    parameters = {without_numbers(name) for name, _ in base.named_parameters()}
+    for path, module in modules.items():
+        if module.parameter and without_numbers(f"{unwrapped(path)}.{module.parameter}") not in parameters:
+            raise AdapterError(
+                f"PEFT would not load all of this soup: it takes the targets for parameters of {type(base).__name__}, and "
+                f"{path} has none of them: train on other targets, or merge the adapters one by one"
+            )

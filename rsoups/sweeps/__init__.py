@@ -1,0 +1,1 @@
+"""Generate and score responses at many λ."""

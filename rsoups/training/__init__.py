@@ -1,0 +1,1 @@
+"""PPO on TRL's loop, one reward or several."""

@@ -1,0 +1,290 @@
+"""PPO's settings, and how a rollout is divided among processes, minibatches and micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from accelerate.utils import get_int_from_env
+from trl import GRPOConfig
+
+from rsoups.common.errors import SettingsError
+
+# The paper's batch is 128 and its mini-batch 4, for LLaMA-7b; recipes/configs/llama7b-*.yaml say so.
+_ROLLOUT, _MINI_BATCH = 128, 32
+_HARMLESS = {
+    "cache_implementation",
+    "cache_config",
+    "use_cache",
+    "disable_compile",
+    "compile_config",
+    "prefill_chunk_size",
+}
+# Where launchers tell the number of processes: torch's and accelerate's, and MPI's, in accelerate's order.
+_WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The shares of a rollout. Every number counts responses, except `processes`, `accumulation` and `steps`.
+
+    Attributes:
+        rollout: Responses of one rollout, over all processes.
+        mini_batch: Responses that one optimizer step sees, over all processes.
+        processes: Number of processes.
+        per_device: Rows of one forward and backward pass on one process.
+        accumulation: Passes of one process in one optimizer step.
+        steps: Optimizer steps of one pass over the rollout.
+    """
+
+    rollout: int
+    mini_batch: int
+    processes: int
+    per_device: int
+    accumulation: int
+    steps: int
+
+    @property
+    def turns(self) -> int:
+        """Number of groups of processes that take turns, one group for each step; 1 if every process works in every step."""
+        return max(1, self.processes // self.mini_batch)
+
+    def __str__(self) -> str:
+        each = (
+            f"{self.per_device} on each process" if self.turns == 1 else f"one on each of {self.mini_batch} processes"
+        )
+        passes = f", in {self.accumulation} passes" if self.accumulation > 1 else ""
+        waiting = ""
+        if self.turns > 1:
+            waiting = (
+                f"; {self.processes - self.mini_batch} of {self.processes} processes wait in each optimizer step: "
+                f"--mini_batch_size {self.processes} would use them all"
+            )
+        if self.processes == 1:
+            return f"{self.rollout} responses, minibatches of {self.mini_batch}{passes}"
+        return (
+            f"{self.rollout} responses ({self.rollout // self.processes} on each of {self.processes} processes), "
+            f"minibatches of {self.mini_batch} ({each}{passes}){waiting}"
+        )
+
+
+def divide(
+    rollout: int, mini_batch: int, processes: int, per_device: int | None = None, accumulation: int | None = None
+) -> Shares:
+    """Divide a rollout so that its size and its minibatches are the same on any number of processes.
+
+    Args:
+        rollout: Responses of one rollout, over all processes.
+        mini_batch: Responses that one optimizer step sees, over all processes. Where there are more processes than that,
+            they take turns, `mini_batch` of them in each step.
+        processes: Number of processes.
+        per_device: Rows of one forward pass on one process; as many as the minibatch has if None.
+        accumulation: Forward passes of one process in an optimizer step; as many as `per_device` needs if None.
+
+    Raises:
+        SettingsError: The numbers do not divide.
+    """
+
+    def refuse(reason: str, remedy: str) -> SettingsError:
+        return SettingsError(
+            f"a rollout of {rollout} responses (generation_batch_size) in minibatches of {mini_batch} (mini_batch_size) "
+            f"cannot be divided among {processes} process{'es' * (processes > 1)}: {reason}. {remedy}"
+        )
+
+    if min(rollout, mini_batch, per_device or 1, accumulation or 1) < 1:
+        raise refuse("every size must be at least 1", "Raise the size that is not.")
+    if rollout < 2:
+        raise refuse("the advantages of a single response cannot be whitened", "Raise generation_batch_size.")
+    if rollout % mini_batch:
+        raise refuse(f"{rollout} is no multiple of {mini_batch}", "Change one of the two sizes.")
+    if rollout % processes:
+        raise refuse(f"{rollout} is no multiple of {processes}", "Change generation_batch_size, or num_processes.")
+
+    steps = rollout // mini_batch
+    if processes > mini_batch:
+        if processes % mini_batch:
+            raise refuse(
+                f"{processes} is no multiple of {mini_batch}", f"Pass --mini_batch_size {processes}, for example."
+            )
+        if (per_device or 1) > 1 or (accumulation or 1) > 1:
+            raise refuse(
+                "a process has one response of a minibatch at most",
+                "Leave out per_device_train_batch_size and gradient_accumulation_steps.",
+            )
+        return Shares(rollout, mini_batch, processes, 1, 1, steps)
+
+    if mini_batch % processes:
+        raise refuse(
+            f"{mini_batch} is no multiple of {processes}",
+            f"Pass --mini_batch_size {processes * -(-mini_batch // processes)}.",
+        )
+    share = mini_batch // processes
+    rows = per_device or share // (accumulation or 1)
+    if not rows or share % rows or (accumulation or share // rows) * rows != share:
+        passes = f" x {accumulation} (gradient_accumulation_steps)" if accumulation else ""
+        raise refuse(
+            f"each process has {share} responses of a minibatch, and {rows} (per_device_train_batch_size){passes} do not "
+            "make that up",
+            "Leave per_device_train_batch_size and gradient_accumulation_steps out, or let their product be that share.",
+        )
+    return Shares(rollout, mini_batch, processes, rows, share // rows, steps)
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    """TRL's GRPOConfig with PPO's own settings.
+
+    The defaults are those of the paper's LLaMA experiments (Ramé et al. 2023), but for the learning rate and the minibatch
+    (1.41e-5 and 4 there): with these a small base did not learn in 13 rollouts, with ours it does (docs/EXPERIMENTS.md).
+
+    A rollout is ``generation_batch_size`` responses over all processes. PPO goes through it ``num_iterations`` times, in
+    minibatches of ``mini_batch_size`` responses over all processes, one optimizer step for each: the same on any number of
+    processes. ``per_device_train_batch_size`` only bounds the rows of one forward pass, where memory is short.
+
+    TRL's way of saying it is understood too: ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` without
+    ``mini_batch_size``, and ``steps_per_generation`` instead of ``generation_batch_size``, make both sizes grow with the
+    number of processes. GRPO's own settings of groups, advantages and losses have no effect; ``beta`` is set from
+    ``kl_coef``.
+    """
+
+    learning_rate: float = field(
+        default=3e-4, metadata={"help": "The initial learning rate for AdamW; the paper has 1.41e-5 for LLaMA-7b."}
+    )
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weight μ of each reward, all 1 if unset: the score is the sum of μ * reward, divided by the sum of |μ|. "
+            "A negative weight pays for less of its reward."
+        },
+    )
+    num_generations: int | None = field(default=1, metadata={"help": "Responses per prompt in a rollout."})
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Responses of a rollout, over all processes; {_ROLLOUT} unless steps_per_generation is set."
+        },
+    )
+    mini_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Responses that one optimizer step sees, over all processes; "
+            f"{_MINI_BATCH} unless per_device_train_batch_size is set (the paper has 4)."
+        },
+    )
+    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Rows of one forward and backward pass on a process; its share of a minibatch if unset."},
+    )
+    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Such passes in an optimizer step; what makes up the minibatch if unset."}
+    )
+    num_iterations: int = field(default=4, metadata={"help": "PPO epochs: passes over each rollout."})
+    max_completion_length: int | None = field(default=32, metadata={"help": "Longest response, in tokens."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "No dropout: rollout, reference and update must see one and the same policy."}
+    )
+    kl_coef: float = field(default=0.2, metadata={"help": "Initial coefficient of the KL penalty per token."})
+    kl_target: float | None = field(
+        default=6.0, metadata={"help": "KL to hold, nats per response, by adapting kl_coef; none keeps kl_coef fixed."}
+    )
+    kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which kl_coef adapts."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of GAE."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
+    cliprange: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value around the rollout's value."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    kl_limit: float | None = field(
+        default=100.0, metadata={"help": "Nats per response: above half of it warn, above it stop; none never stops."}
+    )
+    min_distinct: float = field(
+        default=0.0, metadata={"help": "Stop where a smaller share of a rollout's responses differ; 0 only warns."}
+    )
+    min_completion_length: int | None = field(
+        default=None,
+        metadata={"help": "Draw each response's limit between this and max_completion_length, as the paper does."},
+    )
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Subtracted from the score of a response that was cut before its end token."}
+    )
+    local_rollout_forward_batch_size: int | None = field(
+        default=None, metadata={"help": "Responses generated at one time on a process; the whole rollout's if unset."}
+    )
+    adapter_init_seed: int = field(
+        default=0,
+        metadata={"help": "Seed of a fresh adapter's weights, the same for all runs that will share a soup."},
+    )
+
+    shares: Shares = field(init=False, repr=False)  # of a rollout; what the sizes above come to
+
+    def __post_init__(self) -> None:
+        self._check()
+        responses = self.num_generations
+        self.shares = self._divide(get_int_from_env(_WORLD_SIZES, 1))
+        self.mini_batch_size = self.shares.mini_batch
+        self.per_device_train_batch_size = self.shares.per_device
+        self.gradient_accumulation_steps = self.shares.accumulation
+        self.generation_batch_size, self.steps_per_generation = self.shares.rollout, None
+        # TRL refuses one response per prompt, which only GRPO's group baseline needs more of. Its check that groups
+        # fill the rollout holds for any number of responses once the whole rollout counts as one group.
+        if responses == 1:
+            self.num_generations_eval = self.num_generations_eval or 1
+            self.num_generations = self.generation_batch_size
+        self.beta = self.kl_coef or 1e-8  # not 0: makes TRL keep the reference of a continued adapter
+        super().__post_init__()
+        self.num_generations = responses
+        if self.world_size != self.shares.processes:
+            raise SettingsError(
+                f"the launcher told of {self.shares.processes} processes, and {self.world_size} are there: start the run "
+                "with accelerate launch or torchrun"
+            )
+        # In TRL's words a step is a forward and backward pass of one process.
+        self.steps_per_generation = self.shares.steps * self.shares.accumulation
+
+    def _check(self) -> None:
+        if self.kl_coef < 0:
+            raise SettingsError(f"kl_coef is {self.kl_coef}, must be at least 0")
+        if self.min_completion_length and not 1 <= self.min_completion_length <= (self.max_completion_length or 0):
+            raise SettingsError(
+                f"min_completion_length is {self.min_completion_length}, must be between 1 and max_completion_length "
+                f"({self.max_completion_length})"
+            )
+        changed = {"top_k": self.top_k or 0, "top_p": self.top_p - 1, "min_p": self.min_p or 0}
+        changed |= {"repetition_penalty": self.repetition_penalty - 1}
+        changed |= {name: True for name in self.generation_kwargs or {} if name not in _HARMLESS}
+        if named := [name for name, value in changed.items() if value]:
+            raise SettingsError(
+                f"{', '.join(named)}: PPO samples from the whole softmax at a temperature, since its log-probabilities are of "
+                "that; leave out what changes the sampling (top_k 0, top_p 1, repetition_penalty 1)"
+            )
+        if self.temperature <= 0:
+            raise SettingsError(f"temperature is {self.temperature}, must be above 0")
+        if self.use_transformers_continuous_batching and (self.bf16 or self.fp16):
+            raise SettingsError(
+                "use_transformers_continuous_batching casts the adapter to 16 bit in TRL: leave one of them out"
+            )
+
+    def _divide(self, processes: int) -> Shares:
+        """The shares that the settings ask for, in TRL's words or in ours."""
+        rows, passes, steps = (
+            self.per_device_train_batch_size,
+            self.gradient_accumulation_steps,
+            self.steps_per_generation,
+        )
+        if steps is not None and self.generation_batch_size is not None:
+            raise SettingsError(
+                f"generation_batch_size ({self.generation_batch_size}) and steps_per_generation ({steps}) both say how "
+                "large a rollout is: leave one of them out"
+            )
+        if steps is not None and self.mini_batch_size is not None and rows is None:
+            raise SettingsError(
+                "steps_per_generation counts passes of per_device_train_batch_size rows, which is not set: set "
+                "generation_batch_size instead"
+            )
+
+        mini_batch = self.mini_batch_size
+        if mini_batch is None:
+            mini_batch = rows * (passes or 1) * processes if rows is not None else _MINI_BATCH
+        rollout = self.generation_batch_size
+        if rollout is None:
+            rollout = _ROLLOUT if steps is None else (rows or _MINI_BATCH) * steps * processes
+        return divide(rollout, mini_batch, processes, rows, passes)
