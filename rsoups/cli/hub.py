@@ -78,6 +78,11 @@ def add_commands(commands: Any) -> None:
     test.add_argument("--suite", required=True, type=Path, help="YAML: see rsoups/suites.py")
     test.add_argument("--against", help="a parent, instead of the suite's")
     add_override(test)
+    test.add_argument(
+        "--allow_trained_prompts",
+        action="store_true",
+        help="test on prompts that the soup was trained on too, and say so",
+    )
     test.set_defaults(run=_test)
 
 
@@ -156,15 +161,14 @@ def _revert(args: argparse.Namespace) -> None:
 
 
 def _test(args: argparse.Namespace) -> None:
-    _run_suite(args.suite, args.soup, args.against, args.allow_base_mismatch)
+    allowed = {name: True for name in ("allow_base_mismatch", "allow_trained_prompts") if getattr(args, name)}
+    _run_suite(args.suite, args.soup, args.against, **allowed)
 
 
-def _run_suite(path: Path, source: str, against: str | None, allow_base_mismatch: bool = False) -> None:
+def _run_suite(path: Path, source: str, against: str | None, **allowed: bool) -> None:
     from rsoups.sweeps.suites import Suite, gate, run_suite
 
-    suite = Suite.read(path)
-    suite = replace(suite, allow_base_mismatch=allow_base_mismatch or suite.allow_base_mismatch)
-    checks = run_suite(suite, source, against)
+    checks = run_suite(replace(Suite.read(path), **allowed), source, against)
     print("\n".join(map(str, checks)))
     gate(checks)
 
