@@ -54,7 +54,7 @@ def push(
         "dry_run": (out or True) if dry_run else False,
     }
     if require:
-        _run_suite(require, folder, None)
+        _run_suite(require, folder, None, {})
     if (Path(folder) / SOUP_FILE).is_file():
         pushed = push_soup(read_soup(folder), repo_id, front=front, **options)
     elif front:
@@ -180,7 +180,14 @@ def revert(soup: str, name: str, *, out: Path, ingredient: list[str] | None = No
     print(f"{new.mix}\n{out}")
 
 
-def test(soup: str, *, suite: Path, against: str | None = None, allow_base_mismatch: bool = False) -> None:
+def test(
+    soup: str,
+    *,
+    suite: Path,
+    against: str | None = None,
+    allow_base_mismatch: bool = False,
+    allow_trained_prompts: bool = False,
+) -> None:
     """Test rewards on prompt sets against limits and a parent; the exit code is 2 if a check fails.
 
     Example: `rsoups test soup --suite suite.yaml --against user/soup@v1`
@@ -190,15 +197,16 @@ def test(soup: str, *, suite: Path, against: str | None = None, allow_base_misma
         suite: Test suite (YAML): see docs/HUB.md.
         against: Folder or Hub id of a parent, instead of the suite's.
         allow_base_mismatch: Accept a base of another name than the adapters'.
+        allow_trained_prompts: Go on where an ingredient was trained on some of the prompts.
     """
-    _run_suite(suite, soup, against, allow_base_mismatch)
+    flags = {"allow_base_mismatch": allow_base_mismatch, "allow_trained_prompts": allow_trained_prompts}
+    _run_suite(suite, soup, against, {name: True for name, given in flags.items() if given})
 
 
-def _run_suite(path: Path, source: str, against: str | None, allow_base_mismatch: bool = False) -> None:
+def _run_suite(path: Path, source: str, against: str | None, allowed: dict[str, Any]) -> None:
     from rsoups.sweeps.suites import Suite, gate, run_suite
 
-    suite = Suite.read(path)
-    suite = replace(suite, allow_base_mismatch=allow_base_mismatch or suite.allow_base_mismatch)
+    suite = replace(Suite.read(path), **allowed)  # what the suite itself allows stays allowed
     checks = run_suite(suite, source, against)
     print("\n".join(map(str, checks)))
     gate(checks)

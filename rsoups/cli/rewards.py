@@ -190,9 +190,7 @@ def preview(
     """
     from itertools import islice
 
-    from transformers import AutoTokenizer
-
-    from rsoups.common.assets import resolve
+    from rsoups.bases.load import load_tokenizer
     from rsoups.data.datasets import is_table, part_of, raw_rows
     from rsoups.data.prompts import template_kwargs
     from rsoups.data.tasks import columns_of
@@ -212,7 +210,7 @@ def preview(
     if loaded is not None:
         check_columns([loaded], columns_of(usable))
 
-    loaded_tokenizer = AutoTokenizer.from_pretrained(resolve(tokenizer))
+    loaded_tokenizer = load_tokenizer(tokenizer)
     variables = template_kwargs(chat_template_kwargs)
     for row in usable[:5]:
         ids = encode(loaded_tokenizer, row["prompt"], variables)

@@ -277,7 +277,7 @@ def test_recipes_are_commands_too(command, capsys):
         (["interpolat"], 'Did you mean "interpolate"?'),
         (["interpolate", "a", "--lambda", "1"], "Did you mean --lambdas?"),
         (["interpolate", "a"], "--out"),
-        (["interpolate", "a", "--out", "b", "--method", "slerp"], "'exact'"),
+        (["interpolate", "a", "--out", "b", "--method", "slerp"], '"exact"'),
         (["interpolate", "a", "--out", "b", "--lambdas", "x"], "float"),
         (["explore", "--port", "x"], "int"),
     ],
