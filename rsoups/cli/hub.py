@@ -21,7 +21,7 @@ def add_override(command: argparse.ArgumentParser) -> None:
 def add_commands(commands: Any) -> None:
     """Add them to the parser of `rsoups`."""
     push = commands.add_parser("push", help="publish a soup, or a trained adapter, on the Hub in one commit")
-    push.add_argument("folder", help="of the soup, or of a run of recipes/ppo_reward.py or sft.py")
+    push.add_argument("folder", help="folder of a soup, or of a run of recipes/ppo_reward.py or sft.py")
     push.add_argument("repo_id", help="user/name")
     push.add_argument("--front", type=Path, help="records.jsonl of the sweep that the soup was chosen from")
     push.add_argument("--require", type=Path, help="a test suite (YAML) that the soup must pass first")
@@ -82,9 +82,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from rsoups.adapters.filenames import SOUP_FILE
-    from rsoups.common.errors import HubError
-    from rsoups.hub.push import push, push_adapter, read_soup
+    from rsoups.hub.push import push
 
     options = {
         "license": args.license,
@@ -96,12 +94,7 @@ def _push(args: argparse.Namespace) -> None:
     }
     if args.require:
         _run_suite(args.require, args.folder, None)
-    if (Path(args.folder) / SOUP_FILE).is_file():
-        pushed = push(read_soup(args.folder), args.repo_id, front=args.front, **options)
-    elif args.front:
-        raise HubError(f"{args.folder} is no soup: --front belongs to a soup at one of its λ")
-    else:
-        pushed = push_adapter(args.folder, args.repo_id, **options)
+    pushed = push(args.folder, args.repo_id, front=args.front, **options)
     if args.dry_run:
         for path in sorted(path for path in Path(pushed).rglob("*") if path.is_file()):
             print(f"{path.stat().st_size:>12,}  {path.relative_to(pushed)}")
@@ -125,32 +118,32 @@ def _log(args: argparse.Namespace) -> None:
 
 
 def _diff(args: argparse.Namespace) -> None:
-    from rsoups.soups.compare import diff
+    from rsoups.versions.compare import diff
 
     print(diff(args.one, args.other).to_text())
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from rsoups.soups.versions import verify
+    from rsoups.versions.rebuild import verify
 
     print(verify(args.soup, _named(args.ingredient), args.base))
 
 
 def _patch(args: argparse.Namespace) -> None:
-    from rsoups.hub.push import read_soup
-    from rsoups.soups.versions import patch
+    from rsoups.soups.soup import Soup
+    from rsoups.versions.rebuild import patch
 
     options = {"allow_base_mismatch": args.allow_base_mismatch, "base": args.base}
-    made = patch(read_soup(args.soup), args.adapter, args.weight, args.name, **options)
+    made = patch(Soup.from_pretrained(args.soup), args.adapter, args.weight, args.name, **options)
     made.save_pretrained(args.out)
     print(f"{made.mix}\n{args.out}")
 
 
 def _revert(args: argparse.Namespace) -> None:
-    from rsoups.hub.push import read_soup
-    from rsoups.soups.versions import revert
+    from rsoups.soups.soup import Soup
+    from rsoups.versions.rebuild import revert
 
-    made = revert(read_soup(args.soup), args.name, _named(args.ingredient), args.base)
+    made = revert(Soup.from_pretrained(args.soup), args.name, _named(args.ingredient), args.base)
     made.save_pretrained(args.out)
     print(f"{made.mix}\n{args.out}")
 

@@ -10,7 +10,8 @@ BASE = "folder or Hub id of the base, for what only it can tell: whole parameter
 
 
 def interpolate(args: argparse.Namespace) -> None:
-    from rsoups.soups.soup import Soup, interpolate
+    from rsoups.soups.interpolation import interpolate
+    from rsoups.soups.soup import Soup
 
     soup = interpolate(
         args.adapters,
@@ -34,13 +35,12 @@ def rank(text: str) -> int | float:
 def inspect(args: argparse.Namespace) -> None:
     from rsoups.adapters.adapter import read_adapter
     from rsoups.fronts.front import Front
-    from rsoups.soups.conflicts import merge_conflicts
-    from rsoups.soups.inspect import inspect_adapters
+    from rsoups.versions.inspect import inspect_adapters
 
     adapters = {source: read_adapter(source) for source in args.adapters}
     found = inspect_adapters(adapters, args.base, allow_base_mismatch=args.allow_base_mismatch)
     print(found.to_text())
-    for conflict in merge_conflicts(found.adapters, Front.from_jsonl(args.records) if args.records else None):
+    for conflict in found.conflicts(Front.from_jsonl(args.records) if args.records else None):
         print(f"conflict: {conflict}")
 
 
@@ -53,7 +53,8 @@ def convert(args: argparse.Namespace) -> None:
 def merge(args: argparse.Namespace) -> None:
     import torch
 
-    from rsoups.soups.soup import Soup, interpolate
+    from rsoups.soups.interpolation import interpolate
+    from rsoups.soups.soup import Soup
 
     soup = interpolate([args.adapter], [1.0])
     assert isinstance(soup, Soup)

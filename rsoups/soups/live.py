@@ -29,9 +29,10 @@ from rsoups.common.assets import need, resolve
 from rsoups.common.errors import AdapterError, LambdasError
 from rsoups.generation.sampling import fast_sampling
 from rsoups.soups.attach import output_scale
+from rsoups.soups.interpolation import interpolate, named_adapters
 from rsoups.soups.lambdas import weights_of
 from rsoups.soups.methods import check_factors
-from rsoups.soups.soup import Soup, interpolate, named_adapters
+from rsoups.soups.soup import Soup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -33,7 +33,9 @@ from rsoups.common.assets import resolve
 from rsoups.common.errors import AdapterError
 from rsoups.common.files import whole_folder
 from rsoups.soups.attach import output_scale
-from rsoups.soups.soup import Soup
+
+if TYPE_CHECKING:
+    from rsoups.soups.soup import Soup
 
 # What heads of their own are called in transformers' classes, by PEFT's name of the task.
 _HEADS = {

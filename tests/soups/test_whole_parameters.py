@@ -10,7 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import rsoups
 from rsoups.adapters.adapter import read_adapter
 from rsoups.adapters.layer_names import PREFIX
-from rsoups.soups.inspect import inspect_adapters
+from rsoups.versions.inspect import inspect_adapters
 
 IDS = torch.tensor([[1, 5, 9, 30, 7]])
 HEAD = f"{PREFIX}lm_head.weight"
