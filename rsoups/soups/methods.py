@@ -175,8 +175,10 @@ def cosines_of_starts(adapters: Sequence[Adapter]) -> list[list[float]]:
         shapes = {i: tuple(adapters[i].layout[name].shape) for i, name in names.items()}
         for shape in set(shapes.values()):
             alike = [i for i in names if shapes[i] == shape]
-            rows = torch.stack([adapters[i].tensor(names[i]).flatten().float() for i in alike])
-            gram = rows @ rows.T
+            gram = torch.zeros(len(alike), len(alike))
+            for pieces in zip(*(adapters[i].pieces(names[i]) for i in alike), strict=True):
+                rows = torch.stack([piece.flatten().float() for piece in pieces])
+                gram += rows @ rows.T
             grid = torch.meshgrid(torch.tensor(alike), torch.tensor(alike), indexing="ij")
             products[grid] += gram
             squares[grid] += gram.diagonal()[:, None]
