@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from rsoups.adapters.adapter import Adapter
 from rsoups.bases.compatibility import check_compatible, check_one_base
-from rsoups.bases.load import load_base
+from rsoups.bases.load import load_base, load_tokenizer
 from rsoups.bases.names import check_base
 from rsoups.bases.weights import BaseWeights, of_one_base
 from rsoups.common.assets import need, resolve
@@ -163,7 +163,7 @@ class LiveSoup:
             CheckpointError: The base cannot be loaded.
             AdapterError: As the constructor.
         """
-        from transformers import AutoTokenizer, BitsAndBytesConfig
+        from transformers import BitsAndBytesConfig
 
         source = resolve(base)
         read = opened(named_adapters(adapters))
@@ -183,7 +183,7 @@ class LiveSoup:
         model = load_base(base, **kwargs)
         if quantization is None and "device_map" not in kwargs:
             nn.Module.to(model, device)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=kwargs.get("revision"))
+        tokenizer = load_tokenizer(base, revision=kwargs.get("revision"))
         # The names were checked above. The loaded model may have another one: that of a copy it was loaded from.
         live = cls(model, read, method, tokenizer, allow_base_mismatch=True)
         live.base_mismatch = allow_base_mismatch

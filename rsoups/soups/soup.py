@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Unpack
 
+import peft
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
@@ -36,7 +37,7 @@ from rsoups.adapters.lineage import (
     scrubbed,
     soup_ingredients,
 )
-from rsoups.adapters.lora_modules import read_modules
+from rsoups.adapters.lora_modules import LoraModule, read_modules
 from rsoups.bases.compatibility import check_compatible
 from rsoups.bases.files import TOKENIZER_FILES, copy_files, tokenizer_folder
 from rsoups.bases.names import check_base, short_name
@@ -188,7 +189,6 @@ class Soup:
         if self._manifest is not None:
             return self._manifest
         parents = [(adapter.source, adapter.revision, adapter.sha256) for adapter in self._adapters.values()]
-        modules = read_modules("the soup", self.config, self.layout)
         return {
             "kind": "soup",
             "base": {"model": short_name(self.config.base_model_name_or_path), "revision": self.config.revision},
@@ -198,10 +198,10 @@ class Soup:
                 for ingredient, weight in zip(self.ingredients, self.lambdas, strict=True)
             ],
             "method": self.method,
-            "rank": max((module.rank for module in modules.values()), default=0),
+            "rank": max((module.rank for module in self._modules.values()), default=0),
             "svd_error": self.svd_error,
             "factors_distance": self.factors_distance,
-            "versions": {name: version(name) for name in ("rsoups", "peft", "torch")},
+            "versions": {"rsoups": version("rsoups"), "peft": peft.__version__, "torch": str(torch.__version__)},
             "command": command(),
             "history": scrubbed(history_of(parents)),
         }
@@ -221,6 +221,18 @@ class Soup:
         folders = (tokenizer_folder(pinned(adapter.source, adapter.revision)) for adapter in self._origins)
         return next((folder for folder in folders if folder is not None), None)
 
+    @cached_property
+    def _modules(self) -> dict[str, LoraModule]:
+        return read_modules("the soup", as_written(self.config), self.layout)
+
+    def check_loads(self) -> None:
+        """Check by names and shapes that PEFT loads every tensor of the soup with its config.
+
+        Raises:
+            AdapterError: PEFT would pass over a tensor.
+        """
+        check_written(self.config, self.layout, self._modules)
+
     def _check_unchanged(self) -> None:
         for adapter in self._adapters.values():
             adapter.check_unchanged()
@@ -236,7 +248,7 @@ class Soup:
             OutputError: The folder holds something other than a soup, or cannot be written.
             AdapterError: An ingredient's file was written to since it was opened; PEFT would not load all tensors.
         """
-        check_written(self.config, self.layout)
+        self.check_loads()
         order = sorted(self.tensors, key=lambda name: (-self.tensors[name].dtype.itemsize, name))  # safetensors' own
         layout = {name: (tensor_files.NAMES[self.tensors[name].dtype], self.tensors[name].shape) for name in order}
         with whole_folder(folder, SOUP_FILE) as partial:

@@ -17,7 +17,6 @@ from rsoups.bases.weights import BaseWeights, of_one_base
 from rsoups.common.errors import RsoupsError
 from rsoups.fronts.barriers import barriers
 from rsoups.fronts.front import Front
-from rsoups.soups.config import check_written
 from rsoups.soups.interpolation import interpolate
 from rsoups.soups.methods import ONE_START, check_factors, cosines_of_starts, inner
 
@@ -118,8 +117,7 @@ def inspect_adapters(
     several = list(named.values())
 
     def check_exact() -> None:
-        soup = interpolate(named, base=base, allow_base_mismatch=allow_base_mismatch)
-        check_written(soup.config, soup.layout)
+        interpolate(named, base=base, allow_base_mismatch=allow_base_mismatch).check_loads()
 
     refusals = {"exact": _refusal(check_exact)}
     refusals["factors"] = refusals["exact"] or _refusal(lambda: check_factors(several))
