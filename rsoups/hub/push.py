@@ -93,7 +93,7 @@ def push(
     (first_name, first), *_ = models.items()
     manifests = {name: model.manifest for name, model in models.items()}
     if front is not None and not first.is_soup:
-        raise HubError(f"{folder} holds no {SOUP_FILE}: a front (--front) is published with a soup at one of its λ")
+        raise HubError(f"{folder} holds no {SOUP_FILE}: front= belongs to a soup at one of its λ")
 
     evaluation = Evaluation.of(front, list(manifests.values())) if front is not None else None
     if sources is None:

@@ -313,7 +313,7 @@ def _whole_parameter(kept: Kept, name: str, dtype: torch.dtype, base: Adapter | 
         return Blend(one_below_another, [parts[0]._replace(factor=1.0)], tuple(like.shape), like.dtype)
     raise AdapterError(
         f"{name} was saved as a whole, and the weights of the ingredients that have it sum to {1 - rest:g}, not 1: the "
-        "rest is the base's own, pass base= (--base)"
+        "rest is the base's own, pass base="
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from html import escape
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import peft
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import Tensor
 
 from rsoups.adapters import tensor_files
@@ -47,6 +46,7 @@ from rsoups.common.files import whole_folder
 from rsoups.soups import attach, methods
 from rsoups.soups.blends import Blend, pieces_of
 from rsoups.soups.config import as_written, check_written
+from rsoups.soups.merge import merge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -302,59 +302,10 @@ class Soup:
         (soup,) = soups_of(named, [lambdas], "svd", rank, None, self.base_mismatch, self._base)
         return soup if self._file is not None else replace(soup, lambdas=self.lambdas)
 
-    def merge(
-        self,
-        base: str | Path | PreTrainedModel,
-        out: str | Path,
-        dtype: torch.dtype | None = None,
-        *,
-        allow_base_mismatch: bool = False,
-    ) -> None:
-        """Write the whole model, θ0 + Σ λi·Δi, with the names of tensors that the base's own files have.
-
-        The tokenizer is the one that came with the adapter, or else the base's.
-
-        Args:
-            base: Hub id or folder, or a loaded model, which is left as it was. A model in 4 or 8 bit cannot hold Δ: its
-                full-precision weights are read again from where it came.
-            out: Folder of the model.
-            dtype: Dtype of the result; the base's own by default. Sums are in float32, rounded once.
-            allow_base_mismatch: Accept a base of another name than the adapters'; recorded in the model's soup.json.
-
-        Raises:
-            AdapterError: The soup does not fit the base, or the base's kind of model cannot hold what the soup changes.
-            OutputError: The folder holds something other than a merged soup, or cannot be written.
-        """
-        from rsoups.soups.merge import merge  # heavy imports of transformers
-
-        merge(self, base, out, dtype, allow_base_mismatch)
-
-    def load(self, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False) -> PeftModel:
-        """Attach the soup to its base for good; `attached` does so for a while.
-
-        Args:
-            base: The loaded base. If it is refused, it is as it was.
-            resize: Give the base as many tokens as the soup has, if the soup holds the embeddings and the head of all of them.
-            allow_base_mismatch: Accept a base of another name than the adapters'.
-
-        Raises:
-            AdapterError: `base` already carries an adapter, or lacks a module of the soup, or has more or other-shaped ones;
-                or it is not the base that the adapters name.
-        """
-        return attach.load(self, base, resize, allow_base_mismatch)
-
-    def attached(
-        self, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False
-    ) -> AbstractContextManager[PeftModel]:
-        """A context in which the soup is on its base. The base comes back exactly as it was, however the context ends.
-
-        Args:
-            base, resize, allow_base_mismatch: As `load`.
-
-        Raises:
-            AdapterError: As `load`; and within the context, where PEFT would merge the soup into the base.
-        """
-        return attach.attached(self, base, resize, allow_base_mismatch)
+    # Methods that need more room: their docstrings are there.
+    load = attach.load
+    attached = attach.attached
+    merge = merge
 
 
 def soups_of(

@@ -241,7 +241,7 @@ def test_a_soup_made_with_its_base_is_made_again_with_it(here, capsys):
     parts = {"helpful": "helpful", "headed": "headed"}
     rsoups.interpolate(parts, [0.25, 0.75], base="base", allow_base_mismatch=True).save_pretrained("blended")
     capsys.readouterr()
-    assert main(["verify", "blended"]) == 2 and "pass base=" in capsys.readouterr().err
+    assert main(["verify", "blended"]) == 2 and "pass --base" in capsys.readouterr().err
     assert "bit for bit" in verify("blended", base="base")
     assert main(["verify", "blended", "--base", "base"]) == 0
     soup = rsoups.Soup.from_pretrained("blended")

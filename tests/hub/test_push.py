@@ -201,7 +201,9 @@ def test_the_license_is_that_of_the_revision(hub, two, tmp_path):
     for license in ("mit", "apache-2.0"):
         push(hub, two, license=license)
     first, second = (commit["oid"] for commit in hub.history("someone/soup"))
-    code = "import sys; from rsoups.hub.licenses import _stated; print([_stated('someone/soup', r) for r in sys.argv[1:]])"
+    code = (
+        "import sys; from rsoups.hub.licenses import _stated; print([_stated('someone/soup', r) for r in sys.argv[1:]])"
+    )
     assert python(hub, tmp_path, code, first, second) == "['mit', 'apache-2.0']"
 
 
@@ -355,6 +357,35 @@ def test_a_folder_that_is_no_soup_is_told(hub, two, tmp_path):
         rsoups.interpolate(two).push_to_hub("name")
     with pytest.raises(rsoups.HubError, match="one soup at each λ"):
         rsoups.push_front("a/b", rsoups.interpolate(two, [[0.5, 0.5]] * 2))
+
+
+def test_a_folder_of_soups_is_a_front(two, tmp_path, hub):
+    """The subfolders are one repository with one card, if their soups have the same ingredients."""
+    for first in (0.25, 0.5):
+        soup = rsoups.interpolate({"a": two[0], "b": two[1]}, [first, 1 - first])
+        soup.save_pretrained(tmp_path / "front" / f"at-{first}")
+    out = push_folder(tmp_path / "front", "someone/front", dry_run=tmp_path / "dry")
+    rows = [line for line in (tmp_path / "dry" / "README.md").read_text("utf-8").splitlines() if "](./" in line]
+    assert rows == ["| [at-0.5](./at-0.5) | 0.5 | 0.5 |", "| [at-0.25](./at-0.25) | 0.25 | 0.75 |"]
+    assert rsoups.Soup.from_pretrained(f"{out}/at-0.25").lambdas == (0.25, 0.75)
+
+    rsoups.interpolate({"b": two[1], "a": two[0]}, [0.1, 0.9]).save_pretrained(tmp_path / "front" / "other")
+    assert "the same ingredients" in cli(hub, tmp_path, "push", "front", "someone/front", "--dry-run", expect=2)
+
+
+def test_what_does_not_belong_together_is_not_published(two, tmp_path, front):
+    """A front beside an adapter; a manifest beside other weights, of an adapter and of a soup."""
+    write_manifest(two[0], "sft", base={"model": "some/base"}, recipe="sft.py", config={}, data={})
+    with pytest.raises(rsoups.HubError, match=r"holds no soup\.json: front= belongs"):
+        push_folder(two[0], "someone/a", front=front, dry_run=tmp_path / "dry")
+    rsoups.interpolate(two, [0.3, 0.7]).save_pretrained(tmp_path / "soup")
+    rsoups.interpolate(two, [0.2, 0.8]).save_pretrained(tmp_path / "other")
+    weights = "adapter_model.safetensors"
+    for mine, theirs in ((two[0], two[1]), (tmp_path / "soup", tmp_path / "other")):
+        (mine / weights).write_bytes((theirs / weights).read_bytes())
+        with pytest.raises(rsoups.LineageError, match="its manifest is that of"):
+            push_folder(mine, "someone/a", dry_run=tmp_path / "dry")
+    assert not (tmp_path / "dry").exists()
 
 
 def test_a_soup_that_was_read_is_the_soup_that_was_saved(two, tmp_path):
