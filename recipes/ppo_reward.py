@@ -60,7 +60,7 @@ from rsoups.data.tasks import TASKS, Task, columns_of, find_task
 from rsoups.data.training_data import prompt_marks
 from rsoups.generation.decoding import encode
 from rsoups.generation.settings import sample_purely
-from rsoups.hub.push import push_adapter
+from rsoups.hub.push import push
 from rsoups.hub.upload import reserve
 from rsoups.rewards.functions import check_columns, columns_read
 from rsoups.rewards.load import models_of
@@ -395,7 +395,7 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
         write_lineage(script, training, model, trainer, rewards, results, asked, held_out.get("prompt", []))
     trainer.accelerator.print(f"adapter: {training.output_dir}")
     if repository:
-        print(push_adapter(training.output_dir, repository, **options))
+        print(push(training.output_dir, repository, **options))
 
 
 if __name__ == "__main__":
