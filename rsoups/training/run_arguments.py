@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers.utils import is_torch_bf16_gpu_available
@@ -129,7 +130,8 @@ def parse(
     # The algorithm decides which settings exist, so it is read before the rest is parsed. The parser refuses unknown ones.
     name = values.get("--algorithm", file.get("algorithm", "ppo"))
     settings, _ = ALGORITHMS.get(name, ALGORITHMS["ppo"])
-    parser = TrlParser((RunArguments, settings, ModelConfig), description=description)
+    classes: Any = (RunArguments, settings, ModelConfig)
+    parser = TrlParser(classes, description=description)
     run, training, model = parser.parse_args_and_config(flags)
 
     prefix = run.prefix_tokens
