@@ -30,7 +30,6 @@ import torch
 import yaml
 
 import rsoups
-from rsoups.common.assets import shipped
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl
 from rsoups.data.datasets import load_rows
@@ -38,6 +37,7 @@ from rsoups.data.prompts import question_of
 from rsoups.data.tasks import TASKS
 from rsoups.fronts.estimates import Estimate
 from rsoups.fronts.points import Point
+from rsoups.training.configs import config_path
 from rsoups.training.launch import QUIET, Run, train_all
 
 LEARNING_RATES = (0.5, 0.7, 1.0, 1.4)  # mild factors of the config's own, drawn for each run
@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--starts", nargs="+", default=[], help="adapters to start from, in turn; a fresh LoRA if unset"
     )
-    parser.add_argument("--config", type=Path, default=shipped("recipes") / "configs" / "embedded.yaml",
+    parser.add_argument("--config", type=Path, default=config_path("embedded"),
                         help="config of ppo_reward.py")  # fmt: skip
     parser.add_argument("--max_steps", type=int, help="optimizer steps of each run; the config's own if unset")
     parser.add_argument("--validation", type=int, default=96, help="test prompts that choose, and are not tested on")

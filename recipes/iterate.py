@@ -28,12 +28,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
 
 import rsoups
 from rsoups.adapters.filenames import MANIFEST_FILE
 from rsoups.adapters.lineage import write_manifest
-from rsoups.common.assets import resolve, shipped
+from rsoups.bases.load import load_tokenizer
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl, whole_folder
 from rsoups.fronts.estimates import Estimate
@@ -41,9 +40,10 @@ from rsoups.fronts.points import Point
 from rsoups.generation.decoding import encode, respond
 from rsoups.rewards.functions import check_columns, columns_read
 from rsoups.rewards.load import rewards_by_name
+from rsoups.training.configs import config_path, with_config_path
 from rsoups.training.launch import QUIET, Run, train_all
 from rsoups.training.policy import load_policy, reset_adapter
-from rsoups.training.run_arguments import DEFAULT_CONFIG, parse, with_config_path
+from rsoups.training.run_arguments import DEFAULT_CONFIG, parse
 from rsoups.training.run_data import read_prompts
 from rsoups.training.trl_rewards import reward_function
 
@@ -69,7 +69,7 @@ def parse_flags() -> tuple[argparse.Namespace, list[str]]:
     if not 0 < args.eta <= 1:
         parser.error(f"--eta is {args.eta}, must be in (0, 1]")
     if not {"--config", "--model_name_or_path"} & {flag.split("=")[0] for flag in flags}:
-        flags = ["--config", str(shipped("recipes") / "configs" / DEFAULT_CONFIG), *flags]
+        flags = ["--config", str(config_path(DEFAULT_CONFIG)), *flags]
     return args, with_config_path(flags)
 
 
@@ -134,7 +134,7 @@ class Evaluator:
         self.base, lora = load_policy(model, adapter, allow_base_mismatch=self.run.allow_base_mismatch)
         self.start = Path(adapter or args.output_dir / "start")
         self.name = model.model_name_or_path
-        self.tokenizer = AutoTokenizer.from_pretrained(resolve(self.name), padding_side="left")
+        self.tokenizer = load_tokenizer(self.name, padding_side="left")
         room = self.base.config.get_text_config().max_position_embeddings - self.training.max_completion_length
         self.rewards = list(rewards_by_name({name: rsoups.load_reward(name) for name in args.reward}).values())
         self.prompts, self.columns = self.held_out(room)

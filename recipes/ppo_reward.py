@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig
 from trl.trainer.utils import use_adapter
 
 from rsoups import PPOTrainer, load_reward
 from rsoups.adapters.filenames import MANIFEST_FILE
-from rsoups.bases.load import base_config
-from rsoups.common.assets import need, resolve
+from rsoups.bases.load import base_config, load_tokenizer
+from rsoups.common.assets import need
 from rsoups.common.errors import OutputError, SettingsError, in_one_line
 from rsoups.generation.decoding import encode
 from rsoups.generation.settings import sample_purely
@@ -121,7 +121,7 @@ def prepare(
     name, trusted = str(model.model_name_or_path), training.trust_remote_code
     source = {"revision": model.model_revision, "trust_remote_code": trusted}
     context = base_config(name, **source).get_text_config().max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(resolve(name), padding_side="left", **source)
+    tokenizer = load_tokenizer(name, padding_side="left", **source)
     device = run.reward_device or str(training.device)
     rewards = [load_reward(card, device, trust_remote_code=trusted) for card in run.reward]
 

@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 
 import rsoups
-from rsoups.common.assets import shipped
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl
+from rsoups.training.configs import config_path
 from rsoups.training.launch import QUIET, Run, train_all
 
-CONFIG = shipped("recipes") / "configs" / "embedded-naturalness.yaml"
+CONFIG = config_path("embedded-naturalness")
 LEARNING_RATES = (0.5, 0.7, 1.0)  # mild factors, drawn for each run
 LINE = (0.0, 0.25, 0.5, 0.75, 1.0)  # λ of the second run
 RESAMPLES = 2_000

@@ -12,15 +12,15 @@ import yaml
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer, TrlParser
 
-from rsoups.common.assets import shipped
 from rsoups.common.errors import SettingsError
 from rsoups.data.tasks import TASKS, Task, find_task
+from rsoups.training.configs import config_path, with_config_path
 from rsoups.training.ppo import PPOTrainer
 from rsoups.training.ppo_config import PPOConfig
 
 # A soup does not depend on how its ingredients were trained: same cards, tasks, adapters and outputs for each.
 ALGORITHMS = {"ppo": (PPOConfig, PPOTrainer), "grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
-DEFAULT_CONFIG = "embedded.yaml"
+DEFAULT_CONFIG = "embedded"
 
 
 @dataclass
@@ -116,7 +116,7 @@ def parse(
     """
     flags = with_config_path(sys.argv[1:] if argv is None else argv)
     if not {"--config", "--model_name_or_path"} & set(flags):
-        flags = ["--config", str(_configs() / DEFAULT_CONFIG), *flags]
+        flags = ["--config", str(config_path(DEFAULT_CONFIG)), *flags]
     values = dict(zip(flags, flags[1:], strict=False))
     file = yaml.safe_load(Path(values["--config"]).read_text("utf-8")) if "--config" in values else {}
     if "convert_pickles" in file:
@@ -140,20 +140,3 @@ def parse(
     if training.output_dir in (None, "trainer_output"):
         training.output_dir = f"runs/{name}-" + "-".join(Path(reward).stem for reward in run.reward)
     return run, training, model
-
-
-def with_config_path(argv: Sequence[str]) -> list[str]:
-    """The flags, with the path of a config that ships: `--config llama7b-news` is recipes/configs/llama7b-news.yaml."""
-    flags: list[str] = []
-    for flag in argv:
-        # TrlParser does not know the form --config=FILE.
-        flags += flag.split("=", 1) if flag.startswith("--config=") else [flag]
-    for place, flag in enumerate(flags[:-1], 1):
-        shipped_file = _configs() / Path(flags[place]).with_suffix(".yaml").name
-        if flag == "--config" and not Path(flags[place]).exists() and shipped_file.is_file():
-            flags[place] = str(shipped_file)
-    return flags
-
-
-def _configs() -> Path:
-    return shipped("recipes") / "configs"
