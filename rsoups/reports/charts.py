@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rsoups.fronts.comparison import Reach, outlines
+from rsoups.fronts.advantage import Reach
+from rsoups.fronts.attainment import outlines
 from rsoups.fronts.estimates import Estimate
 from rsoups.fronts.front import Front
 from rsoups.fronts.points import BASE, Point

@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from rsoups.common.errors import FrontError
-from rsoups.fronts.comparison import outlines
+from rsoups.fronts.attainment import outlines
 from rsoups.fronts.front import Front
 from rsoups.fronts.points import BASE, Point
 

@@ -16,11 +16,13 @@ from typing import Any
 from rsoups.common.assets import template
 from rsoups.common.errors import FrontError
 from rsoups.data.prompts import question_of
-from rsoups.fronts.comparison import Advantage, Comparison, Reach
+from rsoups.fronts.advantage import Advantage, Reach
+from rsoups.fronts.comparison import Comparison
 from rsoups.fronts.estimates import Estimate
 from rsoups.fronts.front import MORL, Front
 from rsoups.fronts.notes import not_checked, trained_on_of, trained_prompts_of
-from rsoups.fronts.points import Choice, Point, prompt_key
+from rsoups.fronts.points import Choice, Point
+from rsoups.fronts.reading import prompt_key
 from rsoups.reports.charts import (
     BAND,
     CHORD,

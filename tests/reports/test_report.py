@@ -13,7 +13,7 @@ from matplotlib.path import Path
 
 import rsoups
 from rsoups import Front, write_report
-from rsoups.fronts.comparison import outlines
+from rsoups.fronts.attainment import outlines
 from rsoups.reports.plots import draw_chord, draw_front
 
 VOID = {"meta", "input", "br", "img", "path", "circle"}
