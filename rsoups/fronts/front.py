@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rsoups.common.errors import FrontError
 from rsoups.common.files import json_lines
-from rsoups.fronts import choices
+from rsoups.fronts import selection
 from rsoups.fronts.advantage import Advantage, advantage
 from rsoups.fronts.attainment import attainment_draws, attainment_surfaces
 from rsoups.fronts.comparison import Comparison, check_same_rewards, compared, distance, paired_stacks
@@ -168,10 +168,10 @@ class Front:
         Raises:
             FrontError: There is no such soup.
         """
-        by_name = isinstance(lambdas, Mapping)
-        wanted = [lambdas.get(name, 0.0) for name in self.ingredients] if by_name else list(lambdas)  # type: ignore[union-attr]
+        if isinstance(lambdas, Mapping):
+            lambdas = [lambdas.get(name, 0.0) for name in self.ingredients]
         for point in self.soups:
-            if len(point.weights) == len(wanted) and np.allclose(point.weights, wanted):
+            if len(point.weights) == len(lambdas) and np.allclose(point.weights, lambdas):
                 return point
         raise FrontError(f"no soup at λ {lambdas}; there are {[point.label for point in self.soups]}")
 
@@ -314,8 +314,11 @@ class Front:
         Raises:
             FrontError: An end was not evaluated.
         """
-        ends = np.stack([point.values for point in self.ends.values()], axis=-1) if self.soups else None
-        return [(point, self._estimates(point.values - ends @ point.weights)) for point in self.soups]
+        rows = []
+        for point in self.soups:
+            chord = sum(weight * end.values for weight, end in zip(point.weights, self.ends.values(), strict=True))
+            rows.append((point, self._estimates(point.values - chord)))
+        return rows
 
     def difference(self, point: Point, other: Point) -> dict[str, Estimate]:
         """By reward, one point of this front minus another one, paired over prompts."""
@@ -358,16 +361,16 @@ class Front:
                 "(optionally with a preference)"
             )
         if above_base:
-            return choices.by_base(self, preference or dict.fromkeys(self.rewards, 1.0))
+            return selection.choose_above_base(self, preference or dict.fromkeys(self.rewards, 1.0))
         if preference is not None:
-            return choices.by_weights(self, preference)
+            return selection.choose_by_weights(self, preference)
         if maximize is not None:
-            return choices.by_limits(self, maximize, subject_to or {})
-        return choices.by_knee(self) if votes is None else choices.by_votes(self, votes)
+            return selection.choose_by_limits(self, maximize, subject_to or {})
+        return selection.choose_knee(self) if votes is None else selection.choose_by_votes(self, votes)
 
     def share_above_base(self, point: Point) -> float | None:
         """Share of the bootstrap draws in which a point is above the base in every reward; None without draws or a base."""
-        return choices.share_above_base(self, point)
+        return selection.share_above_base(self, point)
 
     @property
     def notes(self) -> list[str]:

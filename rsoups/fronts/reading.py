@@ -74,7 +74,7 @@ def check_record(number: int, record: Record, rewards: list[str]) -> list[str]:
         raise FrontError(f"record {number} lacks the fields {missing}; rsoups.sweep writes {list(_FIELDS)}")
 
     where = f"record {number} ({record['name']}, lambdas {record['lambdas']}, prompt {record['prompt']!r})"
-    kinds = {"name": str, "prompt": (str, list), "response": str, "rewards": Mapping}
+    kinds: dict[str, Any] = {"name": str, "prompt": (str, list), "response": str, "rewards": Mapping}
     wrong = [field for field, kind in kinds.items() if not isinstance(record[field], kind)]
     if wrong:
         raise FrontError(
@@ -152,7 +152,7 @@ def _extras(samples: Sequence[Sequence[Record]], shares: NDArray[np.float64] | N
     """`Point.extras` of one model's records, by prompt."""
     columns = {"words": [np.mean([len(r["response"].split()) for r in some]) for some in samples]}
     for name, field in (("tokens", "tokens"), ("KL", "kl"), ("nll", "base_nll")):
-        figures = [[record.get(field) for record in some] for some in samples]
+        figures: list[list[Any]] = [[record.get(field) for record in some] for some in samples]
         if all(is_number(figure) for some in figures for figure in some):
             columns[name] = [np.mean(some) for some in figures]
     extras = estimates_of(np.array(list(columns.values()), dtype=np.float64).T, list(columns), shares)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -20,10 +20,8 @@ _RAMP = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde
 _CORNERS = ((220.0, 70.0), (62.0, 343.6), (378.0, 343.6))  # of the triangle of λ
 
 
-def ternary_chart(models: Models, name: str, figure: Callable[[Point], Estimate | None]) -> Markup:
+def ternary_chart(models: Models, name: str, estimates: Mapping[Point, Estimate]) -> Markup:
     """Of three ingredients: a figure at each λ of the triangle, as a color and a number; a ring marks the Pareto points."""
-    front = models.front
-    estimates = {point: estimate for point in front.soups if (estimate := figure(point)) is not None}
     places = [_in_triangle(point.weights) for point in estimates]
     nearest = min((math.dist(a, b) for i, a in enumerate(places) for b in places[:i]), default=60.0)
     radius = min(20.0, max(5.0, nearest * 0.48))
@@ -43,7 +41,7 @@ def ternary_chart(models: Models, name: str, figure: Callable[[Point], Estimate 
         body.append(group("mark cell", tip, models.numbers[point], *tile))
 
     anchors = (("middle", 0, -24), ("start", -50, 40), ("end", 50, 40))
-    for ingredient, (x, y), (anchor, right, down) in zip(front.ingredients, _CORNERS, anchors, strict=True):
+    for ingredient, (x, y), (anchor, right, down) in zip(models.front.ingredients, _CORNERS, anchors, strict=True):
         body.append(text("name", x + right, y + down, ingredient, anchor))
     return chart(440, 400, f"{name} over the triangle of λ, from {low:.3g} to {high:.3g}", body)
 

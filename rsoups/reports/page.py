@@ -60,40 +60,12 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class ChoiceRow:
-    """A rule with the point that it chooses."""
-
-    rule: str
-    choice: Choice
-    figures: list[str]
-
-
-@dataclass(frozen=True)
-class Response:
-    """What one model responds to a prompt.
-
-    Attributes:
-        label: The model.
-        number: Its number in the charts.
-        fixed: Place beside the chosen model, 0 before it and 2 after it; None for a model that is shown when it is chosen.
-        text: The response.
-        scores: Its rewards.
-    """
-
-    label: str
-    number: int
-    fixed: int | None
-    text: str
-    scores: dict[str, float | None]
-
-
-@dataclass(frozen=True)
 class Article:
-    """A prompt with its responses: some are shown without a script, the others unfold, or a script shows the chosen one."""
+    """A prompt with the records of each model: some are shown without a script, the others unfold, or are chosen by it."""
 
     question: str
-    shown: list[Response]
-    folded: list[Response]
+    shown: list[tuple[Point, Mapping[str, Any]]]
+    folded: list[tuple[Point, Mapping[str, Any]]]
 
 
 class Page:
@@ -139,9 +111,9 @@ class Page:
             head=head,
             rows=rows,
             articles=self._articles(),
-            labels=[point.label for point in self._models.shown],
-            middle=self._models.numbers[_middle(front)],
-            slider=[self._models.numbers[point] for point in front.soups] if front.has_chord else [],
+            models=self._models,
+            middle=front.soups[len(front.soups) // 2] if front.soups else front.points[-1],
+            longest=_SHOWN_CHARACTERS // (_SHOWN_PROMPTS * len(front.points)),
             settings={name: value for name, value in self._settings.items() if name != "command"},
             command=_command(self._settings.get("command")),
         )
@@ -194,7 +166,7 @@ class Page:
         caption = "Each corner is one ingredient alone. Lighter is higher. Ringed: on the Pareto front."
         charts = []
         for reward in self._front.rewards:
-            charts.append(ternary_chart(self._models, reward, lambda point, name=reward: point.estimate(name)))
+            charts.append(ternary_chart(self._models, reward, {p: p.estimate(reward) for p in self._front.soups}))
         return Figure(charts, caption)
 
     def _all_rewards(self) -> Figure | None:
@@ -204,7 +176,9 @@ class Page:
         series = series_of(front)
         highlighted = {entry.point for entry in series}
         left = sum(point not in highlighted for point in front.others)
-        caption = "Each reward on its own scale, from the least to the largest of the models drawn. Thin lines: other soups."
+        caption = (
+            "Each reward on its own scale, from the least to the largest of the models drawn. Thin lines: other soups."
+        )
         caption += f" {left} more models are in the table." if left else ""
         legend = [(swatch(entry.look), entry.name) for entry in series]
         return Figure([parallel_chart(self._models, series), spider_chart(self._models, series)], caption, legend)
@@ -232,15 +206,13 @@ class Page:
             charts = [lambda_chart(self._models, name) for name in names]
             legend = [(swatch(self._models.looks[point]), point.label) for point in front.others]
         elif self._has_triangle:
-            charts = [
-                ternary_chart(self._models, name, lambda point, name=name: point.extras.get(name)) for name in names
-            ]
+            charts = [ternary_chart(self._models, name, {p: p.extras[name] for p in front.soups}) for name in names]
         else:
             return None
         caption = "Reward hacking shows here, not in the rewards."
         return Figure(charts, caption, legend, definitions={name: _EXTRAS[name] for name in names})
 
-    def _choices(self) -> list[ChoiceRow]:
+    def _choices(self) -> list[tuple[str, Choice]]:
         """Choices by several rules, first of what is above the base, if there is any."""
         front = self._front
         if len(front.soups) < 2:
@@ -251,11 +223,7 @@ class Page:
         if len(front.rewards) > 1:
             rules.append(("all rewards count alike", front.select(dict.fromkeys(front.rewards, 1.0))))
             rules.append(("the knee, where the front bends", front.select(knee=True)))
-        rules += [(f"most {reward}", front.select(maximize=reward)) for reward in front.rewards]
-        return [
-            ChoiceRow(rule, choice, [str(choice.point.estimate(reward)) for reward in front.rewards])
-            for rule, choice in rules
-        ]
+        return rules + [(f"most {reward}", front.select(maximize=reward)) for reward in front.rewards]
 
     def _articles(self) -> list[Article]:
         front = self._front
@@ -264,24 +232,12 @@ class Page:
         shown = _shown_points(front)
         folded = [point for point in self._models.shown if point not in shown]
         every = max(1, len(front.prompts) // _SHOWN_PROMPTS)
-        prompts = front.prompts[::every][:_SHOWN_PROMPTS]
-        longest = _SHOWN_CHARACTERS // (len(prompts) * len(front.points))
         articles = []
-        for prompt in prompts:
-            question = question_of(self._records[self._models.shown[0].key, prompt]["prompt"])
-            responses = [[self._response(point, prompt, longest) for point in points] for points in (shown, folded)]
-            articles.append(Article(question, *responses))
+        for prompt in front.prompts[::every][:_SHOWN_PROMPTS]:
+            records = {point: self._records[point.key, prompt] for point in self._models.shown}
+            question = question_of(records[shown[0]]["prompt"])
+            articles.append(Article(question, *([(p, records[p]) for p in points] for points in (shown, folded))))
         return articles
-
-    def _response(self, point: Point, prompt: str, longest: int) -> Response:
-        front = self._front
-        record = self._records[point.key, prompt]
-        fixed = 0 if point is front.base else 2 if point.alone and len(front.ingredients) < 5 else None
-        label = f"{point.alone} alone" if point.alone else point.label
-        text = record["response"]
-        if len(text) > longest:
-            text = f"{text[:longest]} … ({len(text) - longest} more characters)"
-        return Response(label, self._models.numbers[point], fixed, text, dict(sorted(record["rewards"].items())))
 
 
 def _shown_points(front: Front) -> list[Point]:
@@ -297,11 +253,6 @@ def _shown_points(front: Front) -> list[Point]:
         soups = [point for point in front.soups if point.alone]
         soups.append(min(front.soups, key=lambda point: max(point.weights)))
     return list(dict.fromkeys(([front.base] if front.base else []) + soups))
-
-
-def _middle(front: Front) -> Point:
-    """The model whose texts are chosen at first."""
-    return front.soups[len(front.soups) // 2] if front.soups else front.points[-1]
 
 
 def _command(command: Any) -> str:

@@ -153,5 +153,4 @@ def _label(axes: Axes, point: Point, x: str, y: str) -> None:
     words = f"{point.weights[1]:.3g}" if len(point.weights) == 2 else point.alone
     if words:
         place = point.mean[x], point.mean[y]
-        style = {"fontsize": 8, "color": _BLUE, "zorder": 4}
-        axes.annotate(words, place, xytext=(6, 5), textcoords="offset points", **style)
+        axes.annotate(words, place, (6, 5), textcoords="offset points", fontsize=8, color=_BLUE, zorder=4)
