@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rsoups.common.assets import shipped
-from rsoups.common.errors import RewardError
+from rsoups.common.errors import RewardError, did_you_mean
 from rsoups.rewards.averaged import AveragedScores
 from rsoups.rewards.cards import RewardCard, made, read_card_file
 from rsoups.rewards.classifier import Reward
@@ -102,7 +102,8 @@ def load_reward(
     if separator:
         return FunctionReward(imported(module, name), name)
     raise RewardError(
-        f"no reward {text!r}; shipped cards: {sorted(known)}, or give a YAML card, a classifier's Hub id or module:function"
+        f"no reward {text!r}; shipped cards: {sorted(known)}, or give a YAML card, a classifier's Hub id or module:function."
+        f"{did_you_mean(text, known)}"
     )
 
 
