@@ -30,7 +30,7 @@ from rsoups.reports.charts import (
     look_of_other_front,
     runs_chart,
 )
-from rsoups.reports.many_rewards import parallel_chart, series_of, spider_chart, ternary_chart
+from rsoups.reports.many_rewards import Series, parallel_chart, series_of, spider_chart, ternary_chart
 from rsoups.reports.svg import BAND, CHORD, SOUP_LOOK, Look, swatch
 
 EXTRAS = ("KL", "perplexity", "tokens", "words", "distinct-2")  # in the order of tables and charts
@@ -64,7 +64,8 @@ def page_of(
     extras = [name for name in EXTRAS if front.soups and all(name in point.extras for point in front.soups)]
     if "tokens" in extras:
         extras.remove("words")
-    highlighted = {entry.point for entry in series_of(front)}
+    series = series_of(front)
+    highlighted = {entry.point for entry in series}
     head, rows = figures_of(front)
     assets = Environment(
         loader=FunctionLoader(asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -75,8 +76,8 @@ def page_of(
         sentences=sentences,
         prompts=prompts_in_words(front),
         held_out=[name for name in settings.get("held_out") or [] if name in front.rewards],
-        charts=_charts(models, others, curve, extras),
-        legends=_legends(models, others),
+        charts=_charts(models, others, series, curve, extras),
+        legends=_legends(models, others, series),
         band=band_in_words(front),
         hidden_pairs=max(0, len(front.rewards) * (len(front.rewards) - 1) // 2 - _SHOWN_PAIRS),
         hidden_models=sum(point not in highlighted for point in front.others),
@@ -93,7 +94,11 @@ def page_of(
 
 
 def _charts(
-    models: Models, others: Mapping[str, Front], curve: Sequence[Reach], extras: Sequence[str]
+    models: Models,
+    others: Mapping[str, Front],
+    series: Sequence[Series],
+    curve: Sequence[Reach],
+    extras: Sequence[str],
 ) -> dict[str, list[Markup]]:
     """The charts of each section; an empty list where the front has nothing for it."""
     front = models.front
@@ -114,14 +119,13 @@ def _charts(
         charts["drift"] = [ternary_chart(models, name, drift[name]) for name in extras]
 
     if len(front.rewards) > 2:
-        series = series_of(front)
         charts["rewards"] = [parallel_chart(models, series), spider_chart(models, series)]
     if curve:
         charts["runs"] = [runs_chart(curve)]
     return charts
 
 
-def _legends(models: Models, others: Mapping[str, Front]) -> dict[str, Legend]:
+def _legends(models: Models, others: Mapping[str, Front], series: Sequence[Series]) -> dict[str, Legend]:
     """What the marks of each section's charts are."""
     front = models.front
     models_beside = [(swatch(models.looks[point]), point.label) for point in front.others]
@@ -141,9 +145,9 @@ def _legends(models: Models, others: Mapping[str, Front]) -> dict[str, Legend]:
         (swatch(Look("c1", "diamond")), "MORL, the mean over choices of runs"),
         (CHORD, "MORL, the best choice of runs"),
     ]
-    series = [(swatch(entry.look), entry.name) for entry in series_of(front)]
+    rewards = [(swatch(entry.look), entry.name) for entry in series]
     drift = models_beside if front.has_chord else []
-    return {"front": marks, "chord": [], "triangle": [], "rewards": series, "runs": runs, "drift": drift}
+    return {"front": marks, "chord": [], "triangle": [], "rewards": rewards, "runs": runs, "drift": drift}
 
 
 def _choices(front: Front) -> list[tuple[str, Choice]]:
