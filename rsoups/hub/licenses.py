@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rsoups.adapters.filenames import CARD_FILE
 from rsoups.bases.names import is_on_hub
 from rsoups.common.assets import resolve
+from rsoups.common.files import is_hub_name
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 EMBEDDED_PREFIX = "rsoups/"  # their names look like the Hub's, and are not there
 # How much each asks for; what is not among them has terms of its own.
 _PERMISSIVE = {"cc0-1.0": 0, "unlicense": 0, "mit": 1, "bsd-2-clause": 1, "bsd-3-clause": 1, "apache-2.0": 2}
 
 
 def on_hub(name: str) -> bool:
-    return bool(_HUB_ID.fullmatch(name)) and is_on_hub(name) and not Path(name).exists()
+    return is_hub_name(name) and is_on_hub(name) and not Path(name).exists()
 
 
 def license_of(base: str, parents: Sequence[tuple[str, str | None]], given: str | None) -> tuple[str | None, str]:
