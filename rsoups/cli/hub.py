@@ -115,7 +115,8 @@ def _pull(args: argparse.Namespace) -> None:
 
 
 def _log(args: argparse.Namespace) -> None:
-    from rsoups.adapters.lineage import log, manifest_of
+    from rsoups.adapters.lineage import manifest_of
+    from rsoups.adapters.lineage_tree import log
     from rsoups.common.errors import LineageError
 
     manifest = manifest_of(args.source)

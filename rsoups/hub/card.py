@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsoups.adapters.lineage import Manifest, log, scrubbed
+from rsoups.adapters.lineage import Manifest
+from rsoups.adapters.lineage_tree import log
 from rsoups.bases.names import short_name
 from rsoups.common.errors import FrontError
+from rsoups.common.published import scrubbed
 from rsoups.data.tasks import TASKS
 from rsoups.fronts.front import Front
 from rsoups.fronts.points import Point

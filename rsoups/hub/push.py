@@ -25,11 +25,12 @@ from rsoups.adapters.filenames import (
     WEIGHTS_FILE,
 )
 from rsoups.adapters.layer_names import written_name
-from rsoups.adapters.lineage import manifest_of, renamed_base, scrubbed
+from rsoups.adapters.lineage import manifest_of, renamed_base
 from rsoups.bases.files import TOKENIZER_FILES, copy_files
 from rsoups.bases.names import public_name, short_name
 from rsoups.common.errors import HubError, LineageError
 from rsoups.common.files import from_hub, whole_folder
+from rsoups.common.published import scrubbed
 from rsoups.fronts.front import Front
 from rsoups.fronts.points import Point
 from rsoups.hub.card import Evaluation, adapter_card, front_card, soup_card

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from rsoups.bases.load import dtype_of
 from rsoups.common.assets import resolve
 from rsoups.common.errors import RewardError
 from rsoups.data.prompts import question_of
@@ -285,9 +286,8 @@ class _Local:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._name, self._settings, self.counts = card.name, card.settings, Counts()
-        source, dtype = resolve(card.settings.model), card.settings.dtype
-        if dtype == "auto" and source != card.settings.model:
-            dtype = "float32"  # the embedded weights are stored in half precision to be small
+        source = resolve(card.settings.model)
+        dtype = dtype_of(card.settings.model, card.settings.dtype, device)
         options = {"revision": card.settings.revision, "trust_remote_code": trust_remote_code}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, **options)

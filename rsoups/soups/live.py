@@ -278,8 +278,7 @@ class LiveSoup:
         if quantization is not None:
             kwargs["quantization_config"] = quantization
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        kwargs.setdefault("dtype", torch.float32 if source != base or device == "cpu" else "auto")
-        model = load_base(base, **kwargs)
+        model = load_base(base, device=device, **kwargs)
         if quantization is None and "device_map" not in kwargs:
             nn.Module.to(model, device)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=kwargs.get("revision"))

@@ -27,16 +27,7 @@ from rsoups.adapters import tensor_files
 from rsoups.adapters.adapter import BASE_EMBEDDING, Adapter, adapter_of, holds_tokens, read_adapter
 from rsoups.adapters.filenames import SOUP_FILE, WEIGHTS_FILE
 from rsoups.adapters.layer_names import PREFIX
-from rsoups.adapters.lineage import (
-    Ingredient,
-    command,
-    history_of,
-    parents_of,
-    pinned,
-    published,
-    renamed_base,
-    scrubbed,
-)
+from rsoups.adapters.lineage import Ingredient, history_of, parents_of, pinned, renamed_base
 from rsoups.adapters.lora_modules import read_modules
 from rsoups.bases.compatibility import check_compatible
 from rsoups.bases.files import TOKENIZER_FILES, copy_files, tokenizer_folder
@@ -44,6 +35,7 @@ from rsoups.bases.names import check_base, public_name, short_name
 from rsoups.bases.weights import BaseWeights, of_one_base
 from rsoups.common.errors import AdapterError, LambdasError
 from rsoups.common.files import whole_folder
+from rsoups.common.published import command, published, scrubbed
 from rsoups.soups import attach as attaching
 from rsoups.soups import methods as stacking
 from rsoups.soups.config import as_written, check_written
