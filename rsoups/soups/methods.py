@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -19,22 +19,30 @@ from torch import Tensor
 from rsoups.adapters.adapter import Adapter
 from rsoups.adapters.layer_names import PREFIX, written_name
 from rsoups.adapters.lora_modules import LoraModule
-from rsoups.adapters.tensor_files import in_blocks, is_finite, rows_of_pieces
+from rsoups.adapters.tensor_files import is_finite
 from rsoups.common.errors import AdapterError
 from rsoups.soups import low_rank
 from rsoups.soups.config import faithful_config, stacked_config
 
+_PIECE = 2**18  # numbers that are summed at once
 _ONE_START = 0.5  # cosine of two ingredients' A above which they are taken to share their initialization
 _SUM_TOLERANCE = 1e-6  # λ in single precision still count as summing to 1
 Kept = list[tuple[Adapter, float]]  # what a soup is made of: adapters that differ, with weights that are not 0
 
 
 class Part(NamedTuple):
-    """A tensor of an ingredient, and what multiplies it."""
+    """A tensor of an ingredient, and the factor that it is multiplied by."""
 
     adapter: Adapter
     name: str
     factor: float = 1.0
+
+    def tensor(self, rows: slice = slice(None)) -> Tensor:
+        return self.adapter.tensor(self.name, rows)
+
+    def times(self, rows: slice = slice(None)) -> Tensor:
+        """The tensor, or some rows of it, times its factor, in float64."""
+        return self.tensor(rows).to(torch.float64, copy=True).mul_(self.factor)
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,13 @@ class Blend:
 
     Attributes:
         how: `_below`, `_beside` or `_summed`.
-        parts: Of what.
-        shape, dtype: Of the tensor.
-        experts: How many groups of rows it has, each of which holds those of all parts.
+        parts: Tensors of the ingredients.
+        shape: Shape of the soup's tensor.
+        dtype: Type of the soup's tensor.
+        experts: Number of groups of rows, each of which holds rows of all parts.
     """
 
-    how: Callable[[Blend], Iterator[Tensor]]
+    how: Callable[[Blend], Tensor]
     parts: list[Part]
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -56,81 +65,55 @@ class Blend:
 
     @property
     def bound(self) -> float:
-        """No magnitude in it is larger, but for rounding."""
+        """No magnitude in the tensor is larger, except by rounding."""
         return math.fsum(abs(part.factor) * part.adapter.largest for part in self.parts)
 
-    def pieces(self) -> Iterator[Tensor]:
-        """The tensor, some rows at a time. Products and sums are in float64, rounded once."""
+    def tensor(self) -> Tensor:
+        """The tensor. Products and sums are in float64, rounded once."""
         return self.how(self)
 
-    def tensor(self) -> Tensor:
-        found = torch.empty(math.prod(self.shape), dtype=self.dtype)
-        at = 0
-        for piece in self.pieces():
-            found[at : at + piece.numel()].copy_(piece.reshape(-1))
-            at += piece.numel()
-        return found.view(self.shape)
+
+def tensor_of(tensor: Blend | Tensor) -> Tensor:
+    return tensor.tensor() if isinstance(tensor, Blend) else tensor
 
 
-def pieces_of(tensor: Blend | Tensor) -> Iterable[Tensor]:
-    return tensor.pieces() if isinstance(tensor, Blend) else (tensor,)
+def _below(blend: Blend) -> Tensor:
+    """Parts one below the other, for each expert; their factors are 1."""
+    tensors = [part.tensor().to(blend.dtype) for part in blend.parts]
+    if len(tensors) == 1:
+        return tensors[0]
+    if blend.experts == 1:
+        return torch.cat(tensors)
+    return torch.cat([tensor.unflatten(0, (blend.experts, -1)) for tensor in tensors], dim=1).flatten(0, 1)
 
 
-def _below(blend: Blend) -> Iterator[Tensor]:
-    """Parts one below the other, or their rows for each expert; their factors are 1."""
-    for piece in _rows_of_experts(blend) if blend.experts > 1 else _rows_of_parts(blend):
-        yield piece if piece.dtype == blend.dtype else _made(blend, [piece], lambda block: block)
-
-
-def _rows_of_parts(blend: Blend) -> Iterator[Tensor]:
-    return (piece for part in blend.parts for piece in part.adapter.pieces(part.name))
-
-
-def _rows_of_experts(blend: Blend) -> Iterator[Tensor]:
-    for expert in range(blend.experts):
-        for part in blend.parts:
-            rank = part.adapter.layout[part.name].shape[0] // blend.experts
-            yield part.adapter.rows(part.name, expert * rank, (expert + 1) * rank)
-
-
-def _beside(blend: Blend) -> Iterator[Tensor]:
+def _beside(blend: Blend) -> Tensor:
     """Parts side by side, along the second dimension, each times its factor."""
-    widths = [part.adapter.layout[part.name].shape[1] for part in blend.parts]
-    rows = rows_of_pieces((blend.shape[0], sum(widths)))
-    for pieces in zip(*(part.adapter.pieces(part.name, rows) for part in blend.parts), strict=True):
-        beside = torch.empty(len(pieces[0]), sum(widths), *blend.shape[2:], dtype=blend.dtype)
-        for columns, piece, part in zip(beside.split(widths, dim=1), pieces, blend.parts, strict=True):
-            for to, block in in_blocks(columns, piece):
-                to.copy_(_times(block, part.factor))
-        yield beside
+    return torch.cat([part.times().to(blend.dtype) for part in blend.parts], dim=1)
 
 
-def _summed(blend: Blend) -> Iterator[Tensor]:
-    """The sum of all parts, each times its factor; 0 where there are none."""
+def _summed(blend: Blend) -> Tensor:
+    """The sum of all parts, each times its factor; 0 if there are none."""
+    total = torch.zeros(blend.shape, dtype=blend.dtype)
     if not blend.parts:
-        yield torch.zeros(blend.shape, dtype=blend.dtype)
-        return
+        return total
+    if total.numel() <= _PIECE:
+        return _sum(blend.parts, slice(None)).to(blend.dtype)
 
-    def total(*blocks: Tensor) -> Tensor:
-        found = _times(blocks[0], blend.parts[0].factor)
-        for block, part in zip(blocks[1:], blend.parts[1:], strict=True):
-            found.add_(block.double(), alpha=part.factor)
-        return found
-
-    for pieces in zip(*(part.adapter.pieces(part.name) for part in blend.parts), strict=True):
-        yield _made(blend, pieces, total)
-
-
-def _made(blend: Blend, pieces: Sequence[Tensor], of: Callable[..., Tensor]) -> Tensor:
-    """A piece of a blend, of the same pieces of its parts."""
-    made = torch.empty(pieces[0].shape, dtype=blend.dtype)
-    for to, *blocks in in_blocks(made, *pieces):
-        to.copy_(of(*blocks))
-    return made
+    # A whole parameter may be as large as an embedding: float64 holds some rows of it at a time.
+    step = max(1, _PIECE // math.prod(blend.shape[1:]))
+    for start in range(0, len(total), step):
+        rows = slice(start, min(start + step, len(total)))
+        total[rows] = _sum(blend.parts, rows)
+    return total
 
 
-def _times(block: Tensor, factor: float) -> Tensor:
-    return block.to(torch.float64, copy=True).mul_(factor)
+def _sum(parts: list[Part], rows: slice) -> Tensor:
+    first, *others = parts
+    total = first.times(rows)
+    for part in others:
+        total.add_(part.tensor(rows).double(), alpha=part.factor)
+    return total
 
 
 def alone(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -232,12 +215,8 @@ def cosines_of_starts(adapters: Sequence[Adapter]) -> list[list[float]]:
         shapes = {i: tuple(adapters[i].layout[name].shape) for i, name in names.items()}
         for shape in set(shapes.values()):
             those = [i for i in names if shapes[i] == shape]
-            gram = torch.zeros(len(those), len(those))
-            for pieces in zip(*(adapters[i].pieces(names[i]) for i in those), strict=True):
-                for blocks in in_blocks(*pieces):
-                    rows = torch.stack([block.reshape(-1).float() for block in blocks])
-                    for i, row in enumerate(rows):
-                        gram[i] += rows @ row
+            rows = torch.stack([adapters[i].tensor(names[i]).reshape(-1).float() for i in those])
+            gram = rows @ rows.T
             grid = torch.meshgrid(torch.tensor(those), torch.tensor(those), indexing="ij")
             products[grid] += gram
             squares[grid] += gram.diagonal()[:, None]
@@ -307,7 +286,7 @@ def fitting(tensors: Mapping[str, Blend | Tensor]) -> Mapping[str, Blend | Tenso
     for name, tensor in tensors.items():
         if isinstance(tensor, Blend) and tensor.bound <= torch.finfo(tensor.dtype).max:
             continue
-        if not all(map(is_finite, pieces_of(tensor))):
+        if not is_finite(tensor_of(tensor)):
             raise AdapterError(f"the soup's tensor {name} does not fit into {tensor.dtype}: choose a wider dtype")
     return tensors
 

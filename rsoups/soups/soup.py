@@ -39,7 +39,7 @@ from rsoups.common.published import command, published, scrubbed
 from rsoups.soups import attach as attaching
 from rsoups.soups import methods as stacking
 from rsoups.soups.config import as_written, check_written
-from rsoups.soups.methods import Blend, Kept, check_factors, pieces_of
+from rsoups.soups.methods import Blend, Kept, check_factors, tensor_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +104,7 @@ class Soup:
         Raises:
             AdapterError: An ingredient's file was written to since it was opened.
         """
-        made = {key: tensor.tensor() if isinstance(tensor, Blend) else tensor for key, tensor in self.tensors.items()}
+        made = {key: tensor_of(tensor) for key, tensor in self.tensors.items()}
         self._check_unchanged()
         return made
 
@@ -158,7 +158,7 @@ class Soup:
         order = sorted(self.tensors, key=lambda name: (-self.tensors[name].dtype.itemsize, name))  # safetensors' own
         layout = {name: (tensor_files.NAMES[self.tensors[name].dtype], self.tensors[name].shape) for name in order}
         with whole_folder(folder, SOUP_FILE) as partial:
-            _, own = tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: pieces_of(self.tensors[name]))
+            _, own = tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: [tensor_of(self.tensors[name])])
             as_written(self.config).save_pretrained(str(partial))
             manifest = self.lineage | {"sha256": own}
             (partial / SOUP_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
