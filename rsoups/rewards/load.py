@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any, Protocol
 
 from rsoups.common.assets import shipped
 from rsoups.common.errors import RewardError, did_you_mean
+from rsoups.common.files import is_hub_name
 from rsoups.rewards.averaged import AveragedScores
 from rsoups.rewards.cards import RewardCard, made, read_card_file
 from rsoups.rewards.classifier import Reward
 from rsoups.rewards.functions import FunctionCard, FunctionReward, imported
 from rsoups.rewards.judge import Judge, JudgeCard
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +93,7 @@ def load_reward(
         raise RewardError(f"{text} is no card: only a function that a card names takes arguments, {sorted(arguments)}")
     if callable(source):
         return FunctionReward(source)
-    if path.is_dir() or _HUB_ID.fullmatch(text):
+    if path.is_dir() or is_hub_name(text):
         logger.info("%s is no card: scored as tokenizer(question, response), logits[0]", text)
         return Reward(RewardCard(name=path.name, model=text), device, trust_remote_code)
     module, separator, name = text.partition(":")
@@ -137,4 +135,4 @@ def models_of(source: str) -> list[tuple[str, str | None]]:
         if card.model is not None:
             return [(card.model, card.revision)]
         return [(model, revision or None) for model, _, revision in (name.partition("@") for name in card.models or ())]
-    return [(source, None)] if path.is_dir() or _HUB_ID.fullmatch(source) else []
+    return [(source, None)] if path.is_dir() or is_hub_name(source) else []

@@ -388,11 +388,9 @@ def answers(
 
     from rsoups.generation.decoding import respond
 
-    source = resolve(name)
-    dtype = "float32" if source != name else "auto"  # embedded weights are stored in half precision to be small
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model: Any = load_base(name, dtype=dtype)
+        tokenizer: Any = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+        model: Any = load_base(name, device=device)
     except (OSError, ValueError, CheckpointError) as error:
         raise DatasetError(f"cannot load {name!r}, who was to answer the prompts: {error}") from error
     said = respond(
