@@ -39,9 +39,9 @@ from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl, whole_folder
 from rsoups.fronts.estimates import Estimate
 from rsoups.fronts.points import Point
-from rsoups.generation.decoding import encode, respond
-from rsoups.rewards.functions import check_columns, columns_read
-from rsoups.rewards.load import rewards_by_name
+from rsoups.generation.decoding import encode
+from rsoups.generation.respond import respond
+from rsoups.rewards.interface import check_columns, columns_read, rewards_by_name
 from rsoups.training.ppo import reset_adapter
 from rsoups.training.trl_rewards import reward_function
 

@@ -61,7 +61,7 @@ from rsoups.generation.decoding import encode
 from rsoups.generation.settings import sample_purely
 from rsoups.hub.push import push_adapter
 from rsoups.hub.upload import reserve
-from rsoups.rewards.functions import check_columns, columns_read
+from rsoups.rewards.interface import check_columns, columns_read
 from rsoups.rewards.load import models_of
 from rsoups.training.checkpoints import last_checkpoint
 from rsoups.training.ppo import reset_adapter

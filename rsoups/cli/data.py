@@ -39,7 +39,7 @@ def preview(args: argparse.Namespace) -> None:
     from rsoups.data.prompts import template_kwargs
     from rsoups.data.tasks import columns_of
     from rsoups.generation.decoding import encode
-    from rsoups.rewards.functions import check_columns, columns_read
+    from rsoups.rewards.interface import check_columns, columns_read
     from rsoups.rewards.load import load_reward
 
     task = task_of_arguments(args)

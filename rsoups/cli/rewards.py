@@ -40,7 +40,7 @@ def rewards(args: argparse.Namespace) -> None:
 
 def score(args: argparse.Namespace) -> None:
     from rsoups.rewards.classifier import Reward
-    from rsoups.rewards.functions import columns_read
+    from rsoups.rewards.interface import columns_read
     from rsoups.rewards.judge import Judge
     from rsoups.rewards.load import load_reward
 
@@ -78,7 +78,7 @@ def _column(pair: str) -> tuple[str, Any]:
 
 def _probe(args: argparse.Namespace) -> None:
     from rsoups.data.prompts import template_kwargs
-    from rsoups.rewards.functions import check_columns, columns_read
+    from rsoups.rewards.interface import check_columns, columns_read
     from rsoups.rewards.judge import Judge
     from rsoups.rewards.load import load_reward
     from rsoups.rewards.probing import probe, sample_of, sample_of_records

@@ -32,19 +32,28 @@ def validated(kind: type[T], data: Any, where: str, refusal: type[RsoupsError]) 
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
-        problems = "; ".join(_problem(details) for details in error.errors(include_url=False, include_context=False))
-        raise refusal(f"{where}: {problems}") from None
+        raise refusal(f"{where}: {problems_of(error)}") from None
+
+
+def problems_of(error: ValidationError) -> str:
+    """Return every problem of a validation, in one line."""
+    return "; ".join(_problem(details) for details in error.errors(include_url=False, include_context=False))
 
 
 def _problem(details: Any) -> str:
-    field = ".".join(map(str, details["loc"])) or "the file"
+    field = ".".join(map(str, details["loc"]))
     if details["type"] in ("missing", "missing_argument"):
         return f"field {field} is missing"
     if details["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown field {field}"
 
     message = details["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return f"field {field} is {_short(details['input'])}: {message[:1].lower()}{message[1:]}"
+    if not message[1:2].isupper():  # but for an acronym
+        message = message[:1].lower() + message[1:]
+    if not field and details["type"] == "value_error":
+        return message  # about several fields together; their values may be secret, so they are not shown
+
+    return f"field {field or 'the file'} is {_short(details['input'])}: {message}"
 
 
 def _short(value: Any) -> str:

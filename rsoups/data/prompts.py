@@ -167,6 +167,28 @@ def response_start(prompt: str | list[dict[str, Any]]) -> str:
     return prompt.rpartition(marker)[2].strip() if marker in prompt else ""
 
 
+def whole_response(prompt: Any, completion: Any, tokenizer: Any = None, ids: list[int] | None = None) -> str:
+    """Return a response as text, with the words of it that the prompt already holds.
+
+    Args:
+        prompt: Text or messages.
+        completion: Text, or messages, of which the last one is the response.
+        tokenizer: The policy's tokenizer, which says whether the prompt's last word goes on; a space comes between if None.
+        ids: Tokens of the completion; needed with `tokenizer`.
+    """
+    if isinstance(completion, list):
+        return messages_of(completion)[-1]["content"]
+    start = response_start(prompt)
+    if not start:
+        return str(completion)
+    if tokenizer is None or ids is None:
+        return f"{start} {completion}"
+
+    started = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    before, after = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (started, [*started, *ids]))
+    return start + after[len(before) :]
+
+
 def with_prefixes(
     rows: list[dict[str, Any]], tokenize: Callable[[str], list[int]], decode: Callable[[list[int]], str], shortest: int,
     longest: int, seed: int,
