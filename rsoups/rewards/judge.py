@@ -195,9 +195,7 @@ class _Server:
                 raise RewardError(
                     f"reward {card.name!r}: the environment variable {settings.key}, with the key, is not set"
                 )
-        self._client = Client(
-            settings.endpoint, key, settings.scale, settings.attempts, settings.timeout, settings.price, cache
-        )
+        self._client = Client(settings, key, cache)
         self.counts = self._client.counts
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -265,39 +263,40 @@ class _Local:
                 f"with trust_remote_code only): {error}"
             ) from error
         self._model = model.eval().requires_grad_(False).to(device)
-        self._encode("", "")  # refuses a scale that the tokenizer splits, before any work
+        self._encode("", "")  # refuses a scale whose numbers the tokenizer splits, before any work
 
     def _encode(self, question: str, response: str) -> tuple[list[int], list[int]]:
-        """The ids up to the rating, and the id of each rating."""
+        """Return the ids up to the rating, and the id of each rating."""
         text, chat = _request(self._settings, question, response), self._tokenizer.chat_template is not None
         if chat:
             messages = [{"role": "user", "content": text}]
             text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         else:
             text += "\n\n"
+
         low, high = self._settings.scale
         answers = [f'{text}{{"score": {number}' for number in range(low, high + 1)]
         ids = self._tokenizer(answers, add_special_tokens=not chat)["input_ids"]
         before = os.path.commonprefix(ids)
-        if any(len(one) != len(before) + 1 for one in ids):
+        if any(len(row) != len(before) + 1 for row in ids):
             raise RewardError(
                 f"reward {self._name!r}: the tokenizer of {self._settings.model!r} splits numbers from {low} to {high}: "
                 "choose a scale of single digits"
             )
-        return before, [one[-1] for one in ids]
+
+        room = self._model.config.get_text_config().max_position_embeddings
+        if len(before) > room:
+            raise RewardError(
+                f"reward {self._name!r}: {len(before)} tokens for a context of {room}; the sample: question {question!r}, "
+                f"response {response!r}"
+            )
+        return before, [row[-1] for row in ids]
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         import torch
 
-        found = [self._encode(*pair) for pair in pairs]
-        room = self._model.config.get_text_config().max_position_embeddings
-        for pair, (ids, _) in zip(pairs, found, strict=True):
-            if len(ids) > room:
-                raise RewardError(
-                    f"reward {self._name!r}: {len(ids)} tokens for a context of {room}; the sample: question {pair[0]!r}, "
-                    f"response {pair[1]!r}"
-                )
-        encoded = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in found]
+        asked = [self._encode(*pair) for pair in pairs]
+        encoded = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in asked]
         low, high = self._settings.scale
         numbers = torch.arange(low, high + 1, dtype=torch.float64)
         ratings = [0.0] * len(pairs)
@@ -309,8 +308,9 @@ class _Local:
                 inputs = padded(rows, 0, self._model.device)
                 logits = self._model(**inputs, logits_to_keep=torch.tensor(kept, device=self._model.device)).logits
                 for row, (i, end) in enumerate(zip(batch, ends, strict=True)):
-                    chances = logits[row, kept.index(end), found[i][1]].float().cpu().double().softmax(-1)
+                    chances = logits[row, kept.index(end), asked[i][1]].float().cpu().double().softmax(-1)
                     ratings[i] = float(chances @ numbers)
+
         self.counts.calls += len(pairs)
-        self.counts.input_tokens += sum(len(ids) for ids, _ in found)
+        self.counts.input_tokens += sum(len(ids) for ids, _ in asked)
         return ratings

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import random
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rsoups.common.assets import need
-from rsoups.common.errors import RewardError
+from rsoups.common.errors import OutputError, RewardError
+from rsoups.common.files import write_whole
+
+if TYPE_CHECKING:
+    from rsoups.rewards.judge import JudgeSettings
 
 _LONGEST_WAIT = 60.0  # seconds between two requests, whatever a server's Retry-After asks for
 _TRANSIENT = (408, 409, 425, 429)  # and 5xx: statuses that may be different next time
@@ -67,15 +69,11 @@ class _Failure(Exception):
 
 
 class Client:
-    """Ratings of one scale by one model of one server; safe to call from several threads.
+    """Ratings of one judge by its server; safe to call from several threads.
 
     Args:
-        endpoint: Base URL of the server.
+        settings: What the card says of the judge.
         key: Server's key, None for none.
-        scale: Lowest and highest rating.
-        attempts: Number of requests for one rating, at most.
-        timeout: Seconds for one request.
-        price: Price of ``input`` and ``output`` tokens, per 1M.
         cache: Folder of the ratings, shared by any number of processes.
 
     Raises:
@@ -83,23 +81,14 @@ class Client:
         SettingsError: The package openai is not installed.
     """
 
-    def __init__(
-        self,
-        endpoint: str,
-        key: str | None,
-        scale: Sequence[int],
-        attempts: int,
-        timeout: float,
-        price: Mapping[str, float] | None,
-        cache: Path,
-    ):
+    def __init__(self, settings: JudgeSettings, key: str | None, cache: Path):
         need("openai", "server")
         import openai
 
         if key is not None and not re.fullmatch(r"[!-~]+", key):  # the HTTP library would show it in its error
             raise RewardError("a judge's key holds blanks or characters that no header can carry")
-        self._key, self._scale, self._attempts, self._price, self._cache = key, scale, attempts, price, cache
-        self._url = f"{endpoint.rstrip('/')}/chat/completions"
+        self._settings, self._key, self._cache = settings, key, cache
+        self._url = f"{settings.endpoint.rstrip('/')}/chat/completions"
         self._lock = threading.Lock()
         self.counts = Counts()
 
@@ -107,7 +96,9 @@ class Client:
         omitted = ["OpenAI-Organization", "OpenAI-Project", *([] if key else ["Authorization"])]
         self._headers: dict[str, Any] = {name: openai.Omit() for name in omitted}
         # No retries of its own: their waiting cannot be ended, and a malformed rating needs one too.
-        self._openai = openai.OpenAI(base_url=endpoint, api_key=key or "none", timeout=timeout, max_retries=0)
+        self._openai = openai.OpenAI(
+            base_url=settings.endpoint, api_key=key or "none", timeout=settings.timeout, max_retries=0
+        )
 
     def rating(self, body: dict[str, Any], stop: threading.Event) -> int:
         """Return the rating that answers a request: from disk, else from the server.
@@ -119,21 +110,21 @@ class Client:
         Raises:
             RewardError: No rating in all attempts, or a refusal that another attempt does not change.
         """
-        text = json.dumps({"url": self._url, "body": body, "scale": list(self._scale)}, sort_keys=True)
+        text = json.dumps({"url": self._url, "body": body, "scale": list(self._settings.scale)}, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()
         path = self._cache / name[:2] / f"{name}.json"
         if (rating := self._read(path)) is not None:
             self._count(cached=1)
             return rating
 
-        for attempt in range(1, self._attempts + 1):
+        for attempt in range(1, self._settings.attempts + 1):
             try:
                 rating = self._ask(body)
                 self._write(path, rating)
                 return rating
             except _Failure as failure:
                 self._count(failures=1)
-                if not failure.transient or attempt == self._attempts:
+                if not failure.transient or attempt == self._settings.attempts:
                     tries = f" in {attempt} attempts" if failure.transient else ""
                     raise RewardError(f"no rating{tries}: {failure.reason}") from None
 
@@ -160,9 +151,10 @@ class Client:
             raise _Failure(f"not a chat completion: {self._shown(text)}") from None
 
         self._count_usage(reply.get("usage"))
-        rating = parse_rating(content, self._scale)
+        rating = parse_rating(content, self._settings.scale)
         if rating is None:
-            raise _Failure(f"not a rating from {self._scale[0]} to {self._scale[1]}: {self._shown(str(content))}")
+            low, high = self._settings.scale
+            raise _Failure(f"not a rating from {low} to {high}: {self._shown(str(content))}")
         return rating
 
     def _post(self, body: dict[str, Any]) -> tuple[int, str, Mapping[str, str]]:
@@ -199,30 +191,21 @@ class Client:
         usage = usage if isinstance(usage, dict) else {}
         tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         read, written = (number if isinstance(number, int) else 0 for number in tokens)
-        price = self._price or {"input": 0.0, "output": 0.0}
+        price = self._settings.price or {"input": 0.0, "output": 0.0}
         cost = (read * price["input"] + written * price["output"]) / 1e6
         self._count(input_tokens=read, output_tokens=written, cost=cost)
 
     def _read(self, path: Path) -> int | None:
         try:
-            rating = json.loads(path.read_text("utf-8"))["rating"]
+            return parse_rating(json.dumps(json.loads(path.read_text("utf-8"))["rating"]), self._settings.scale)
         except (OSError, ValueError, LookupError, TypeError):  # no such file, or a damaged one: the server is asked
             return None
-        return rating if type(rating) is int and self._scale[0] <= rating <= self._scale[1] else None
 
     def _write(self, path: Path, rating: int) -> None:
-        """Keep a rating. Its name appears when it is whole: threads and processes write the same file at once."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(suffix=".partial", dir=path.parent)
-            try:
-                with open(descriptor, "w", encoding="utf-8") as file:
-                    json.dump({"rating": rating}, file)
-                os.replace(partial, path)
-            except BaseException:
-                os.unlink(partial)
-                raise
-        except OSError as error:
+            write_whole(path, json.dumps({"rating": rating}))
+        except (OSError, OutputError) as error:
             logger.warning("cannot keep a judge's rating in %s: %s", self._cache, error)
 
 

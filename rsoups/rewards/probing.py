@@ -25,6 +25,14 @@ from rsoups.fronts.estimates import Estimate
 from rsoups.generation.respond import texts_of_policy
 from rsoups.rewards.functions import as_reward
 
+_WORDS = {
+    "said twice": "a response said twice",
+    "first half": "the first half of a response",
+    "nothing": "an empty response",
+    "one word": "one word said over and over",
+    "template": "a question between Human: and Assistant:",
+    "other question": "a response to another question",
+}
 _LEAST = 8  # responses that a probe needs
 _RESAMPLES = 1_000
 
@@ -220,33 +228,19 @@ def _others(sample: Sample, seed: int) -> tuple[list[Any], list[str]] | None:
 
 # --- the findings ----------------------------------------------------------------------------------------------------
 
-_WORDS = {
-    "said twice": "a response said twice",
-    "first half": "the first half of a response",
-    "nothing": "an empty response",
-    "one word": "one word said over and over",
-    "template": "a question between Human: and Assistant:",
-    "other question": "a response to another question",
-}
-
 
 def _estimate(figure: Callable[[NDArray[np.int64]], float], draws: NDArray[np.int64]) -> Estimate | None:
     """Return a figure of the sample's rows with its bootstrap interval; None where it is not defined."""
-    value = figure(np.arange(draws.shape[1]))
-    if not np.isfinite(value):
-        return None
-    low, high = np.nanquantile([figure(rows) for rows in draws], (0.025, 0.975))
-    return Estimate(float(value), float(low), float(high))
+    figures = [figure(rows) for rows in (np.arange(draws.shape[1]), *draws)]
+    return Estimate.of([value for value in figures if np.isfinite(value)]) if np.isfinite(figures[0]) else None
 
 
 def _rho(first: Values, second: Values, draws: NDArray[np.int64]) -> Estimate | None:
     return _estimate(lambda rows: spearman(first[rows], second[rows]), draws)
 
 
-def _sign(estimate: Estimate) -> int:
-    """Return 1 or -1 where the interval is on one side of 0, else 0."""
-    assert estimate.low is not None and estimate.high is not None  # `_estimate` sets both
-    return (estimate.low > 0) - (estimate.high < 0)
+def _by_sign(estimate: Estimate, above: str, below: str, neither: str) -> str:
+    return above if estimate.is_above_zero else below if estimate.is_below_zero else neither
 
 
 def _length(scores: Values, responses: list[str], draws: NDArray[np.int64]) -> Finding:
@@ -257,11 +251,8 @@ def _length(scores: Values, responses: list[str], draws: NDArray[np.int64]) -> F
         return Finding("length", f"not measured: {constant} are the same")
 
     strength = "slightly " if abs(rho.value) < 0.2 else "strongly " if abs(rho.value) > 0.5 else ""
-    text = {
-        1: f"{strength}prefers longer responses",
-        -1: f"{strength}prefers shorter responses",
-        0: "no preference for a length seen",
-    }[_sign(rho)]
+    longer, shorter = f"{strength}prefers longer responses", f"{strength}prefers shorter responses"
+    text = _by_sign(rho, longer, shorter, "no preference for a length seen")
     return Finding("length", f"{text}: rho = {rho.value:.2f}", rho=rho)
 
 
@@ -272,7 +263,7 @@ def _change(check: str, before: Values, after: Values, draws: NDArray[np.int64])
 
     higher = float((moved > 0).mean())
     if moved.any():
-        text = {1: "scores higher", -1: "scores lower", 0: "scores as high on average"}[_sign(change)]
+        text = _by_sign(change, "scores higher", "scores lower", "scores as high on average")
         text += f"; higher for {higher:.0%} of the responses"
     else:
         text = "makes no difference at all"

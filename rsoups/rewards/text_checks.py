@@ -1,7 +1,7 @@
 """Rewards that read the response alone, or with its question: length, form, words asked for, readability.
 
 Each function makes a reward, ``reward(prompts, completions) -> list[float]``, from the ``arguments`` of a card
-(``function: rsoups.rewards.text_checks:length``). A RewardError refuses an argument that is out of range.
+(``function: length``). A RewardError refuses an argument that is out of range.
 """
 
 from __future__ import annotations
