@@ -51,7 +51,7 @@ class JudgeSettings:
         attempts: Number of requests for one rating, at most.
         timeout: Seconds for one request.
         price: Price of ``input`` and ``output`` tokens, per 1M, to count the cost.
-        revision, dtype: Revision and precision of a model in this process.
+        revision, dtype: Revision and precision of a model in this process; ``auto`` is float32.
     """
 
     model: _Filled
@@ -250,9 +250,8 @@ class _Local:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._name, self._settings, self.counts = card.name, card.settings, Counts()
-        source, dtype = resolve(card.settings.model), card.settings.dtype
-        if dtype == "auto" and source != card.settings.model:
-            dtype = "float32"  # the embedded weights are stored in half precision to be small
+        source = resolve(card.settings.model)
+        dtype = "float32" if card.settings.dtype == "auto" else card.settings.dtype  # as of a classifier
         options = {"revision": card.settings.revision, "trust_remote_code": trust_remote_code}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, **options)
