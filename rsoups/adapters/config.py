@@ -131,7 +131,8 @@ def check_linear(source: str, config: LoraConfig) -> None:
 
 def by_pattern(pattern: Any, path: str, default: int) -> int:
     """A module's rank or alpha, by PEFT's rule for patterns."""
-    pattern = pattern or {}
+    if not pattern:
+        return default
     return pattern.get(get_pattern_key(list(pattern), path), default)
 
 

@@ -30,6 +30,7 @@ from rsoups.common.schema import validated
 
 _LONGEST = 2**24  # bytes of a manifest; real ones have some thousands
 _WHOLE = "full weights"  # the method of `interpolate_checkpoints`
+SOUP_METHODS = ("exact", "factors", "svd")  # methods of a soup of adapters
 # Settings that do not change what is trained.
 _LEFT_OUT = set(
     "output_dir logging_dir run_name report_to resume resume_from_checkpoint seed config accelerator_config debug "
@@ -150,6 +151,25 @@ def read_manifest(path: Path) -> Manifest:
 def parents_of(manifest: Manifest) -> list[dict[str, Any]]:
     """Ingredients of a soup, or the adapter that training started from."""
     return manifest.get("ingredients", manifest.get("parents")) or []
+
+
+def soup_ingredients(source: str | Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the ingredients of a soup of adapters, each with its ``lambda``.
+
+    Args:
+        source: Name of the soup, for the error.
+        manifest: Manifest of the soup.
+
+    Raises:
+        LineageError: The manifest is not that of a soup of adapters.
+    """
+    ingredients = manifest.get("ingredients") or []
+    if manifest.get("method") not in SOUP_METHODS or not ingredients or any("lambda" not in i for i in ingredients):
+        raise LineageError(
+            f"{source}: {SOUP_FILE} is not that of a soup of adapters (method {manifest.get('method')!r}, "
+            f"{len(ingredients)} ingredients): make the soup again with rsoups.interpolate"
+        )
+    return ingredients
 
 
 def history_of(parents: Iterable[tuple[str, str | None, Any]]) -> dict[str, Manifest]:

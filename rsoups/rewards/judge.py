@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from rsoups.bases.load import dtype_of
 from rsoups.common.assets import resolve
 from rsoups.common.errors import RewardError
 from rsoups.data.prompts import question_of
@@ -47,7 +46,7 @@ class JudgeSettings:
         attempts: At most so many requests for one rating.
         timeout: Seconds for one request.
         price: ``input`` and ``output``, per 1M tokens, of which the cost is counted.
-        revision, dtype: Of a model in this process.
+        revision, dtype: Of a model in this process; ``auto`` is float32.
     """
 
     model: str
@@ -287,7 +286,7 @@ class _Local:
 
         self._name, self._settings, self.counts = card.name, card.settings, Counts()
         source = resolve(card.settings.model)
-        dtype = dtype_of(card.settings.model, card.settings.dtype, device)
+        dtype = "float32" if card.settings.dtype == "auto" else card.settings.dtype  # as of a classifier
         options = {"revision": card.settings.revision, "trust_remote_code": trust_remote_code}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, **options)

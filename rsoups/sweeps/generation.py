@@ -16,7 +16,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from rsoups.adapters.adapter import Adapter
-from rsoups.bases.load import base_config
+from rsoups.bases.load import base_config, load_tokenizer
 from rsoups.common.assets import resolve
 from rsoups.generation.decoding import Decoder, Said, seed_of, uniforms
 from rsoups.soups.live import LiveSoup
@@ -39,8 +39,6 @@ class Base:
     """The base: its tokenizer at once, its weights when there is something to answer."""
 
     def __init__(self, base: str | PreTrainedModel | LiveSoup, tokenizer: PreTrainedTokenizerBase | None):
-        from transformers import AutoTokenizer
-
         self._base: Any = base
         if isinstance(base, LiveSoup):
             config, tokenizer = base.model.config, tokenizer or base.tokenizer
@@ -49,7 +47,7 @@ class Base:
             source, config = resolve(base), base_config(base)
         else:
             config, source = base.config, base.config.name_or_path
-        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        self.tokenizer = tokenizer or load_tokenizer(source)
         self.context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def fingerprint(self) -> str:

@@ -95,6 +95,7 @@ class Suite:
         sets: Of prompts.
         base: The adapter's own by default.
         allow_base_mismatch: Accept a base of another name than the adapter's.
+        allow_trained_prompts: Go on where the adapter, or its parent, was trained on some of the prompts; a result says so.
         against: A parent, as `read_adapter` takes it: rewards are compared on the same prompts, paired.
         tolerance: How far below the parent's a mean may be, with 95% confidence.
         temperature, max_new_tokens, seed: Of sampling.
@@ -103,6 +104,7 @@ class Suite:
     sets: tuple[PromptSet, ...]
     base: str | None = None
     allow_base_mismatch: bool = False
+    allow_trained_prompts: bool = False
     against: str | None = None
     tolerance: float = 0.0
     temperature: float = 1.0
@@ -131,8 +133,9 @@ class Suite:
                 raise SuiteError(f"{path}: split is {each.split!r}, must be test, or all of one file")
             if each.task not in {*TASKS, "custom"}:
                 raise SuiteError(f"{path}: task is {each.task!r}, must be custom or one of {sorted(TASKS)}")
-        if not isinstance(suite.allow_base_mismatch, bool):
-            raise SuiteError(f"{path}: allow_base_mismatch is {suite.allow_base_mismatch!r}, must be true or false")
+        for name in ("allow_base_mismatch", "allow_trained_prompts"):
+            if not isinstance(value := getattr(suite, name), bool):
+                raise SuiteError(f"{path}: {name} is {value!r}, must be true or false")
         if isinstance(suite.tolerance, bool) or not isinstance(suite.tolerance, (int, float)) or suite.tolerance < 0:
             raise SuiteError(f"{path}: tolerance is {suite.tolerance!r}, must be a number of at least 0")
         return cls(**{f.name: getattr(suite, f.name) for f in fields(cls)} | {"sets": sets})
@@ -190,9 +193,11 @@ def run_suite(suite: Suite, source: Any, against: str | Path | None = None) -> l
                 max_new_tokens=suite.max_new_tokens,
                 seed=suite.seed,
                 allow_base_mismatch=suite.allow_base_mismatch,
+                allow_trained_prompts=suite.allow_trained_prompts,
                 out=Path(temporary) / "records.jsonl",
             )
-        where = f"set {number} ({each.task}, {len(prompts)} prompts)"
+        seen = ", ".join(f"{name} was trained on {count}" for name, count in front.trained_prompts.items())
+        where = f"set {number} ({each.task}, {len(prompts)} prompts{seen and '; '}{seen})"
         checks += _thresholds(front, each, where) + _regressions(front, suite.tolerance, where, parent)
     return checks
 

@@ -9,7 +9,8 @@ from trl import GRPOConfig
 
 from rsoups.common.errors import SettingsError
 
-_ROLLOUT, _MINI_BATCH = 128, 4  # the paper's batch and mini-batch
+# The paper's batch is 128 and its mini-batch 4, for LLaMA-7b; recipes/configs/llama7b-*.yaml say so.
+_ROLLOUT, _MINI_BATCH = 128, 32
 _HARMLESS = {
     "cache_implementation",
     "cache_config",
@@ -18,7 +19,7 @@ _HARMLESS = {
     "compile_config",
     "prefill_chunk_size",
 }
-# Where launchers tell the number of processes: torch's and accelerate's, and MPI's, in accelerate's order.
+# Environment variables in which launchers (torch, accelerate, MPI) set the number of processes, in accelerate's order.
 _WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 
 
@@ -130,7 +131,10 @@ def divide(
 
 @dataclass
 class PPOConfig(GRPOConfig):
-    """TRL's GRPOConfig with PPO's own settings; the defaults are the paper's (Ramé et al. 2023, LLaMA experiments).
+    """TRL's GRPOConfig with PPO's own settings.
+
+    The defaults are those of the paper's LLaMA experiments (Ramé et al. 2023), but for the learning rate and the minibatch
+    (1.41e-5 and 4 there): with these a small base did not learn in 13 rollouts, with ours it does (docs/EXPERIMENTS.md).
 
     A rollout is ``generation_batch_size`` responses over all processes. PPO goes through it ``num_iterations`` times, in
     minibatches of ``mini_batch_size`` responses over all processes, one optimizer step for each: the same on any number of
@@ -142,8 +146,17 @@ class PPOConfig(GRPOConfig):
     ``kl_coef``.
     """
 
-    learning_rate: float = field(default=1.41e-5, metadata={"help": "The initial learning rate for AdamW."})
+    learning_rate: float = field(
+        default=3e-4, metadata={"help": "The initial learning rate for AdamW; the paper has 1.41e-5 for LLaMA-7b."}
+    )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weight μ of each reward, all 1 if unset: the score is the sum of μ * reward, divided by the sum of |μ|. "
+            "A negative weight pays for less of its reward."
+        },
+    )
     num_generations: int | None = field(default=1, metadata={"help": "Responses per prompt in a rollout."})
     generation_batch_size: int | None = field(
         default=None,
@@ -155,7 +168,7 @@ class PPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Responses that one optimizer step sees, over all processes; "
-            f"{_MINI_BATCH} unless per_device_train_batch_size is set."
+            f"{_MINI_BATCH} unless per_device_train_batch_size is set (the paper has 4)."
         },
     )
     per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
@@ -211,20 +224,23 @@ class PPOConfig(GRPOConfig):
         self.per_device_train_batch_size = self.shares.per_device
         self.gradient_accumulation_steps = self.shares.accumulation
         self.generation_batch_size, self.steps_per_generation = self.shares.rollout, None
-        # TRL refuses one response per prompt, which only GRPO's group baseline needs more of. Its check that groups
-        # fill the rollout holds for any number of responses once the whole rollout counts as one group.
+        # TRL refuses one response per prompt: GRPO's baseline is the mean of a prompt's responses. PPO's baseline is the
+        # critic, so one is enough. During TRL's own __post_init__ the whole rollout therefore counts as one group, which
+        # always passes TRL's checks (at least two responses, groups that fill the rollout); then the number comes back.
+        # num_generations_eval is set before, because TRL takes num_generations for it where it is unset.
         if responses == 1:
             self.num_generations_eval = self.num_generations_eval or 1
             self.num_generations = self.generation_batch_size
-        self.beta = self.kl_coef or 1e-8  # not 0: makes TRL keep the reference of a continued adapter
+        # TRL keeps a frozen copy of a continued adapter as the reference only if beta is not 0.
+        self.beta = self.kl_coef or 1e-8
         super().__post_init__()
         self.num_generations = responses
         if self.world_size != self.shares.processes:
             raise SettingsError(
-                f"the launcher told of {self.shares.processes} processes, and {self.world_size} are there: start the run "
-                "with accelerate launch or torchrun"
+                f"the environment announces {self.shares.processes} processes, but {self.world_size} are running: start "
+                "the run with accelerate launch or torchrun"
             )
-        # In TRL's words a step is a forward and backward pass of one process.
+        # TRL counts forward and backward passes of one process as steps.
         self.steps_per_generation = self.shares.steps * self.shares.accumulation
 
     def _check(self) -> None:

@@ -1,0 +1,102 @@
+"""Tensors of a soup, made from the ingredients' files when they are asked for: a soup is saved tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsoups.adapters.adapter import Adapter
+
+_PIECE = 2**18  # numbers that are summed at once
+
+
+class Part(NamedTuple):
+    """A tensor of an ingredient, and what multiplies it."""
+
+    adapter: Adapter
+    name: str
+    factor: float = 1.0
+
+    def tensor(self, rows: slice = slice(None)) -> Tensor:
+        """The tensor, or some rows of it."""
+        return self.adapter.tensor(self.name, rows)
+
+    def times(self, rows: slice = slice(None)) -> Tensor:
+        """The tensor, or some rows of it, times its factor, in float64."""
+        return self.tensor(rows).to(torch.float64, copy=True).mul_(self.factor)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """One tensor of a soup, and how it is made.
+
+    Attributes:
+        how: `one_below_another`, `side_by_side` or `summed`.
+        parts: Tensors of the ingredients.
+        shape, dtype: Shape and dtype of the result.
+        experts: Number of groups of rows; each group holds the rows of all parts for one expert.
+    """
+
+    how: Callable[[Blend], Tensor]
+    parts: list[Part]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    experts: int = 1
+
+    @property
+    def bound(self) -> float:
+        """A bound on the magnitudes in it, but for rounding."""
+        return math.fsum(abs(part.factor) * part.adapter.largest for part in self.parts)
+
+    def tensor(self) -> Tensor:
+        """The tensor. Products and sums are in float64, rounded once."""
+        return self.how(self)
+
+
+def tensor_of(tensor: Blend | Tensor) -> Tensor:
+    """The tensor, made if it is a blend."""
+    return tensor.tensor() if isinstance(tensor, Blend) else tensor
+
+
+def one_below_another(blend: Blend) -> Tensor:
+    """Rows of all parts, expert by expert; the factors are 1."""
+    tensors = [part.tensor().to(blend.dtype) for part in blend.parts]
+    if len(tensors) == 1:
+        return tensors[0]
+    if blend.experts == 1:
+        return torch.cat(tensors)
+    return torch.cat([tensor.unflatten(0, (blend.experts, -1)) for tensor in tensors], dim=1).flatten(0, 1)
+
+
+def side_by_side(blend: Blend) -> Tensor:
+    """Columns of all parts, times their factors."""
+    return torch.cat([part.times().to(blend.dtype) for part in blend.parts], dim=1)
+
+
+def summed(blend: Blend) -> Tensor:
+    """The sum of all parts times their factors; 0 if there are no parts."""
+    total = torch.zeros(blend.shape, dtype=blend.dtype)
+    if not blend.parts:
+        return total
+    if total.numel() <= _PIECE:
+        return _sum(blend.parts, slice(None)).to(blend.dtype)
+
+    # A whole parameter may be as large as an embedding: float64 holds some rows of it at a time.
+    step = max(1, _PIECE // math.prod(blend.shape[1:]))
+    for start in range(0, len(total), step):
+        rows = slice(start, min(start + step, len(total)))
+        total[rows] = _sum(blend.parts, rows)
+    return total
+
+
+def _sum(parts: list[Part], rows: slice) -> Tensor:
+    first, *others = parts
+    total = first.times(rows)
+    for part in others:
+        total.add_(part.tensor(rows).double(), alpha=part.factor)
+    return total
