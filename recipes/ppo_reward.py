@@ -36,7 +36,7 @@ from rsoups.common.assets import need
 from rsoups.common.errors import OutputError, SettingsError, in_one_line
 from rsoups.generation.decoding import encode
 from rsoups.generation.settings import sample_purely
-from rsoups.hub.push import push_adapter
+from rsoups.hub.push import push
 from rsoups.hub.upload import reserve
 from rsoups.rewards.functions import check_columns, columns_read
 from rsoups.training.callbacks import launcher_callbacks
@@ -72,7 +72,7 @@ def main(run: RunArguments, training: GRPOConfig | RLOOConfig, model: ModelConfi
         write_run_manifest(run, training, model, trainer, rewards, results, asked, held_out)
     trainer.accelerator.print(f"adapter: {training.output_dir}")
     if repository:
-        print(push_adapter(training.output_dir, repository, **options))
+        print(push(training.output_dir, repository, **options))
 
 
 def clear_folder(run: RunArguments, training: GRPOConfig | RLOOConfig) -> None:

@@ -15,7 +15,8 @@ from rsoups.bases.names import check_base, is_on_hub, same_base
 from rsoups.common.errors import AdapterError, OutputError
 from rsoups.common.files import whole_folder
 from rsoups.explorer.sweep_folder import RECORDS, SweepFolder
-from rsoups.soups.soup import Soup, interpolate
+from rsoups.soups.interpolation import interpolate
+from rsoups.soups.soup import Soup
 
 _APP = '''"""The explorer of a sweep, as a Hugging Face Space. Written by `rsoups explore --export`."""
 

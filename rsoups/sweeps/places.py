@@ -14,8 +14,9 @@ from rsoups.adapters.adapter import Adapter
 from rsoups.bases.load import load_base
 from rsoups.common.assets import resolve
 from rsoups.common.errors import AdapterError
+from rsoups.soups.interpolation import interpolate
 from rsoups.soups.live import LiveSoup
-from rsoups.soups.soup import Soup, interpolate
+from rsoups.soups.soup import Soup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

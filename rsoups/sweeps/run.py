@@ -28,7 +28,7 @@ from rsoups.data.prompts import fit_prompts, question_of
 from rsoups.data.training_data import chat_template_of
 from rsoups.fronts.grids import largest_gap
 from rsoups.fronts.notes import trained_on_of
-from rsoups.fronts.points import mean_score
+from rsoups.fronts.reading import mean_score
 from rsoups.generation.decoding import Prompt, encode
 from rsoups.rewards.averaged import AveragedScores
 from rsoups.rewards.classifier import Reward

@@ -22,7 +22,8 @@ import httpx
 from rsoups.adapters.adapter import Adapter
 from rsoups.common.errors import AdapterError, ServerError
 from rsoups.generation.decoding import seed_of
-from rsoups.soups.soup import Soup, interpolate
+from rsoups.soups.interpolation import interpolate
+from rsoups.soups.soup import Soup
 from rsoups.sweeps.items import Answer, Item, Model, Nats
 
 _AT_ONCE = 32  # requests; vLLM batches what it has
