@@ -143,6 +143,8 @@ def test_the_wheel_holds_one_package_with_its_cards_recipes_and_assets(wheel):
         "assets/cards/naturalness.yaml",
         "recipes/ppo_reward.py",
         "recipes/configs/embedded.yaml",
+        "recipes/accelerate/zero2.yaml",
+        "recipes/__init__.py",
         "assets/tiny-llama/model.safetensors",
         "assets/concepts/test.jsonl",
         "assets/card.md.j2",
@@ -169,6 +171,12 @@ from transformers import AutoModelForCausalLM
 from rsoups.common.assets import resolve, shipped
 AutoModelForCausalLM.from_pretrained(resolve("rsoups/tiny-llama"))
 assert (shipped("recipes") / "demo.py").is_file()
+from importlib import import_module
+for path in sorted(shipped("recipes").glob("*.py")):
+    import_module(f"rsoups.recipes.{path.stem}")  # as `python -m` does
+from rsoups.recipes.ppo_reward import parse
+script, training, model = parse(["--config", "llama7b-news", "--use_cpu", "true"])
+assert model.model_name_or_path == "huggyllama/llama-7b" and training.mini_batch_size == 4
 print("works")
 """
     assert fresh_python(code, tmp_path, PYTHONPATH=str(site)).endswith("works")
