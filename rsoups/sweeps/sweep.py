@@ -180,8 +180,8 @@ def sweep(
         settings["chat_template_kwargs"] = template
     for name, sources in (("adapters", ingredients), ("others", beside)):
         about[name] = {key: source_of(source, Path(out).parent) for key, source in sources.items()}
-    trained_on = {name: trained_on(found) for name, found in manifests.items()}
-    about["trained_on"] = {name: weights for name, weights in trained_on.items() if weights}
+    weights_of_run = {name: trained_on(found) for name, found in manifests.items()}
+    about["trained_on"] = {name: weights for name, weights in weights_of_run.items() if weights}
     about["trained_prompts"] = trained
     processes = Processes()
     run = Run(models, asked, rewards, cut, samples, seed, Path(out), processes, progress)
