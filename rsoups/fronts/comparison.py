@@ -296,7 +296,7 @@ def distance(points: Stack, to: Stack) -> Estimate:
     """IGD+ of points to the Pareto set of others, in units of the rewards."""
     from moocore import igd_plus
 
-    found = Estimate.basic(_over_draws(lambda a, b: float(igd_plus(a, ref=pareto_of(b), maximize=True)), points, to))
+    found = Estimate.basic(_over_draws(lambda a, b: float(igd_plus(a, ref=pareto_of(b), maximise=True)), points, to))
     return Estimate(found.value, *(None if end is None else max(0.0, end) for end in (found.low, found.high)))
 
 
@@ -304,7 +304,7 @@ def pareto_of(means: NDArray[np.float64]) -> NDArray[np.float64]:
     """The points, shape (points, rewards), that no other beats."""
     from moocore import is_nondominated
 
-    return means[is_nondominated(means, maximize=True)]
+    return means[is_nondominated(means, maximise=True)]
 
 
 def attainment_surfaces(

@@ -140,9 +140,9 @@ def hypervolumes(draws: NDArray[np.float64], at: Sequence[float]) -> NDArray[np.
     if draws.shape[-1] == 2:
         return _areas(draws, at)
     if draws.shape[-1] <= _EXACT_REWARDS:
-        return np.array([hypervolume(points, ref=at, maximize=True) for points in draws])
+        return np.array([hypervolume(points, ref=at, maximise=True) for points in draws])
     return np.array(
-        [hv_approx(p, ref=at, maximize=True, nsamples=4_096, seed=0, method="DZ2019-MC") for p in draws[:501]]
+        [hv_approx(p, ref=at, maximise=True, nsamples=4_096, seed=0, method="DZ2019-MC") for p in draws[:501]]
     )
 
 
@@ -162,7 +162,7 @@ def hypervolume_and_error(points: NDArray[np.float64], at: Sequence[float]) -> t
     if points.shape[-1] <= _EXACT_REWARDS:
         return float(hypervolumes(points[None], at)[0]), 0.0
     rounds = [
-        hv_approx(points, ref=at, maximize=True, nsamples=32_768, seed=seed, method="DZ2019-MC")
+        hv_approx(points, ref=at, maximise=True, nsamples=32_768, seed=seed, method="DZ2019-MC")
         for seed in range(_ROUNDS)
     ]
     return float(np.mean(rounds)), float(np.std(rounds, ddof=1) / math.sqrt(_ROUNDS))

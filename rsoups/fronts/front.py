@@ -253,7 +253,7 @@ class Front:
         """The points that no other point equals or beats in every reward and beats in one."""
         from moocore import is_nondominated
 
-        kept = is_nondominated(self._stack(self.points)[0], maximize=True, keep_weakly=True)
+        kept = is_nondominated(self._stack(self.points)[0], maximise=True, keep_weakly=True)
         return [point for point, keep in zip(self.points, kept, strict=True) if keep]
 
     def pareto_shares(self) -> list[float] | None:
@@ -263,7 +263,7 @@ class Front:
         if self.shares is None:
             return None
         draws = self._stack(self.points)[1:]
-        kept = [is_nondominated(draw, maximize=True, keep_weakly=True) for draw in draws]
+        kept = [is_nondominated(draw, maximise=True, keep_weakly=True) for draw in draws]
         return np.mean(kept, axis=0).tolist()
 
     def hypervolume(self, reference: Mapping[str, float], points: Sequence[Point] | None = None) -> Volume:

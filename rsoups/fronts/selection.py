@@ -105,7 +105,7 @@ def knee(means: NDArray[np.float64]) -> NDArray[np.int64]:
 
     if means.ndim > 2:
         return np.array([knee(draw) for draw in means])
-    kept = np.flatnonzero(is_nondominated(means, maximize=True, keep_weakly=True))
+    kept = np.flatnonzero(is_nondominated(means, maximise=True, keep_weakly=True))
     on_front = means[kept]
     width = np.ptp(on_front, axis=0)
     if not width.any():  # one point, or copies of it

@@ -177,7 +177,7 @@ def test_many_rewards_are_approximated_with_a_stated_error():
     from moocore import hypervolume
 
     volume = front.hypervolume({f"r{j}": 0 for j in range(7)})
-    exact = hypervolume([p.values.mean(axis=0) for p in front.soups], ref=[0] * 7, maximize=True)
+    exact = hypervolume([p.values.mean(axis=0) for p in front.soups], ref=[0] * 7, maximise=True)
     assert 0 < volume.error < 0.02 * exact and abs(volume.value - exact) < 4 * volume.error
     assert "approximated, standard error" in str(volume)
 
