@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rsoups.soups.live import LiveSoup
     from rsoups.soups.soup import Soup, interpolate
     from rsoups.soups.whole_models import interpolate_checkpoints
+    from rsoups.sweeps.settings import SweepSettings
     from rsoups.sweeps.sweep import sweep
     from rsoups.training.averaging import EMACallback, moving_average
     from rsoups.training.ppo import PPOTrainer
@@ -83,6 +84,7 @@ _HOMES = {
     "rewards.load": ("load_reward",),
     "soups.soup": ("Soup", "interpolate"),
     "explorer.space": ("write_space",),
+    "sweeps.settings": ("SweepSettings",),
     "sweeps.sweep": ("sweep",),
     "fronts.votes": ("fit_votes",),
 }
@@ -114,6 +116,7 @@ __all__ = [
     "SettingsError",
     "Soup",
     "SuiteError",
+    "SweepSettings",
     "TrainingError",
     "VotesError",
     "explore",

@@ -130,6 +130,11 @@ def lambdas_of(number: int, record: Mapping[str, Any], ingredients: Sequence[str
     return {name: lambdas[name] for name in ingredients}
 
 
+def model_key(name: str, lambdas: Mapping[str, float] | None, method: str | None) -> tuple[Any, ...]:
+    """The key of a model among records: name, λ in any order of the ingredients, method."""
+    return name, None if lambdas is None else tuple(sorted(lambdas.items())), method
+
+
 def prompt_key(prompt: str | list[dict[str, Any]]) -> str:
     """A prompt as a text: messages as JSON."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)

@@ -10,6 +10,8 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,49 @@ from numpy.typing import NDArray
 from rsoups.common.errors import FrontError
 
 Rule = Callable[[NDArray[np.float64]], NDArray[np.int64]]
-_LIMIT = re.compile(r"\s*(>=|>|<=|<)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*", re.IGNORECASE)
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge,
     ">": operator.gt,
     "<=": operator.le,
     "<": operator.lt,
 }
+
+
+_LIMIT = re.compile(r"\s*(?P<reward>.*?)\s*(?P<sign>>=|<=|>|<)\s*(?P<value>[^<>=\s]+)\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit of one reward: `reward` `sign` `value`, such as ``harmless >= 0.2``."""
+
+    reward: str
+    sign: str
+    value: float
+
+    def holds(self, values: Any) -> Any:
+        """Whether a number, or each number of an array, keeps the limit."""
+        return _COMPARISONS[self.sign](values, self.value)
+
+    def __str__(self) -> str:
+        return f"{self.reward} {self.sign} {self.value:g}"
+
+
+def parse_limit(text: str) -> Limit:
+    """A limit from text, ``"harmless >= 0.2"``; the comparison is >=, >, <= or <.
+
+    Raises:
+        FrontError: The text has another form, or its number is not finite.
+    """
+    match = _LIMIT.fullmatch(str(text))
+    value = math.nan
+    if match and match["reward"]:
+        with suppress(ValueError):
+            value = float(match["value"])
+    if not match or not math.isfinite(value):
+        raise FrontError(
+            f"invalid limit {text!r}: write a reward, >=, >, <= or <, and a number, such as 'coverage >= 0.2'"
+        )
+    return Limit(match["reward"], match["sign"], value)
 
 
 def by_preference(preference: Mapping[str, float], rewards: Sequence[str]) -> Rule:
@@ -135,14 +173,8 @@ def _known(names: Mapping[str, Any] | Sequence[str], rewards: Sequence[str]) -> 
 
 
 def _limit(reward: str, text: str) -> tuple[Callable[[Any, Any], Any], float]:
-    found = _LIMIT.fullmatch(str(text))
-    try:
-        value = float(found[2]) if found else math.nan
-    except ValueError:
-        value = math.nan
-    if not found or not math.isfinite(value):
-        raise FrontError(f"the limit of {reward} is {text!r}: write it as '>= 0.2', '> 0.2', '<= 0.2' or '< 0.2'")
-    return _COMPARISONS[found[1]], value
+    limit = parse_limit(f"{reward} {text}")
+    return _COMPARISONS[limit.sign], limit.value
 
 
 def _sign(compare: Callable[[Any, Any], Any]) -> str:
