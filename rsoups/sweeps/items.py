@@ -26,11 +26,6 @@ class Model:
     lambdas: Mapping[str, float] | None = None
     method: str | None = None
 
-    @classmethod
-    def soup(cls, lambdas: Mapping[str, float], method: str) -> Model:
-        """A soup of the ingredients."""
-        return cls(SOUP, lambdas, method)
-
     @property
     def key(self) -> tuple[Any, ...]:
         """The key of the model, the same as that of its records."""

@@ -35,8 +35,6 @@ from rsoups.sweeps.items import ENSEMBLE, Model
 from rsoups.sweeps.prompts import PromptTable
 from rsoups.sweeps.settings import SweepSettings
 
-Manifests = Mapping[str, Sequence[Manifest]]
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -64,7 +62,7 @@ class Plan:
 
     def soup(self, row: Sequence[float]) -> Model:
         """The soup of one λ."""
-        return Model.soup(dict(zip(self.adapters, row, strict=True)), self.settings.method)
+        return Model(SOUP, dict(zip(self.adapters, row, strict=True)), self.settings.method)
 
     def models(self) -> list[Model]:
         """All models, in the order of the records."""
@@ -86,7 +84,9 @@ class Plan:
             "method": self.settings.method,
             "base_mismatch_allowed": self.settings.allow_base_mismatch,
             "base": self.base.name,
-            **_provenance(),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {name: version(name) for name in ("rsoups", "transformers", "peft", "torch")},
             **self.notes,
             "adapters": {name: _source_of(adapter, folder) for name, adapter in self.adapters.items()},
             "others": {name: _source_of(adapter, folder) for name, adapter in self.others.items()},
@@ -127,7 +127,10 @@ def plan_of(
 
     opened = Base(base, tokenizer)
     manifests = {name: manifests_of(adapter) for name, adapter in {**others, **ingredients}.items()}
-    template = _template(settings.chat_template_kwargs, manifests, prompts)
+    template: dict[str, Any] = {}
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        given = settings.chat_template_kwargs
+        template = chat_template_of(manifests) if given is None else dict(given)
     table = PromptTable.of(prompts, columns, opened, template, settings)
     trained_on = {name: _trained_on(found) for name, found in manifests.items()}
     entries = {
@@ -138,7 +141,9 @@ def plan_of(
     }
     if template:
         entries["chat_template_kwargs"] = template
-    return Plan(opened, ingredients, dict(others), grid, _rewards(rewards), table, settings, entries)
+    known = (Reward, AveragedScores, FunctionReward)
+    named = {name: one if isinstance(one, known) else FunctionReward(one, name) for name, one in rewards.items()}
+    return Plan(opened, ingredients, dict(others), grid, named, table, settings, entries)
 
 
 def _ingredients(live: LiveSoup | None, adapters: Mapping[str, Any] | None) -> dict[str, Adapter]:
@@ -190,23 +195,11 @@ def own_base(adapters: Mapping[str, Adapter]) -> str:
     return str(bases.pop())
 
 
-def _template(given: Mapping[str, Any] | None, manifests: Manifests, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Variables of the chat template: those given, else those that the adapters were trained with; none for texts."""
-    if all(isinstance(prompt, str) for prompt in prompts):
-        return {}
-    return chat_template_of(manifests) if given is None else dict(given)
-
-
 def _trained_on(manifests: Sequence[Manifest]) -> dict[str, float]:
     """The rewards that an adapter's manifest names, with their weights; empty if they are unknown."""
     rewards = (manifests[0].get("rewards") or []) if manifests else []
     weights = {reward.get("name"): reward.get("weight", 1.0) for reward in rewards}
     return trained_on_of({"trained_on": {"adapter": weights}}).get("adapter", {})
-
-
-def _rewards(rewards: Mapping[str, Any]) -> dict[str, Any]:
-    known = (Reward, AveragedScores, FunctionReward)
-    return {name: one if isinstance(one, known) else FunctionReward(one, name) for name, one in rewards.items()}
 
 
 def _digest(value: Any) -> str:
@@ -219,11 +212,3 @@ def _source_of(adapter: Adapter, folder: Path) -> str | None:
     if path.is_dir():
         return os.path.relpath(path.resolve(), folder.resolve())
     return adapter.source if "of a live model" not in adapter.source else None
-
-
-def _provenance() -> dict[str, Any]:
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in ("rsoups", "transformers", "peft", "torch")},
-    }

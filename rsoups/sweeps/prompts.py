@@ -40,14 +40,7 @@ class PromptTable:
         template: Mapping[str, Any],
         settings: SweepSettings,
     ) -> PromptTable:
-        """Check and tokenize prompts.
-
-        Args:
-            prompts: Texts or messages.
-            columns: One value for each prompt, by name.
-            base: Base that reads them.
-            template: Variables of the chat template.
-            settings: Settings of the sweep.
+        """Check prompts, and tokenize them with the chat template's variables in `template`.
 
         Raises:
             DatasetError: No prompts, equal prompts, a prompt without a question or without tokens, a column of another

@@ -18,18 +18,7 @@ from rsoups.common.files import write_whole
 from rsoups.fronts.points import model_key
 
 # Settings that all records of one file share. The others tell where something came from, and may change.
-_SHARED = (
-    "ingredients",
-    "rewards",
-    "temperature",
-    "max_new_tokens",
-    "seed",
-    "prompts",
-    "columns",
-    "cut",
-    "server",
-    "chat_template_kwargs",
-)
+_SHARED = "ingredients rewards temperature max_new_tokens seed prompts columns cut server chat_template_kwargs".split()
 _GROWING = ("others", "other_hashes", "adapters", "trained_on")  # a later call may add entries
 _PINNED = ("base", "base_weights")  # written by `pin`, once the weights are loaded
 _BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # line breaks to some readers of JSON lines
