@@ -83,8 +83,7 @@ class Decoder:
         models: Sequence[int] | None = None,
     ) -> list[Said]:
         """Respond; arguments as of `steps`."""
-        for chosen, logps in self.steps(prompts, uniforms, members, keep, models):
-            pass
+        *_, (chosen, logps) = self.steps(prompts, uniforms, members, keep, models)
         return [
             Said([token for token in row if token >= 0], logp)
             for row, logp in zip(chosen.tolist(), logps.tolist(), strict=True)
