@@ -30,7 +30,8 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import (
     GRPOConfig,
     GRPOTrainer,
@@ -47,7 +48,7 @@ from rsoups.adapters.adapter import read_adapter
 from rsoups.adapters.convert import conversion_of, convert
 from rsoups.adapters.filenames import MANIFEST_FILE
 from rsoups.adapters.lineage import fingerprint, settings_of, write_manifest
-from rsoups.bases.load import base_config, load_base
+from rsoups.bases.load import base_config, load_base, load_tokenizer
 from rsoups.bases.names import check_base
 from rsoups.common.assets import need, resolve
 from rsoups.common.errors import OutputError, SettingsError, in_one_line
@@ -68,6 +69,7 @@ from rsoups.training.ppo import reset_adapter
 from rsoups.training.run_plan import GB, run_plan
 from rsoups.training.trl_rewards import PLACE, reward_function
 
+ASKED = "prompt without prefix"  # column: a prompt without the words of a reference that --prefix_tokens puts after it
 # A soup does not care how its ingredients were trained: same cards, tasks, adapters and outputs for each.
 ALGORITHMS = {"ppo": (PPOConfig, PPOTrainer), "grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
 EMBEDDED = Path(__file__).parent / "configs" / "embedded.yaml"
@@ -77,7 +79,10 @@ EMBEDDED = Path(__file__).parent / "configs" / "embedded.yaml"
 class ScriptArguments:
     reward: list[str] = field(
         default_factory=lambda: ["naturalness"],
-        metadata={"help": "Reward cards by name or path; several with --reward_weights are MORL."},
+        metadata={
+            "help": "Reward cards by name or path. Several are MORL, each with a number in --reward_weights (all 1 if unset): "
+            "the score is the sum of weight * reward, divided by the sum of |weight|. A negative weight pays for less."
+        },
     )
     task: str = field(
         default="concepts",
@@ -144,6 +149,9 @@ def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, GRPOConfig | 
     file = yaml.safe_load(Path(flags["--config"]).read_text("utf-8")) if "--config" in flags else {}
     if "convert_pickles" in file:
         raise SystemExit("convert_pickles: pass --convert_pickles on the command line; a config file cannot allow it")
+    chosen = {flag.split("=")[0].removeprefix("--") for flag in argv} | set(file)
+    if not is_torch_bf16_gpu_available() and not chosen & {"bf16", "fp16", "use_cpu"}:
+        argv = [*argv, "--bf16", "false"]  # TRL's default is true, which transformers refuses without such a GPU
     name = flags.get("--algorithm", file.get("algorithm", "ppo"))
     settings, _ = ALGORITHMS.get(name, ALGORITHMS["ppo"])  # an unknown one is refused by the parser, by its choices
     script, training, model = TrlParser((ScriptArguments, settings, ModelConfig)).parse_args_and_config(argv)
@@ -194,7 +202,7 @@ def prompts(
         if script.prefix_tokens:
             ids = partial(tokenizer.encode, add_special_tokens=False)
             begun = with_prefixes(rows, ids, tokenizer.decode, *script.prefix_tokens, seed=training.seed)
-            rows = [row | {"prompt": prompt} for row, prompt in zip(rows, begun, strict=True)]
+            rows = [row | {"prompt": prompt, ASKED: row["prompt"]} for row, prompt in zip(rows, begun, strict=True)]
         lengths = [len(encode(tokenizer, row["prompt"], training.chat_template_kwargs)) for row in rows]
         fitting = fit_prompts(rows, lengths, room, script.long_prompts) if rows else []
         if len(fitting) < len(rows):
@@ -264,6 +272,7 @@ def write_lineage(
     trainer: GRPOTrainer,
     rewards: list,
     results: dict[str, Any],
+    asked: list,
     held_out: list,
 ) -> None:
     """lineage.json beside the adapter: what it was made from, how, by which rewards, on which prompts, to what effect."""
@@ -275,9 +284,6 @@ def write_lineage(
     data = {"dataset": script.dataset or task_of(script).dataset, "split": "train", "task": script.task}
     rule = LAST_TENTH if is_table(task_of(script), script.dataset) else "the test split"
     prompt = trainer.train_dataset["prompt"]
-    # What was asked, without the words of references that --prefix_tokens puts after it.
-    rows = train_and_held_out(task_of(script), script.dataset, 0)[0] if script.prefix_tokens else []
-    asked = [row["prompt"] for row in rows] or prompt
     data |= {"held_out": {"rule": rule, **fingerprint(held_out)}, "prompt_marks": prompt_marks(asked)}
     write_manifest(
         training.output_dir,
@@ -337,13 +343,14 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
     device, trusted = script.reward_device or str(training.device), training.trust_remote_code
     of_base = {"revision": model.model_revision, "trust_remote_code": trusted}
     context = base_config(model.model_name_or_path, **of_base)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(model.model_name_or_path), padding_side="left", **of_base)
+    tokenizer = load_tokenizer(model.model_name_or_path, padding_side="left", **of_base)
     rewards = [load_reward(name, device, trust_remote_code=trusted) for name in script.reward]
     room = context.get_text_config().max_position_embeddings - training.max_completion_length
     room = min(room, script.max_prompt_length or room)
     train, held_out = prompts(script, training, tokenizer, room, columns_read(rewards))
     for columns in filter(None, (train, held_out)):
         check_columns(rewards, columns)
+    asked = train.pop(ASKED, train["prompt"])
     train_dataset, eval_dataset = datasets_of(train, held_out)
     nothing = [None] * len(held_out.get("prompt", []))
     columns = {name: [*train[name], *held_out.get(name, nothing)] for name in train if name != "prompt"}
@@ -364,6 +371,9 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
         processing_class=tokenizer,
         peft_config=lora,
     )
+    # TRL's own do not divide by Σ |μ|, and the same flags would have another scale against the KL penalty.
+    if kind is not PPOTrainer:
+        trainer.reward_weights = trainer.reward_weights / trainer.reward_weights.abs().sum()
     if lora is not None:
         reset_adapter(trainer.model, getattr(training, "adapter_init_seed", 0))
     # The adapter names its base as the user did, not by a path of this machine.
@@ -382,7 +392,7 @@ def main(script: ScriptArguments, training: GRPOConfig | RLOOConfig, model: Mode
         trainer.accelerator.print(f"memory   {peak:.1f} GB at most were allocated on this GPU")
     results = summary(trainer) if held_out else {}
     if trainer.accelerator.is_main_process:
-        write_lineage(script, training, model, trainer, rewards, results, held_out.get("prompt", []))
+        write_lineage(script, training, model, trainer, rewards, results, asked, held_out.get("prompt", []))
     trainer.accelerator.print(f"adapter: {training.output_dir}")
     if repository:
         print(push_adapter(training.output_dir, repository, **options))

@@ -299,7 +299,7 @@ def _check(adapter: Adapter) -> None:
     if not adapter.layout:
         raise AdapterError(f"{source}: {WEIGHTS_FILE} holds no tensors")
     for key, tensor in adapter.layout.items():
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:  # the tensor's own method waits for the thread that reads the file
             raise AdapterError(f"{source}: tensor {key} is not floating-point")
         if not tensor.numel():
             raise AdapterError(

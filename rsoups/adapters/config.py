@@ -167,7 +167,8 @@ def check_linear(source: str, config: LoraConfig) -> None:
 
 def by_pattern(pattern: Any, path: str, default: int) -> int:
     """A module's rank or alpha, found as PEFT finds it."""
-    pattern = pattern or {}
+    if not pattern:
+        return default
     return pattern.get(get_pattern_key(list(pattern), path), default)
 
 

@@ -40,10 +40,14 @@ _PARALLEL = re.compile(
 )  # DDP and DeepSpeed: around the whole model
 # PEFT leaves the adapter's name out of a file; of this one it also reads names that hold it.
 _ADAPTER_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB]|\.modules_to_save|\.trainable_tokens_delta)\.default(?=\.|$)")
-_ODD = re.compile(
-    r"^(?!base_model\.model\.)|^base_model\.model\.(base_model|module)\.|(^|\.)_\w+\.|\.default(\.|$)"
-    r"|\.(modules_to_save|original_module|base_layer)\.",
-    re.MULTILINE,
+# Parts of names that PEFT would not have given, or that stand for another tensor.
+_ODD = (
+    "._",
+    ".default",
+    ".modules_to_save.",
+    ".original_module.",
+    ".base_layer.",
+    *(f"{PREFIX}{p}." for p in ("base_model", "module")),
 )
 EXPERT = re.compile(r"\.experts\.\d+\.")  # PEFT itself fuses adapters of single experts when it loads them
 _WHOLE = re.compile(r"\.base_layer(\.(?:weight|bias))$")  # beside the factors of an adapted module
@@ -59,7 +63,8 @@ def plain_names(source: str, names: Iterable[str]) -> dict[str, str]:
         AdapterError: A name that PEFT reads nothing of, or two names of one tensor.
     """
     names = list(names)
-    if not _ODD.search("\n".join(names)):  # as most files are
+    text = "\n".join(names)
+    if all(name.startswith(PREFIX) for name in names) and not any(part in text for part in _ODD):  # as in most files
         return dict(zip(names, names, strict=True))
     found: dict[str, str] = {}
     for name in names:

@@ -138,9 +138,11 @@ def _parameters(config: LoraConfig, path: str, wrappers: int) -> list[str]:
     if not config.target_parameters or (path == module and wrappers == 1 and _is_plain(config, path)):
         return []
     targets = [target.rpartition(".") for target in sorted(config.target_parameters)]
-    names = list(
-        dict.fromkeys(name for place, _, name in targets if f".{module}".endswith(f".{place}" if place else ""))
-    )
+    fitting = [(place, name) for place, _, name in targets if f".{module}".endswith(f".{place}" if place else "")]
+    # A bare name fits every path. Those that PEFT writes for experts are of no other module which has a name of its own.
+    if not module.endswith("experts") and any(place for place, _ in fitting):
+        fitting = [(place, name) for place, name in fitting if place or name not in _DEFINED]
+    names = list(dict.fromkeys(name for _, name in fitting))
     if len(names) == wrappers and set(names) <= set(_DEFINED):
         depth = path.removeprefix(module).count(".base_layer")
         return [sorted(names, key=_DEFINED.index)[wrappers - 1 - depth]]

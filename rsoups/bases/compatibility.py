@@ -76,7 +76,7 @@ def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = Fa
         if not with_base and not any(tells_class(adapter.config) for adapter in (one, other)):
             _check_one_naming(one, other)
     with_tokens = [
-        adapter for adapter in adapters if holds_tokens(written_name(n, adapter.modules) for n in adapter.layout)
+        adapter for adapter in adapters if holds_tokens(written_name(n, adapter.modules) for n in adapter.full)
     ]
     if len(with_tokens) > 1:
         check_vocabularies(pinned(adapter.source, adapter.revision) for adapter in with_tokens)

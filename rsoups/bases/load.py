@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rsoups.common.assets import need, resolve
-from rsoups.common.errors import CheckpointError, HubError
+from rsoups.common.errors import CheckpointError, HubError, RsoupsError
 
 
 def base_config(name: str, **options: Any) -> Any:
@@ -37,6 +37,22 @@ def load_base(name: str, **options: Any) -> Any:
         return from_safetensors(AutoModelForCausalLM.from_pretrained, resolve(name), **options)
 
 
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """The tokenizer of a base; errors as of `load_base`."""
+    from transformers import AutoTokenizer
+
+    with _base_of(name, options.get("revision")):
+        try:
+            return AutoTokenizer.from_pretrained(resolve(name), **{"trust_remote_code": False, **options})
+        except (ImportError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"{name!r} has no tokenizer that can be loaded ({reason}): save one there with tokenizer.save_pretrained"
+            ) from error
+
+
 def from_safetensors(load: Callable[..., Any], source: str, **options: Any) -> Any:
     """A model by transformers' own `load`; where it holds only pickles, its conversion in the cache, if there is one.
 
@@ -58,11 +74,14 @@ def from_safetensors(load: Callable[..., Any], source: str, **options: Any) -> A
 def _base_of(name: str, revision: str | None = None) -> Iterator[None]:
     try:
         yield
+    except RsoupsError:
+        raise
     except OSError as error:
         raise CheckpointError(f"cannot load {name!r}: {why_not(name, revision) or error}") from error
-    except ValueError as error:
+    except ValueError as error:  # an unknown kind of model, one that no causal language model is made of, no tokenizer
         if "trust_remote_code" not in str(error):
-            raise
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(f"cannot load {name!r}: {reason}") from error
         raise CheckpointError(
             f"{name!r} brings Python code of its own; read it, and allow it with trust_remote_code (in Python: =True)"
         ) from None

@@ -1,69 +1,231 @@
-"""Commands: rewards, score, probe."""
+"""Commands about rewards and the data that they read: rewards, score, probe, tasks, preview."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from rsoups.cli.data import TEMPLATE_HELP, task_of_arguments
 from rsoups.common.errors import OutputError, RewardError
 
+if TYPE_CHECKING:
+    from rsoups.data.tasks import Task
 
-def add_probe(commands: argparse._SubParsersAction) -> None:
-    probe = commands.add_parser("probe", help="what rewards make of length, nothing, noise, templates, wrong questions")
-    probe.add_argument("rewards", nargs="+", help="rewards, as in rsoups score")
-    probe.add_argument("--task", default="concepts", help="a task's name, or custom")
-    probe.add_argument("--dataset", help="file, folder or Hub id; the task's own if left out")
-    probe.add_argument("--template", help="of a custom task's prompts")
-    probe.add_argument(
-        "--split", choices=("train", "test", "all"), help="all rows of one file, test of other datasets if left out"
-    )
-    probe.add_argument("--model", default="rsoups/tiny-llama", help="who answers where the data holds no references")
-    probe.add_argument("--chat_template_kwargs", help=TEMPLATE_HELP)
-    probe.add_argument("--records", help="take the responses of a sweep's records.jsonl instead")
-    probe.add_argument("--rows", type=int, default=200, help="how many responses are looked at")
-    probe.add_argument("--seed", type=int, default=0)
-    probe.add_argument("--device", default="cpu")
-    probe.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a model")
-    probe.add_argument("--out", type=Path, help="JSON file of the figures")
-    probe.set_defaults(run=_probe)
+Split = Literal["train", "test", "all"]
 
 
-def rewards(args: argparse.Namespace) -> None:
+def rewards() -> None:
+    """List the reward cards that ship with rsoups.
+
+    Example: `rsoups rewards`
+    """
     from rsoups.rewards.load import cards, read_card
 
     for name, path in cards().items():
         print(f"{name:20} {read_card(path).summary()}")
 
 
-def score(args: argparse.Namespace) -> None:
+def score(
+    *,
+    reward: str,
+    prompt: str,
+    response: str,
+    reference: list[str] | None = None,
+    column: list[str] | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> None:
+    """Score one response, and show what a reward model reads.
+
+    Example: `rsoups score --reward naturalness --prompt "dog, run" --response "A dog runs."`
+
+    Args:
+        reward: Reward: a card's name or path, a classifier's Hub id, or module:function.
+        prompt: Prompt of a policy, or a bare question.
+        response: Response to score.
+        reference: Texts that a statistical reward compares the response with.
+        column: Further columns of the row that the reward reads, NAME=VALUE; VALUE as in a line of JSON, or a text.
+        device: Device of the reward model.
+        trust_remote_code: Run Python code that comes with the model.
+    """
     from rsoups.rewards.classifier import Reward
     from rsoups.rewards.functions import columns_read
     from rsoups.rewards.judge import Judge
     from rsoups.rewards.load import load_reward
 
-    reward = load_reward(args.reward, args.device, trust_remote_code=args.trust_remote_code)
-    if isinstance(reward, Reward):
-        found = reward.explain(args.prompt, args.response)
-        print(f"input   {found['text']}\nids     {found['ids']}")
-        print("logits  " + ", ".join(f"{label} {value:.6g}" for label, value in found["logits"].items()))
-        print(f"score   {found['score']:.6g}")
+    loaded = load_reward(reward, device, trust_remote_code=trust_remote_code)
+    if isinstance(loaded, Reward):
+        _explain(loaded, prompt, response)
+        return
+
+    if "references" in columns_read([loaded]) and not reference:
+        raise RewardError(f"reward {loaded.name!r} compares a response with references: pass --reference TEXT ...")
+    columns = {name: [value] for name, value in map(_column, column or [])}
+    columns |= {"references": [reference]} if reference else {}
+    (value,) = loaded([prompt], [response], **columns)
+    if value is None:
+        print("score   None: the reward has no opinion on this response")
+        return
+    card = getattr(loaded, "card", None)
+    if card and (card.mean, card.std) != (0, 1):
+        print(f"raw     {getattr(card, 'sign', 1) * (value * card.std + card.mean):.6g}")
+    print(f"score   {value:.6g}")
+    if isinstance(loaded, Judge):
+        print(f"asked   {loaded.counts}")
+
+
+def probe(
+    rewards: list[str],
+    *,
+    task: str = "concepts",
+    dataset: str | None = None,
+    template: str | None = None,
+    split: Split | None = None,
+    model: str = "rsoups/tiny-llama",
+    chat_template_kwargs: str | None = None,
+    records: str | None = None,
+    rows: int = 200,
+    seed: int = 0,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Show what rewards make of length, nothing, noise, templates and wrong questions.
+
+    Example: `rsoups probe naturalness coverage --records runs/sweep/records.jsonl`
+
+    Args:
+        rewards: Rewards, as in `rsoups score`.
+        task: Task of the prompts; custom for a dataset's own.
+        dataset: File, folder or Hub id; the task's own if left out.
+        template: Template of a custom task's prompts.
+        split: Split of the dataset; if left out, all rows of one file, and test of other datasets.
+        model: Model that responds where the data holds no references.
+        chat_template_kwargs: Variables of the chat template as a JSON object, as in training.
+        records: File records.jsonl of a sweep, whose responses are taken instead.
+        rows: Number of responses to look at.
+        seed: Seed of what is drawn.
+        device: Device of the reward models.
+        trust_remote_code: Run Python code that comes with a model.
+        out: JSON file for the figures.
+    """
+    from rsoups.data.prompts import template_kwargs
+    from rsoups.rewards.functions import check_columns, columns_read
+    from rsoups.rewards.judge import Judge
+    from rsoups.rewards.load import load_reward
+    from rsoups.rewards.probing import probe as probed
+    from rsoups.rewards.probing import sample_of, sample_of_records
+
+    loaded = [load_reward(name, device, trust_remote_code=trust_remote_code) for name in rewards]
+    by_name = {reward.name: reward for reward in loaded}
+    if len(by_name) < len(loaded):
+        raise RewardError(f"{len(loaded)} rewards with {len(by_name)} names, {sorted(by_name)}: give each its own")
+
+    if records:
+        sample = sample_of_records(records, rows, seed)
     else:
-        if "references" in columns_read([reward]) and not args.reference:
-            raise RewardError(f"reward {reward.name!r} compares a response with references: say --reference TEXT ...")
-        columns = {name: [value] for name, value in map(_column, args.column)}
-        columns |= {"references": [args.reference]} if args.reference else {}
-        (score,) = reward([args.prompt], [args.response], **columns)
-        if score is None:
-            print("score   None: the reward has no opinion on this response")
-            return
-        if (card := getattr(reward, "card", None)) and (card.mean, card.std) != (0, 1):
-            print(f"raw     {getattr(card, 'sign', 1) * (score * card.std + card.mean):.6g}")
-        print(f"score   {score:.6g}")
-    if isinstance(reward, Judge):
-        print(f"asked   {reward.counts}")
+        sample = sample_of(
+            _task(task, dataset, template),
+            dataset,
+            split=split,
+            rows=rows,
+            model=model,
+            device=device,
+            seed=seed,
+            kept=columns_read(loaded),
+            template=template_kwargs(chat_template_kwargs),
+        )
+        check_columns(loaded, sample.columns)
+
+    found = probed(by_name, sample, seed=seed)
+    print(found.to_text())
+    for reward in loaded:
+        if isinstance(reward, Judge):
+            print(f"{reward.name} was asked: {reward.counts}")
+    if out:
+        try:
+            out.write_text(found.to_json(), "utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write {out}: {error.strerror}") from None
+
+
+def tasks() -> None:
+    """List the tasks that write prompts.
+
+    Example: `rsoups tasks`
+    """
+    from rsoups.data.tasks import TASKS
+
+    for task in TASKS.values():
+        most = "".join(f", {count:,} rows of {split}" for split, count in task.most.items())
+        cut = task.cut.__name__.strip("_")
+        print(f"{task.name:10} {task.dataset:34} {', '.join(task.columns)}; rewards see: {cut}{most}")
+    print(f"{'custom':10} {'any: --dataset':34} prompt, or the columns of a --template")
+
+
+def preview(
+    *,
+    task: str,
+    dataset: str | None = None,
+    template: str | None = None,
+    split: Split = "train",
+    reward: str | None = None,
+    tokenizer: str = "rsoups/tiny-llama",
+    chat_template_kwargs: str | None = None,
+    rows: int = 1000,
+) -> None:
+    """Show five prompts of a task, and what a reward would see of them.
+
+    Example: `rsoups preview --task custom --dataset posts.jsonl --template "Summarize: {post}" --reward length`
+
+    Args:
+        task: Task of the prompts; custom for a dataset's own.
+        dataset: File, folder or Hub id; the task's own if left out.
+        template: Template of a custom task's prompts.
+        split: Split of the dataset; all for one file.
+        reward: Reward, as in `rsoups score`.
+        tokenizer: Tokenizer that counts tokens.
+        chat_template_kwargs: Variables of the chat template as a JSON object, as in training.
+        rows: Number of the dataset's rows to look at.
+    """
+    from itertools import islice
+
+    from rsoups.bases.load import load_tokenizer
+    from rsoups.data.datasets import is_table, part_of, raw_rows
+    from rsoups.data.prompts import template_kwargs
+    from rsoups.data.tasks import columns_of
+    from rsoups.generation.decoding import encode
+    from rsoups.rewards.functions import check_columns, columns_read
+    from rsoups.rewards.load import load_reward
+
+    found_task = _task(task, dataset, template)
+    one_file = is_table(found_task, dataset)
+    raw = list(islice(raw_rows(found_task, dataset, split), None if one_file else rows))
+    loaded = load_reward(reward) if reward else None
+    usable = found_task.rows(raw, kept=columns_read([loaded]))
+    print(f"{len(usable)} of the first {len(raw)} rows kept, {len(raw) - len(usable)} dropped")
+    if one_file:
+        usable = part_of(usable, split, str(dataset or found_task.dataset))
+        print(f"{len(usable)} of them are the split {split!r}")
+    if loaded is not None:
+        check_columns([loaded], columns_of(usable))
+
+    loaded_tokenizer = load_tokenizer(tokenizer)
+    variables = template_kwargs(chat_template_kwargs)
+    for row in usable[:5]:
+        ids = encode(loaded_tokenizer, row["prompt"], variables)
+        text = row["prompt"] if isinstance(row["prompt"], str) else loaded_tokenizer.decode(ids)
+        print(f"\n[{len(ids)} tokens] {text}")
+        if row["references"]:
+            _preview_reference(row, found_task, loaded)
+
+
+def _explain(reward: Any, prompt: str, response: str) -> None:
+    """Print what a reward model reads, its logits and its score."""
+    found = reward.explain(prompt, response)
+    print(f"input   {found['text']}\nids     {found['ids']}")
+    print("logits  " + ", ".join(f"{label} {value:.6g}" for label, value in found["logits"].items()))
+    print(f"score   {found['score']:.6g}")
 
 
 def _column(pair: str) -> tuple[str, Any]:
@@ -76,32 +238,22 @@ def _column(pair: str) -> tuple[str, Any]:
         return name, value
 
 
-def _probe(args: argparse.Namespace) -> None:
-    from rsoups.data.prompts import template_kwargs
-    from rsoups.rewards.functions import check_columns, columns_read
-    from rsoups.rewards.judge import Judge
-    from rsoups.rewards.load import load_reward
-    from rsoups.rewards.probing import probe, sample_of, sample_of_records
+def _task(name: str, dataset: str | None, template: str | None) -> Task:
+    from rsoups.data.tasks import find_task
 
-    loaded = [load_reward(name, args.device, trust_remote_code=args.trust_remote_code) for name in args.rewards]
-    if len(names := {reward.name for reward in loaded}) < len(loaded):
-        raise RewardError(f"{len(loaded)} rewards with {len(names)} names, {sorted(names)}: give each its own")
-    if args.records:
-        sample = sample_of_records(args.records, args.rows, args.seed)
-    else:
-        options = {"split": args.split, "rows": args.rows, "model": args.model, "device": args.device}
-        kept, template = columns_read(loaded), template_kwargs(args.chat_template_kwargs)
-        sample = sample_of(
-            task_of_arguments(args), args.dataset, seed=args.seed, kept=kept, template=template, **options
-        )
-        check_columns(loaded, sample.columns)
-    found = probe({reward.name: reward for reward in loaded}, sample, seed=args.seed)
-    print(found.to_text())
-    for reward in loaded:
-        if isinstance(reward, Judge):
-            print(f"{reward.name} was asked: {reward.counts}")
-    if args.out:
-        try:
-            args.out.write_text(found.to_json(), "utf-8")
-        except OSError as error:
-            raise OutputError(f"cannot write {args.out}: {error.strerror}") from None
+    return find_task(name, dataset, template)
+
+
+def _preview_reference(row: dict[str, Any], task: Task, reward: Any) -> None:
+    """Print the first reference of a row, and what a reward reads of it and scores it."""
+    from rsoups.rewards.classifier import Reward
+
+    reference = task.cut(row["references"][0])
+    print(f"  reference: {reference}")
+    if isinstance(reward, Reward):
+        found = reward.explain(row["prompt"], reference)
+        print(f"  {reward.name} reads: {found['text']}\n  and scores it {found['score']:.4g}")
+    elif reward is not None:
+        columns = {name: [row[name]] for name in reward.columns if name in row}
+        (score,) = reward([row["prompt"]], [reference], **columns)
+        print(f"  {reward.name} scores it {'None' if score is None else format(score, '.4g')}")

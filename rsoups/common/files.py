@@ -33,8 +33,7 @@ def whole_folder(target: str | Path, marker: str) -> Iterator[Path]:
         OutputError: `target` holds something else, or cannot be written.
     """
     target = Path(target)
-    if target.exists() and not (target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))):
-        raise OutputError(f"{target} exists and holds no {marker}: it is not replaced; choose another folder")
+    check_replaceable(target, marker)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -46,6 +45,16 @@ def whole_folder(target: str | Path, marker: str) -> Iterator[Path]:
         raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(target: Path, marker: str) -> None:
+    """Refuse a folder that `whole_folder` would not replace; for work that takes long before it writes.
+
+    Raises:
+        OutputError: It is a file, or holds something, and no `marker`.
+    """
+    if target.exists() and not (target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))):
+        raise OutputError(f"{target} exists and holds no {marker}: it is not replaced; choose another folder")
 
 
 def write_whole(path: Path, text: str) -> None:

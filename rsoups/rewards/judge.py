@@ -46,7 +46,7 @@ class JudgeSettings:
         attempts: At most so many requests for one rating.
         timeout: Seconds for one request.
         price: ``input`` and ``output``, per 1M tokens, of which the cost is counted.
-        revision, dtype: Of a model in this process.
+        revision, dtype: Of a model in this process; ``auto`` is float32.
     """
 
     model: str
@@ -285,9 +285,8 @@ class _Local:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._name, self._settings, self.counts = card.name, card.settings, Counts()
-        source, dtype = resolve(card.settings.model), card.settings.dtype
-        if dtype == "auto" and source != card.settings.model:
-            dtype = "float32"  # the embedded weights are stored in half precision to be small
+        source = resolve(card.settings.model)
+        dtype = "float32" if card.settings.dtype == "auto" else card.settings.dtype  # as of a classifier
         options = {"revision": card.settings.revision, "trust_remote_code": trust_remote_code}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, **options)

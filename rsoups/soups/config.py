@@ -148,18 +148,18 @@ def as_written(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def check_written(config: LoraConfig, layout: Mapping[str, Any]) -> None:
-    """See by their names that PEFT loads all tensors of a soup with its config.
+def check_written(config: LoraConfig, layout: Mapping[str, Any], modules: Mapping[str, LoraModule]) -> None:
+    """Check by names and shapes that PEFT, when it converts a soup for its base, loads all tensors.
 
     Args:
-        config: As it is written.
-        layout: The tensors, of which names and shapes are looked at.
+        config: Config of the soup.
+        layout: Names and shapes of its tensors.
+        modules: Its modules, as `read_modules` reads them with this config.
 
     Raises:
         AdapterError: PEFT would pass over a tensor.
     """
     config = as_written(config)
-    read_modules("the soup", config, layout)
     if (base := recorded_base(config)) is None:
         return
     try:

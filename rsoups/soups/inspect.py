@@ -15,7 +15,6 @@ from rsoups.adapters.adapter import Adapter
 from rsoups.bases.weights import BaseWeights, of_one_base
 from rsoups.common.errors import RsoupsError
 from rsoups.soups import low_rank
-from rsoups.soups.config import check_written
 from rsoups.soups.methods import check_factors, cosines_of_starts
 from rsoups.soups.soup import Soup, interpolate
 
@@ -113,7 +112,7 @@ def _try_out(adapters: Mapping[str, Adapter], base: Any, allow_base_mismatch: bo
     """Refuse what no uniform soup can be made of, or none that PEFT loads."""
     soup = interpolate(adapters, base=base, allow_base_mismatch=allow_base_mismatch)
     assert isinstance(soup, Soup)
-    check_written(soup.config, soup.layout)
+    soup.check_loads()
 
 
 def _products(adapters: list[Adapter]) -> dict[str, list[list[float]]]:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rsoups.adapters.adapter import Adapter, read_adapter
 from rsoups.bases.compatibility import check_compatible, check_one_base
-from rsoups.bases.load import load_base
+from rsoups.bases.load import load_base, load_tokenizer
 from rsoups.bases.names import check_base
 from rsoups.bases.weights import BaseWeights, of_one_base
 from rsoups.common.assets import need, resolve
@@ -263,7 +263,7 @@ class LiveSoup:
             CheckpointError: The base cannot be loaded.
             AdapterError: As of the constructor.
         """
-        from transformers import AutoTokenizer, BitsAndBytesConfig
+        from transformers import BitsAndBytesConfig
 
         source = resolve(base)
         named = {name: a if isinstance(a, Adapter) else read_adapter(a) for name, a in named_adapters(adapters).items()}
@@ -282,7 +282,7 @@ class LiveSoup:
         model = load_base(base, **kwargs)
         if quantization is None and "device_map" not in kwargs:
             nn.Module.to(model, device)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=kwargs.get("revision"))
+        tokenizer = load_tokenizer(base, revision=kwargs.get("revision"))
         live = cls(
             model, named, method, tokenizer, allow_base_mismatch=True
         )  # it may be loaded from a copy of another name

@@ -31,7 +31,7 @@ from rsoups.bases.load import from_safetensors, why_not
 from rsoups.bases.names import check_base
 from rsoups.common.assets import resolve
 from rsoups.common.errors import AdapterError
-from rsoups.common.files import whole_folder
+from rsoups.common.files import check_replaceable, whole_folder
 from rsoups.soups.attach import output_scale
 from rsoups.soups.soup import Soup
 
@@ -67,6 +67,7 @@ def merge(
 ) -> None:
     """See `Soup.merge`."""
     check_base(soup.named_configs, base, allow_base_mismatch)
+    check_replaceable(Path(out), SOUP_FILE)  # before the base is loaded
     model = base if isinstance(base, PreTrainedModel) else None
     source = str(model.name_or_path) if model is not None else resolve(str(base))
     if model is not None and getattr(model, "is_quantized", False):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import peft
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
@@ -37,7 +38,7 @@ from rsoups.adapters.lineage import (
     renamed_base,
     scrubbed,
 )
-from rsoups.adapters.lora_modules import read_modules
+from rsoups.adapters.lora_modules import LoraModule, read_modules
 from rsoups.bases.compatibility import check_compatible
 from rsoups.bases.files import TOKENIZER_FILES, copy_files, tokenizer_folder
 from rsoups.bases.names import check_base, public_name, short_name
@@ -143,12 +144,10 @@ class Soup:
                 for ingredient, weight in zip(self.ingredients, self.lambdas, strict=True)
             ],
             "method": self.method,
-            "rank": max(
-                (module.rank for module in read_modules("the soup", self.config, self.layout).values()), default=0
-            ),
+            "rank": max((module.rank for module in self._modules.values()), default=0),
             "svd_error": self.svd_error,
             "factors_distance": self.factors_distance,
-            "versions": {name: version(name) for name in ("rsoups", "peft", "torch")},
+            "versions": {"rsoups": version("rsoups"), "peft": peft.__version__, "torch": str(torch.__version__)},
             "command": command(),
             "history": scrubbed(history_of(parents)),
         }
@@ -162,7 +161,7 @@ class Soup:
             OutputError: The folder holds something other than a soup, or cannot be written.
             AdapterError: An ingredient's file was written to since it was opened; PEFT would not load all tensors.
         """
-        check_written(self.config, self.layout)
+        self.check_loads()
         order = sorted(self.tensors, key=lambda name: (-self.tensors[name].dtype.itemsize, name))  # safetensors' own
         layout = {name: (tensor_files.NAMES[self.tensors[name].dtype], self.tensors[name].shape) for name in order}
         with whole_folder(folder, SOUP_FILE) as partial:
@@ -195,6 +194,18 @@ class Soup:
     def layout(self) -> dict[str, Tensor]:
         """Names, shapes and dtypes of the tensors."""
         return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in self.tensors.items()}
+
+    @cached_property
+    def _modules(self) -> dict[str, LoraModule]:
+        return read_modules("the soup", as_written(self.config), self.layout)
+
+    def check_loads(self) -> None:
+        """Check by names and shapes that PEFT loads every tensor of the soup with its config.
+
+        Raises:
+            AdapterError: PEFT would pass over a tensor.
+        """
+        check_written(self.config, self.layout, self._modules)
 
     def _check_unchanged(self) -> None:
         for adapter in self._adapters.values():

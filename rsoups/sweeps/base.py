@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rsoups.bases.load import base_config, load_base
+from rsoups.bases.load import base_config, load_base, load_tokenizer
 from rsoups.common.assets import resolve
 from rsoups.soups.live import LiveSoup
 
@@ -26,15 +26,13 @@ class Base:
     """
 
     def __init__(self, base: str | PreTrainedModel | LiveSoup, tokenizer: PreTrainedTokenizerBase | None):
-        from transformers import AutoTokenizer
-
         self._base: Any = base
         self.name = base if isinstance(base, str) else None
         if isinstance(base, LiveSoup):
             tokenizer = tokenizer or base.tokenizer
         config = base_config(base) if isinstance(base, str) else self.model.config
         source = resolve(base) if isinstance(base, str) else config.name_or_path
-        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        self.tokenizer = tokenizer or load_tokenizer(source)
         self.context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def load(self) -> PreTrainedModel | LiveSoup:

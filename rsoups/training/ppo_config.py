@@ -9,7 +9,8 @@ from trl import GRPOConfig
 
 from rsoups.common.errors import SettingsError
 
-_ROLLOUT, _MINI_BATCH = 128, 4  # the paper's batch and mini-batch
+# The paper's batch is 128 and its mini-batch 4, for LLaMA-7b; recipes/configs/llama7b-*.yaml say so.
+_ROLLOUT, _MINI_BATCH = 128, 32
 _HARMLESS = {
     "cache_implementation",
     "cache_config",
@@ -130,7 +131,10 @@ def divide(
 
 @dataclass
 class PPOConfig(GRPOConfig):
-    """TRL's GRPOConfig with PPO's own settings; the defaults are the paper's (Ramé et al. 2023, LLaMA experiments).
+    """TRL's GRPOConfig with PPO's own settings.
+
+    The defaults are those of the paper's LLaMA experiments (Ramé et al. 2023), but for the learning rate and the minibatch
+    (1.41e-5 and 4 there): with these a small base did not learn in 13 rollouts, with ours it does (docs/EXPERIMENTS.md).
 
     A rollout is ``generation_batch_size`` responses over all processes. PPO goes through it ``num_iterations`` times, in
     minibatches of ``mini_batch_size`` responses over all processes, one optimizer step for each: the same on any number of
@@ -142,8 +146,17 @@ class PPOConfig(GRPOConfig):
     ``kl_coef``.
     """
 
-    learning_rate: float = field(default=1.41e-5, metadata={"help": "The initial learning rate for AdamW."})
+    learning_rate: float = field(
+        default=3e-4, metadata={"help": "The initial learning rate for AdamW; the paper has 1.41e-5 for LLaMA-7b."}
+    )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weight μ of each reward, all 1 if unset: the score is the sum of μ * reward, divided by the sum of |μ|. "
+            "A negative weight pays for less of its reward."
+        },
+    )
     num_generations: int | None = field(default=1, metadata={"help": "Responses per prompt in a rollout."})
     generation_batch_size: int | None = field(
         default=None,
@@ -155,7 +168,7 @@ class PPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Responses that one optimizer step sees, over all processes; "
-            f"{_MINI_BATCH} unless per_device_train_batch_size is set."
+            f"{_MINI_BATCH} unless per_device_train_batch_size is set (the paper has 4)."
         },
     )
     per_device_train_batch_size: int | None = field(  # type: ignore[assignment]

@@ -4,10 +4,13 @@ import json
 import shutil
 
 import pytest
+from edited import edit
 from safetensors.torch import load_file, save_file
 from tiny import tiny_adapter, tiny_llama, tiny_tokenizer
+from transformers import T5Config, T5ForConditionalGeneration
 
 import rsoups
+from rsoups import LiveSoup
 from rsoups.bases.names import public_name, same_base, short_name
 from rsoups.cli.main import main
 from rsoups.explorer.sweep_folder import SweepFolder
@@ -157,3 +160,31 @@ def test_the_public_name_of_a_base(bases, tmp_path):
         with pytest.warns(UserWarning, match="published as 'mybase'.*--base user/name"):
             assert public_name(local) == "mybase"
         assert short_name(local) == "mybase"
+
+
+def test_a_base_that_cannot_answer_is_refused_in_one_line(tmp_path, capsys):
+    """An encoder-decoder, a kind that transformers does not know, and a base without a tokenizer."""
+    shape = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    t5 = T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0))
+    models = {"t5": (t5, ["q"]), "unknown": (tiny_llama(), ["q_proj"]), "silent": (tiny_llama(), ["q_proj"])}
+    words = {"t5": "T5Config", "unknown": "model type `newer`", "silent": "has no tokenizer that can be loaded"}
+    for name, (model, targets) in models.items():
+        base, out = tmp_path / name, tmp_path / f"{name} records"
+        model.save_pretrained(base)
+        adapter = tiny_adapter(tmp_path / f"{name} adapter", model, target_modules=targets)
+        edit(adapter, base_model_name_or_path=str(base))
+        if name == "unknown":
+            config = base / "config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "newer"}))
+        with pytest.raises(rsoups.CheckpointError, match=words[name]):
+            LiveSoup.from_pretrained(str(base), [str(adapter)])
+        assert main(["sweep", "--adapters", str(adapter), "--reward", "length", "--output_dir", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert words[name] in error and "Traceback" not in error
+
+
+def test_a_model_is_not_loaded_for_a_folder_that_is_not_replaced(tmp_path, monkeypatch):
+    soup = rsoups.interpolate([tiny_adapter(tmp_path / "a")])
+    monkeypatch.setattr("rsoups.merging._load", None)
+    with pytest.raises(rsoups.OutputError, match=r"holds no soup\.json"):
+        soup.merge(str(tmp_path / "base"), tmp_path / "a", allow_base_mismatch=True)

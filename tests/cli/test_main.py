@@ -1,7 +1,9 @@
 """The commands, as a shell runs them."""
 
 import gzip
+import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ from front_records import records
 from tiny import tiny_adapter, tiny_classifier, tiny_llama
 
 import rsoups
-from rsoups.cli.main import main
+from rsoups.cli.main import COMMANDS, RECIPES, main
 from rsoups.rewards.load import cards
 
 
@@ -25,7 +27,7 @@ def test_interpolate_writes_a_soup(tmp_path, capsys):
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "rsoups.cli.main", "interpolate", str(tmp_path), "--out", str(tmp_path / "soup")]
+    command = [sys.executable, "-m", "rsoups.cli", "interpolate", str(tmp_path), "--out", str(tmp_path / "soup")]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2 and run.stdout == ""
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("rsoups: ")]
@@ -53,7 +55,7 @@ def test_the_base_gives_what_an_ingredient_lacks(tmp_path, capsys):
     )
     out, base = ["--out", str(tmp_path / "soup")], ["--base", str(tmp_path / "base")]
     assert main(["interpolate", head, plain, *out]) == 2
-    assert "pass base= (--base)" in capsys.readouterr().err
+    assert "pass --base" in capsys.readouterr().err
     assert main(["inspect", head, plain]) == 0
     assert "method exact: no" in capsys.readouterr().out
     assert main(["inspect", head, plain, *base]) == 0
@@ -66,7 +68,7 @@ def test_the_base_gives_what_an_ingredient_lacks(tmp_path, capsys):
 def test_merge_writes_a_model(tmp_path, capsys):
     adapter = str(tiny_adapter(tmp_path / "a"))
     assert main(["merge", adapter, "--out", str(tmp_path / "model")]) == 2
-    assert "does not name its base: say --base" in capsys.readouterr().err
+    assert "does not name its base: pass --base" in capsys.readouterr().err
     tiny_llama().save_pretrained(tmp_path / "base")
     command = [
         "merge",
@@ -87,7 +89,7 @@ def test_rewards_are_listed(capsys):
     shown = capsys.readouterr().out
     assert "bart-faithful" in shown and "reversed_pair" in shown and "logit 1 - logit 0" in shown
     assert "judge-relevance" in shown and "http://127.0.0.1:8000/v1" in shown and "judged from 1 to 5" in shown
-    assert "rouge-l-recall       text_metrics:rouge_l(score='recall')" in shown
+    assert "rouge-l-recall       rouge_l(score='recall')" in shown
     assert len(shown.splitlines()) == len(cards())
 
 
@@ -112,11 +114,9 @@ def test_score_compares_with_references(tmp_path, capsys):
     assert main([*said, "--reward", "rouge-l-recall", "--reference", "the cat", "a dog sleeps there"]) == 0
     assert capsys.readouterr().out == "score   0.5\n"
     assert main([*said, "--reward", "rouge-l-recall"]) == 2
-    assert "say --reference TEXT" in capsys.readouterr().err
+    assert "pass --reference TEXT" in capsys.readouterr().err
     card = tmp_path / "scaled.yaml"
-    card.write_text(
-        "name: r\nfunction: rsoups.rewards.text_checks:length\narguments: {target: 4}\nmean: -1\nstd: 2\nsign: -1"
-    )
+    card.write_text("name: r\nfunction: length\narguments: {target: 4}\nmean: -1\nstd: 2\nsign: -1")
     assert main([*said, "--reward", str(card)]) == 0
     assert capsys.readouterr().out == "raw     -0.25\nscore   0.625\n"
 
@@ -215,8 +215,8 @@ def test_select_chooses_by_each_rule(tmp_path, capsys):
     votes.write_text(json.dumps({"prompt": "p", "a": sides[0], "b": sides[1], "choice": "b"}) + "\n")
     for rule, lambdas in (
         (["--preference", "a=.7", "b=.3"], "1 0"),
-        (["--maximize", "a", "--subject_to", "b >= 0.2"], "0.75 0.25"),
-        (["--maximize", "b", "--subject_to", "a>0.2", "b < .7"], "0.5 0.5"),
+        (["--maximize", "a", "--subject-to", "b >= 0.2"], "0.75 0.25"),
+        (["--maximize", "b", "--subject-to", "a>0.2", "b < .7"], "0.5 0.5"),
         (["--votes", str(votes)], "1 0"),
     ):
         assert main(["select", str(path), *rule]) == 0
@@ -234,8 +234,8 @@ def test_select_chooses_by_each_rule(tmp_path, capsys):
         (["select", "RECORDS"], "one rule"),
         (["select", "RECORDS", "--preference", "a"], "'a' is not REWARD=NUMBER"),
         (["select", "RECORDS", "--preference", "a=b"], "'a=b' is not REWARD=NUMBER"),
-        (["select", "RECORDS", "--maximize", "a", "--subject_to", "b"], "is not like 'REWARD >= 0.2'"),
-        (["select", "RECORDS", "--maximize", "a", "--subject_to", "b >= 9"], "the best reachable is 1 (λ 0 / 1)"),
+        (["select", "RECORDS", "--maximize", "a", "--subject-to", "b"], "is not like 'REWARD >= 0.2'"),
+        (["select", "RECORDS", "--maximize", "a", "--subject-to", "b >= 9"], "the best reachable is 1 (λ 0 / 1)"),
         (["select", "RECORDS", "--votes", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
         (["report", "RECORDS", "--reference", "a=1"], "finite reference for each of ['a', 'b']"),
         (["report", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
@@ -250,33 +250,56 @@ def test_choices_and_reports_that_cannot_be_made(tmp_path, capsys, arguments, wo
     assert [p.name for p in tmp_path.iterdir()] == ["records.jsonl"]
 
 
+@pytest.mark.parametrize("command", [[], *([function.__name__] for group in COMMANDS.values() for function in group)])
+def test_help_shows_an_example_and_every_option_with_its_meaning(command, capsys):
+    assert main([*command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Usage: rsoups" in shown
+    if command:
+        assert "Example: rsoups " + command[0] in shown
+        function = next(f for group in COMMANDS.values() for f in group if f.__name__ == command[0])
+        described = re.findall(r"^        (\w+): ", function.__doc__, re.MULTILINE)
+        assert described == list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("command", sorted(RECIPES))
+def test_recipes_are_commands_too(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0 and "usage" in capsys.readouterr().out
+    main(["--help"])
+    assert command in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    "command",
+    ("arguments", "message"),
     [
-        [],
-        ["interpolate"],
-        ["inspect"],
-        ["merge"],
-        ["rewards"],
-        ["score"],
-        ["probe"],
-        ["tasks"],
-        ["preview"],
-        ["report"],
-        ["select"],
-        ["explore"],
-        ["sweep"],
-        ["demo"],
+        (["interpolat"], 'Did you mean "interpolate"?'),
+        (["interpolate", "a", "--lambda", "1"], "Did you mean --lambdas?"),
+        (["interpolate", "a"], "--out"),
+        (["interpolate", "a", "--out", "b", "--method", "slerp"], '"exact"'),
+        (["interpolate", "a", "--out", "b", "--lambdas", "x"], "float"),
+        (["explore", "--port", "x"], "int"),
     ],
 )
-def test_help(command, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main([*command, "--help"])
-    assert exit_.value.code == 0
-    assert "usage" in capsys.readouterr().out
+def test_wrong_usage_is_one_line_with_a_hint(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "--help" in error
+
+
+def test_both_spellings_of_a_flag_are_taken_and_negative_weights(tmp_path, capsys):
+    folders = [str(tiny_adapter(tmp_path / name, seed=seed)) for seed, name in enumerate("ab")]
+    weights = ["--lambdas", "1.5", "-0.5"]
+    assert main(["interpolate", *folders, *weights, "--allow_base_mismatch", "--out", str(tmp_path / "s")]) == 2
+    error = capsys.readouterr().err
+    assert "--extrapolate" in error and "extrapolate=True" not in error
+    named = [f"x={folders[0]}", f"y={folders[1]}"]
+    assert main(["interpolate", "--adapters", *named, *weights, "--extrapolate", f"--out={tmp_path / 's'}"]) == 0
+    manifest = json.loads((tmp_path / "s" / "soup.json").read_text())
+    assert [(i["name"], i["lambda"]) for i in manifest["ingredients"]] == [("x", 1.5), ("y", -0.5)]
 
 
 def test_version(capsys):
-    with pytest.raises(SystemExit):
-        main(["--version"])
+    assert main(["--version"]) == 0
     assert rsoups.__version__ in capsys.readouterr().out

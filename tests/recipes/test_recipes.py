@@ -14,7 +14,10 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import Dataset
+from peft import LoraConfig
 from places import RECIPES, ROOT
+from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig, RewardConfig, SFTConfig, TrlParser
 
@@ -44,6 +47,13 @@ def test_flags_override_the_file():
     script, training, _ = parse_ppo("--config", str(CONFIGS / "embedded.yaml"), *flags, "--output_dir", "x")
     assert (script.reward, training.reward_weights) == (["a", "b"], [0.5, 0.5])
     assert (training.learning_rate, training.kl_coef, training.output_dir) == (1e-5, 0.3, "x")
+
+
+def test_ones_own_base_needs_no_word_about_bf16_where_no_gpu_has_it(monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: False)
+    _, training, _ = parse_ppo("--model_name_or_path", "mine")
+    assert (training.bf16, training.learning_rate, training.mini_batch_size) == (False, 3e-4, 32)
+    assert parse_ppo("--model_name_or_path", "mine", "--use_cpu", "true")[1].bf16 is True
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("llama7b-*.yaml")), ids=lambda path: path.stem)
@@ -114,6 +124,8 @@ def test_references_stay_with_their_prompts(tmp_path):
     for more, start in (([], ("", "")), (["--prefix_tokens", "2", "2"], ("a dog", "a cat"))):
         script, training, _ = recipe["parse"](["--config", str(CONFIGS / "embedded.yaml"), *flags, *more])
         train, held_out = recipe["prompts"](script, training, tokenizer, 20, ["n"])
+        asked = train.pop(recipe["ASKED"], train["prompt"])  # what lineage.json marks: no dropped row, no prefix
+        assert asked == ["dog 0", "cat 2"] and held_out.pop(recipe["ASKED"], asked[:1]) == asked[:1]
         assert train == {
             "prompt": ["dog 0" + start[0], "cat 2" + start[1]],
             "references": [["a dog 0."], ["a cat 2."]],
@@ -326,6 +338,7 @@ def test_the_assistant_task_runs_on_any_file_in_the_format_of_hh_rlhf(tmp_path):
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
 def test_adapters_of_other_algorithms_go_into_the_same_soup(runs, tmp_path, algorithm):
     flags = ["--config", CONFIGS / "embedded-grpo.yaml", "--algorithm", algorithm, "--reward", "coverage", *SHORT]
+    flags += ["--reward_weights", -2]
     launch(RECIPES / "ppo_reward.py", *flags, "--eval_prompts", 8, "--output_dir", tmp_path / algorithm)
     soup = rsoups.interpolate(
         [tmp_path / algorithm, runs / "naturalness"], [0.5, 0.5], method="factors"
@@ -333,6 +346,53 @@ def test_adapters_of_other_algorithms_go_into_the_same_soup(runs, tmp_path, algo
     assert soup.lambdas == (0.5, 0.5)
     held_out = json.loads((tmp_path / algorithm / "held_out_results.json").read_text())
     assert held_out["before"].keys() == held_out["after"].keys() >= {"reward"}
+    logs = json.loads((tmp_path / algorithm / "trainer_state.json").read_text())["log_history"]
+    log = next(log for log in logs if "reward" in log)
+    assert log["reward"] == pytest.approx(-log["rewards/coverage/mean"], abs=1e-5), "divided by |-2|"
+
+
+def favourite(prompts, completions, **columns):
+    return [float(text.split()[:1] == ["w7"]) for text in completions]
+
+
+def twice_favourite(prompts, completions, **columns):
+    return [2 * score for score in favourite(prompts, completions)]
+
+
+@pytest.mark.parametrize(("weights", "sign"), [([-1.0], -1), ([1.0, -2.0], -1), ([1.0, -1.0], -1), ([3.0, -1.0], 1)])
+def test_the_algorithms_agree_in_the_sign_of_reward_weights(tmp_path, weights, sign):
+    """On the same texts, each prompt answered with w7 and with w3, one update moves log p of w7 up or down."""
+    moved = {}
+    for name, (settings, kind) in runpy.run_path(str(RECIPES / "ppo_reward.py"))["ALGORITHMS"].items():
+        sizes = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "steps_per_generation": 1}
+        args = settings(
+            str(tmp_path / name), **sizes, num_generations=2, max_steps=1, learning_rate=1e-3, reward_weights=weights,
+            bf16=False, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, gradient_checkpointing=False,
+        )  # fmt: skip
+        tokenizer = tiny_tokenizer([f"w{i}" for i in range(20)])
+        w7, w3 = tokenizer.convert_tokens_to_ids(["w7", "w3"])
+        run = kind(
+            tiny_llama(vocab_size=len(tokenizer)),
+            [favourite, twice_favourite][: len(weights)],
+            args,
+            train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(16)]}),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
+        )
+        said = [[w7, 2], [w3, 2]] * 8
+        run._generate_single_turn = lambda *prompts, said=said, name=name: said if name == "rloo" else (said, None)
+        run._checked = True  # PPO's look at two responses before the first step
+        ids = torch.tensor([[4, 5]])
+
+        def logp(model=run.model, ids=ids, token=w7):
+            with torch.no_grad():
+                return float(model.eval()(input_ids=ids).logits[0, -1].log_softmax(-1)[token])
+
+        before = logp()
+        run.train()
+        moved[name] = logp() - before
+    assert {name: math.copysign(1, change) for name, change in moved.items()} == dict.fromkeys(moved, sign), moved
+    assert len(moved) == 3 and min(map(abs, moved.values())) > 1e-3
 
 
 def test_rewards_read_references_and_columns_of_the_data(tmp_path):

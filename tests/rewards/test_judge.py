@@ -333,6 +333,17 @@ def local_card(tmp_path, folder, **fields):
     return path
 
 
+@pytest.mark.parametrize(
+    ("dtype", "loaded"), [(None, torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_a_local_model_computes_in_float32_unless_its_card_says_otherwise(tmp_path, local, dtype, loaded):
+    """As classifiers do, whatever precision the files are stored in."""
+    folder, _ = local
+    AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
+    judge = rsoups.load_reward(local_card(tmp_path, folder, **({"dtype": dtype} if dtype else {})))
+    assert judge._rater._model.dtype == loaded
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_local_model_gives_the_expected_rating(tmp_path, local, chat):
     folder, vocabulary = local

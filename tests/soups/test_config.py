@@ -11,7 +11,7 @@ from tiny import assert_is_sum, tiny_adapter, tiny_llama
 import rsoups
 from rsoups.adapters.adapter import Adapter, read_adapter
 from rsoups.adapters.layer_names import PREFIX
-from rsoups.soups.config import check_written, faithful_config
+from rsoups.soups.config import faithful_config
 
 IDS = torch.tensor([[1, 5, 9, 30, 7]])
 
@@ -62,7 +62,7 @@ def test_a_soup_that_peft_would_not_load_as_a_whole_is_not_written(tmp_path):
         soup.save_pretrained(tmp_path / "soup")
     soup.config.target_modules, soup.config.rank_pattern = {"q_proj", "v_proj"}, {"layers.1.self_attn.q_proj": 3}
     with pytest.raises(rsoups.AdapterError, match=r"layers\.1\.self_attn\.q_proj has A .* says rank 3"):
-        check_written(soup.config, soup.layout)
+        soup.check_loads()
     assert not (tmp_path / "soup").exists()
 
 

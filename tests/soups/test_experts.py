@@ -85,6 +85,11 @@ FUSED = {
         [0.5, 0.5],
     ),
     "no sum of 1": ({}, {"r": 3}, [0.9, 0.8]),
+    "a router beside experts with a rank of their own": (
+        {"target_modules": ["q_proj", "gate", "w1", "w3", "w2"], "target_parameters": None},
+        {"target_modules": ["gate", "w1", "w3", "w2"], "target_parameters": None, "r": 3},
+        [0.3, 0.7],
+    ),
 }
 
 

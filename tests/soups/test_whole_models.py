@@ -11,7 +11,7 @@ import torch
 from places import HELPERS
 from safetensors.torch import load_file, save_file
 from tiny import tiny_classifier, tiny_llama, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import rsoups
 
@@ -78,13 +78,17 @@ def test_shards_dtypes_and_blocks(tmp_path, monkeypatch, dtype):
 
 def test_one_hot_and_uniform(tmp_path):
     folders = [saved(tmp_path / str(i), i) for i in range(2)]
-    hot, original = weights(average(folders, [0, 1], tmp_path / "hot")), weights(folders[1])
-    assert all(torch.equal(hot[key], original[key]) for key in original)
-    uniform, even = (weights(average(folders, row, tmp_path / f"{row}")) for row in (None, [0.5, 0.5]))
-    assert all(torch.equal(uniform[key], even[key]) for key in even)
+    first, original = map(weights, folders)
+    hot = weights(average(folders, [0, 1], tmp_path / "hot"))
+    assert hot.keys() == original.keys() and all(torch.equal(hot[key], original[key]) for key in original)
+    uniform = weights(average(folders, None, tmp_path / "uniform"))
+    assert uniform.keys() == first.keys()
+    for key, tensor in uniform.items():
+        assert torch.equal(tensor, ((first[key].double() + original[key].double()) / 2).float()), key
     with pytest.raises(rsoups.LambdasError, match="normalize"):
         average(folders, [1, 1], tmp_path / "bad")
-    beyond, first = weights(average(folders, [1.5, -0.5], tmp_path / "extra", extrapolate=True)), weights(folders[0])
+    assert not (tmp_path / "bad").exists()
+    beyond = weights(average(folders, [1.5, -0.5], tmp_path / "extra", extrapolate=True))
     for key, tensor in beyond.items():
         assert torch.equal(tensor, (1.5 * first[key].double() - 0.5 * original[key].double()).float()), key
 
@@ -94,11 +98,22 @@ def test_reward_models_with_their_tokenizers(tmp_path):
     folders = [tiny_classifier(tmp_path / name, "electra") for name in "ab"]
     tensors = {key: tensor * 1.5 for key, tensor in weights(folders[1]).items()}
     save_file(tensors, folders[1] / "model.safetensors", metadata={"format": "pt"})
-    out = average(folders, [0.5, 0.5], tmp_path / "warm")
-    assert AutoModelForSequenceClassification.from_pretrained(out).config.num_labels == 1
-    card = tmp_path / "card.yaml"
-    card.write_text(f"name: warm\nmodel: {out}")
-    assert len(rsoups.load_reward(card)(["w1"], ["w2"])) == 1
+    out = average(folders, [0.25, 0.75], tmp_path / "warm")
+    model = AutoModelForSequenceClassification.from_pretrained(folders[0]).double()
+    mean = {key: 0.25 * one.double() + 0.75 * tensors[key].double() for key, one in weights(folders[0]).items()}
+    model.load_state_dict(mean)
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == tokenizer.get_vocab()
+    with torch.no_grad():
+        expected = float(model(**tokenizer("w1", "w2", return_tensors="pt")).logits)
+
+    scores = {}
+    for folder in (out, *folders):
+        card = tmp_path / "card.yaml"
+        card.write_text(f"name: warm\nmodel: {folder}")
+        (scores[folder],) = rsoups.load_reward(card)(["w1"], ["w2"])
+    assert scores[out] == pytest.approx(expected, abs=1e-5)
+    assert all(abs(scores[folder] - expected) > 1e-3 for folder in folders), "the test tells nothing apart"
 
 
 def edit(folder, name, **fields):

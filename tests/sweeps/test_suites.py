@@ -10,8 +10,10 @@ from tiny import tiny_adapter
 from transformers import AutoModelForCausalLM
 
 import rsoups
+from rsoups.adapters.lineage import write_manifest
 from rsoups.cli.main import main
 from rsoups.common.assets import resolve
+from rsoups.data.training_data import prompt_marks
 from rsoups.sweeps.suites import Suite, _regressions, run_suite
 
 BASE = "rsoups/tiny-llama"
@@ -60,6 +62,25 @@ def test_thresholds(soup, mine, capsys):
 def test_no_step_back_from_a_parent(soup, mine):
     checks = run_suite(Suite.read(suite(mine, "suite_rewards:ones >= 0", against=str(soup))), soup)
     assert [check.passed for check in checks] == [True, True] and "0.000 [0.000, 0.000] against" in checks[1].text
+
+
+def test_prompts_that_the_model_was_trained_on_are_refused_unless_allowed(mine, capsys):
+    (mine / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": f"dog {i}"}) for i in range(20)))
+    base = AutoModelForCausalLM.from_pretrained(resolve(BASE))
+    model = tiny_adapter(mine / "model", base, lora_alpha=1)
+    data = {"dataset": "rows.jsonl", "prompt_marks": prompt_marks([f"dog {i}" for i in range(19)])}
+    told = {"base": {"model": BASE, "revision": None}, "recipe": "r.py", "config": {}, "seed": 0, "parent": None}
+    write_manifest(model, "ppo", **told, data=data)
+    sets = [{"task": "custom", "dataset": "rows.jsonl", "require": ["suite_rewards:ones >= 1"]}]
+    command = ["test", str(model), "--suite"]
+    assert main([*command, str(suite(mine, sets=sets))]) == 2
+    assert "of 2 prompts, model on 1 were trained on" in capsys.readouterr().err
+
+    for more, flag in (({}, ["--allow_trained_prompts"]), ({"allow_trained_prompts": True}, [])):
+        assert main([*command, str(suite(mine, sets=sets, **more)), *flag]) == 0
+        assert "set 1 (custom, 2 prompts; model was trained on 1): suite_rewards:ones" in capsys.readouterr().out
+    with pytest.raises(rsoups.SuiteError, match="allow_trained_prompts is 'yes': input should be a valid boolean"):
+        Suite.read(suite(mine, sets=sets, allow_trained_prompts="yes"))
 
 
 @pytest.mark.parametrize(("fall", "tolerance", "passed"), [(0.5, 0.0, False), (0.5, 0.6, True), (0.0, 0.0, True)])

@@ -72,7 +72,7 @@ def test_numbers_that_do_not_divide_are_refused_with_the_numbers(numbers, reason
 @pytest.mark.parametrize(
     ("settings", "sizes"),
     [  # rollout, minibatch, rows of a pass, passes of a step, passes of an epoch
-        ({}, (128, 4, 4, 1, 32)),
+        ({}, (128, 32, 32, 1, 4)),
         ({"mini_batch_size": 16}, (128, 16, 16, 1, 8)),
         ({"mini_batch_size": 16, "per_device_train_batch_size": 2}, (128, 16, 2, 8, 64)),
         ({"mini_batch_size": 16, "gradient_accumulation_steps": 2}, (128, 16, 8, 2, 16)),
@@ -80,7 +80,7 @@ def test_numbers_that_do_not_divide_are_refused_with_the_numbers(numbers, reason
         ({"per_device_train_batch_size": 8}, (128, 8, 8, 1, 16)),
         ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}, (128, 16, 8, 2, 16)),
         ({"per_device_train_batch_size": 16, "steps_per_generation": 2}, (32, 16, 16, 1, 2)),
-        ({"steps_per_generation": 8}, (32, 4, 4, 1, 8)),
+        ({"steps_per_generation": 4}, (128, 32, 32, 1, 4)),
     ],
 )
 def test_the_sizes_in_our_words_and_in_trls(tmp_path, settings, sizes):
@@ -90,9 +90,9 @@ def test_the_sizes_in_our_words_and_in_trls(tmp_path, settings, sizes):
     assert made.num_generations == 1
 
 
-def test_the_defaults_are_the_papers(tmp_path):
+def test_the_defaults_are_the_papers_but_for_learning_rate_and_minibatch(tmp_path):
     made = PPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
-    assert (made.learning_rate, made.lr_scheduler_type, made.num_iterations) == (1.41e-5, "constant", 4)
+    assert (made.learning_rate, made.lr_scheduler_type, made.num_iterations) == (3e-4, "constant", 4)
     assert (made.kl_coef, made.kl_target, made.kl_horizon, made.max_completion_length) == (0.2, 6, 10_000, 32)
 
 

@@ -2,6 +2,8 @@
 
 import math
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -36,17 +38,34 @@ def test_masked_mean_and_whitening_ignore_padding(rollout):
     assert white[mask == 0].abs().max() == 0
 
 
+def on_processes(work, parts):
+    """What `work(*part, reduce)` returns for each part, all at one time; a reduction sums what they all hand in."""
+    barrier, handed_in = threading.Barrier(len(parts), timeout=10), {}
+
+    def run(process):
+        def reduce(value):
+            handed_in[process] = value
+            barrier.wait()
+            total = sum(handed_in.values())
+            barrier.wait()  # nobody hands in the next value before all have read this one
+            return total
+
+        return work(*parts[process], reduce)
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(run, range(len(parts))))
+
+
 def test_whitening_over_processes_is_whitening_of_all_their_tokens(rollout):
-    values, mask = rollout["values"], rollout["mask"]
-    whole = rl_math.masked_whiten(values, mask)
-    # Play two processes: rows 0-1 and row 2. What a reduction returns is the sum of what both hold.
-    parts = [(values[:2], mask[:2]), (values[2:], mask[2:])]
-    count = mask.sum().double()
-    mean = (values * mask).sum() / count
-    squares = ((values - mean) ** 2 * mask).sum()
-    for (part, part_mask), expected in zip(parts, (whole[:2], whole[2:]), strict=True):
-        sums = iter((count, mean * count, squares))
-        assert torch.allclose(rl_math.masked_whiten(part, part_mask, lambda _, s=sums: next(s)), expected, atol=1e-12)
+    """Two processes, with rows 0 and 1, and with row 2: of 6 and of 3 tokens, and with unlike means."""
+    values, mask = rollout["values"] + torch.tensor([[0.0], [0.0], [5.0]]), rollout["mask"]
+    real = values[mask == 1].tolist()
+    mean = math.fsum(real) / 9
+    std = math.sqrt(math.fsum((x - mean) ** 2 for x in real) / 8)
+
+    found = torch.cat(on_processes(rl_math.masked_whiten, [(values[:2], mask[:2]), (values[2:], mask[2:])]))
+    assert found[mask == 1].tolist() == pytest.approx([(x - mean) / std for x in real], abs=1e-7)
+    assert not found[mask == 0].any()
 
 
 def test_rewards_are_the_penalty_at_each_token_and_the_score_at_the_last(rollout):
@@ -96,11 +115,20 @@ def test_policy_gradient_is_zero_where_the_clip_is_active():
     assert clipped.all() and new.grad.item() == 0
 
 
-def test_value_loss_takes_the_larger_of_clipped_and_unclipped():
-    values, old, returns = torch.tensor([[1.0, 0.1]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 1.0]])
-    # First: unclipped error 0, clipped value 0.2 has error 0.8. Second: the clip is idle, error 0.9.
-    expected = torch.tensor([[0.5 * 0.8**2, 0.5 * 0.9**2]])
-    assert torch.allclose(rl_math.value_loss(values, old, returns, 0.2), expected)
+@pytest.mark.parametrize(
+    ("value", "old", "target", "error"),
+    [
+        (1.0, 0.0, 1.0, 0.8),  # reached the return; the clipped value, 0.2, has not
+        (-1.0, 0.0, -1.0, 0.8),
+        (0.1, 0.0, 1.0, 0.9),  # the clip is idle
+        (1.0, 0.0, 0.0, 1.0),  # moved away from the return: the clip does not hide it
+        (-1.0, 0.0, 0.0, 1.0),
+        (3.0, 5.0, 0.0, 4.8),  # the clip is around the old value
+    ],
+)
+def test_value_loss_takes_the_larger_of_clipped_and_unclipped(value, old, target, error):
+    tensors = (torch.tensor([[number]], dtype=torch.float64) for number in (value, old, target))
+    assert rl_math.value_loss(*tensors, clip=0.2).item() == pytest.approx(error**2 / 2, abs=1e-12)
 
 
 def test_kl_controller_moves_towards_the_target_by_at_most_a_fifth():
