@@ -31,7 +31,7 @@ class Base:
         if isinstance(base, LiveSoup):
             tokenizer = tokenizer or base.tokenizer
         config = base_config(base) if isinstance(base, str) else self.model.config
-        source = resolve(base) if isinstance(base, str) else config.name_or_path
+        source = resolve(base) if isinstance(base, str) else str(config.name_or_path)
         self.tokenizer = tokenizer or load_tokenizer(source)
         self.context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
 

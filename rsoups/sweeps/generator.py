@@ -57,18 +57,18 @@ class Generator:
 
     def batches(self, items: list[Item]) -> Iterator[list[Item]]:
         """Divide items into batches, by the rules at the top of this file."""
-        own: list[list[Item]] = []
-        mixed: list[Item] = []
-        for group in by_model(items):
-            tokens = sum(map(self._size, group))
-            fills = tokens >= _OWN_BATCH * self._batch_tokens and self._places.merges(tokens)
-            if fills or group[0].model.is_ensemble or not self._places.mixes:
-                own.append(group)
-            else:
-                mixed += group
-
+        groups = by_model(items)
+        own = [group for group in groups if self._is_alone(group)]
+        mixed = [item for group in groups if not self._is_alone(group) for item in group]
         for group in [*own, mixed]:
             yield from self._packed(group)
+
+    def _is_alone(self, group: list[Item]) -> bool:
+        """Whether the items of one model have batches of their own."""
+        if isinstance(self._places, AttachedPlaces) or group[0].model.is_ensemble:
+            return True
+        tokens = sum(map(self._size, group))
+        return tokens >= _OWN_BATCH * self._batch_tokens and self._places.merges(tokens)
 
     def _packed(self, items: list[Item]) -> Iterator[list[Item]]:
         # The order is stable, so that batches hold the same prompts for every model.

@@ -73,13 +73,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole response.
-
-    Attributes:
-        text: Text of the response.
-        tokens: Number of tokens, including the one that ends the response.
-        said: Tokens with their log-probability; None if a server generated the response.
-    """
+    """A whole response: its text, the number of its tokens (the one that ends it included), and these (unless a server's)."""
 
     text: str
     tokens: int

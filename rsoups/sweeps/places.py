@@ -34,11 +34,8 @@ class LivePlaces:
     over the weights once, where mixed rows cost two small matrix products in every layer at every step.
 
     Attributes:
-        mixes: Whether one batch can hold several models.
         ingredients: Names of the ingredients.
     """
-
-    mixes = True
 
     def __init__(self, live: LiveSoup, others: LiveSoup | None, keep_live: bool):
         self._live, self._others, self._keep_live = live, others, keep_live
@@ -99,18 +96,12 @@ class LivePlaces:
 
 
 class AttachedPlaces:
-    """One model at a time, attached to the base as an ordinary adapter: for adapters that no live soup can hold."""
-
-    mixes = False
+    """One model in a batch, attached to the base as an ordinary adapter: for adapters that no live soup can hold."""
 
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, Adapter], others: Mapping[str, Adapter]):
         self._model, self._adapters, self._others = model, adapters, others
         self.ingredients = list(adapters)
         self._soup: tuple[Any, Soup] | None = None  # of the model before, which mostly has the next batch too
-
-    def merges(self, tokens: int) -> bool:
-        """False: every model has batches of its own already."""
-        return False
 
     @contextmanager
     def at(self, models: Sequence[Model], tokens: int) -> Iterator[Keep]:

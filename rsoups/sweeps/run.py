@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,11 @@ from rsoups.sweeps.generator import Generator
 from rsoups.sweeps.items import Answer, Item, Model, Nats
 from rsoups.sweeps.places import places_of
 from rsoups.sweeps.plan import Plan
-from rsoups.sweeps.processes import Processes
 from rsoups.sweeps.records import Key, Records, gather, key_of, pin
 from rsoups.sweeps.vllm_server import Server
 
 _WAITING = 2  # batches that may wait for their scores while the next one is generated
+_LONGEST_WAIT = timedelta(days=7)  # for the slowest process; torch's own limit is ten minutes
 _Response = tuple[int, str]  # place of the prompt, and what rewards see of the response
 
 
@@ -40,6 +43,36 @@ class _Batch:
     answers: list[Answer]
     nats: list[Nats]
     scored: Future[None]
+
+
+class Processes:
+    """This process among those of `accelerate launch`.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        count: Number of processes.
+        is_main: Whether this process is the one that writes the files that all share.
+    """
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            import torch
+            from accelerate import PartialState
+
+            self._state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
+        self.rank: int = self._state.process_index if self._state else 0
+        self.count: int = self._state.num_processes if self._state else 1
+        self.is_main = self.rank == 0
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self._state:
+            self._state.wait_for_everyone()
+
+    def main_first(self) -> AbstractContextManager[None]:
+        """A context that the other processes enter when the main process has left it."""
+        return self._state.main_process_first() if self._state else nullcontext()
 
 
 class Worker:
@@ -164,17 +197,13 @@ class Worker:
         model, response = item.model, self._seen(item, answer)
         # In the order of the rewards, whichever of them was first to score.
         rewards = {name: self._scores[response][name] for name in self._plan.rewards}
-        record: dict[str, Any] = {
+        head: dict[str, Any] = {
             "name": model.name,
             "lambdas": model.lambdas and dict(model.lambdas),
             "method": model.method,
-            "prompt": item.prompt,
-            "response": response[1],
-            "rewards": rewards,
-            "seed": self._plan.settings.seed,
-            "sample": item.sample,
-            "tokens": answer.tokens,
         }
+        record = head | {"prompt": item.prompt, "response": response[1], "rewards": rewards}
+        record |= {"seed": self._plan.settings.seed, "sample": item.sample, "tokens": answer.tokens}
         record |= {name: value for name, value in nats._asdict().items() if value is not None}
         if abstained := [name for name, score in rewards.items() if score is None]:
             record["abstained"] = abstained

@@ -27,9 +27,8 @@ from rsoups.fronts.front import Front
 from rsoups.generation.decoding import Prompt
 from rsoups.soups.live import LiveSoup
 from rsoups.sweeps.plan import plan_of
-from rsoups.sweeps.processes import Processes
 from rsoups.sweeps.records import prepare
-from rsoups.sweeps.run import Worker
+from rsoups.sweeps.run import Processes, Worker
 from rsoups.sweeps.settings import SweepSettings
 
 if TYPE_CHECKING:
@@ -56,10 +55,9 @@ def sweep(
     """Evaluate every soup on every prompt with every reward.
 
     One copy of the base is loaded. Soups, base and other adapters share its batches, and each row has its own λ. The random
-    numbers of a response depend on the seed, its prompt and its sample alone, so that all models respond under the same ones.
-    With other batches, processes or interruptions the texts are the same, and KL and scores are the same up to rounding.
-    Under `accelerate launch`, processes share the work. If `out` holds records of the same sweep, only the missing ones are
-    generated, after a check that the weights of the base are the same.
+    numbers of a response depend on the seed, its prompt and its sample alone. With other batches, processes or interruptions
+    the texts are the same, and KL and scores are the same up to rounding. Under `accelerate launch`, processes share the work.
+    If `out` holds records of the same sweep, only the missing ones are generated, on a base with the same weights.
 
     Args:
         base: Model, folder, Hub id or ``rsoups/...``; or a LiveSoup, whose adapters are the ingredients. None means the base
@@ -92,19 +90,9 @@ def sweep(
         ServerError: The server refuses, or it cannot be reached.
         OutputError: `out` holds records of another sweep or base, another process writes them, or they cannot be written.
     """
-    plan = plan_of(
-        base,
-        adapters,
-        rewards,
-        prompts,
-        lambdas,
-        replace(settings or SweepSettings(), **changes),
-        others=others or {},
-        columns=columns or {},
-        held_out=held_out,
-        tokenizer=tokenizer,
-        notes=notes or {},
-    )
+    settings = replace(settings or SweepSettings(), **changes)
+    data = others or {}, columns or {}, held_out, tokenizer, notes or {}
+    plan = plan_of(base, adapters, rewards, prompts, lambdas, settings, *data)
     path, processes = Path(out), Processes()
     with (
         only_run_in(path.parent) if processes.is_main else nullcontext(),
