@@ -1,6 +1,7 @@
 # make demo   the whole recipe on the embedded models: base -> one PPO per reward -> soups -> front -> report
 # make test   all tests
 # make check  linter and type checker
+# make test-install  the wheel with its declared dependencies, and with their lowest versions, in fresh environments
 # make test-oracle  the maths against TRL 1.12's PPOTrainer
 # Each makes .venv first (make install); all work offline once that is done.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo test test-oracle bench-ppo check clean
+.PHONY: install demo test test-install test-oracle bench-ppo check clean
 
 install: .venv/installed
 
@@ -22,6 +23,9 @@ demo: install
 
 test: install
 	$(BIN)/pytest
+
+test-install: install
+	$(BIN)/pytest -m install
 
 # TRL 1.12, the last one with a PPOTrainer, over the other packages of .venv: an oracle for the maths, a bar for the speed.
 .venv-oracle/installed: .venv/installed

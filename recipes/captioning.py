@@ -4,8 +4,9 @@
 
 The data are rows of `concepts` and `sentences` (CommonGen's, say; none ships with rsoups). The experiments are those of
 rewarded soups on image captions, BLEU-1 against ROUGE and BLEU-1, ROUGE, METEOR and CIDEr together, on sentences that use given
-words. ROUGE is ROUGE-L's recall: BLEU-1 is a precision. Cards are calibrated on the base's samples, so that one KL coefficient
-means the same for all; figures are in the metrics' own units. Writes to --out:
+words. How this differs from the paper: a text of given words instead of an image's caption, and PPO instead of self-critical
+training. ROUGE is ROUGE-L's recall, since BLEU-1 is a precision. Cards are calibrated on the base's samples, so that one KL
+coefficient means the same for all; figures are in the metrics' own units. Writes to --out:
 
     cards/          the calibrated rewards; CIDEr's document frequencies are those of the train rows
     ppo-REWARD/     the adapters
@@ -17,14 +18,14 @@ A step that has finished is not run again. About half an hour on two CPU cores.
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 import rsoups
-from demo import RECIPES, run, train_all
+from rsoups.common.assets import shipped
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl
 from rsoups.data.tasks import TASKS
+from rsoups.training.launch import QUIET, Run, run_step, train_all
 
 REWARDS = ("bleu-1", "rouge-l-recall", "meteor", "cider")
 POLICY, TASK = "rsoups/tiny-llama", TASKS["concepts"]
@@ -45,7 +46,8 @@ def calibrate(data: Path, out: Path) -> None:
     flags += [text for name, value in SAMPLING.items() for text in (f"--{name}", str(value))]
     cider = ["--arguments", f"corpus={data / 'train.jsonl'}", "column=sentences"]
     for names, more in ((REWARDS[:3], []), (REWARDS[3:], cider)):
-        run(f"Calibrate {', '.join(names)}", [str(RECIPES / "calibrate.py"), "--reward", *names, *more, *flags])
+        command = [str(shipped("recipes") / "calibrate.py"), "--reward", *names, *more, *flags]
+        run_step(f"Calibrate {', '.join(names)}", command)
 
 
 def evaluate(
@@ -71,17 +73,19 @@ def evaluate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--train", type=Path, required=True, help="JSON lines of concepts and sentences")
-    parser.add_argument("--test", type=Path, required=True, help="the same, held out")
-    parser.add_argument("--references", type=int, default=3, help="train rows have so many at least")
-    parser.add_argument("--kl_coef", type=float, default=0.02, help="of the PPO runs")
-    parser.add_argument("--rollouts", type=int, default=60, help="of 64 responses, for each run")
+    parser.add_argument("--test", type=Path, required=True, help="held-out rows of the same form")
+    parser.add_argument("--references", type=int, default=3, help="fewest references of a train row")
+    parser.add_argument("--kl_coef", type=float, default=0.02, help="KL coefficient of the PPO runs")
+    parser.add_argument("--rollouts", type=int, default=60, help="rollouts of 64 responses in each run")
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts of the evaluations")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/captioning"))
+    parser.add_argument("--seed", type=int, default=0, help="seed of the runs and of the evaluations")
+    parser.add_argument("--out", type=Path, default=Path("runs/captioning"), help="output folder")
     args = parser.parse_args()
-    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    os.environ |= QUIET
     data, cards = args.out / "data", args.out / "cards"
     if not (data / "test.jsonl").exists():
         prepare(args.train, args.test, data, args.references)
@@ -91,10 +95,11 @@ def main() -> None:
     flags += ["--max_steps", str(4 * args.rollouts)]
     train_all(
         [
-            (f"PPO on {name}", args.out / f"ppo-{name}", ["--reward", str(cards / f"{name}.yaml"), *flags])
+            Run(f"PPO on {name}", args.out / f"ppo-{name}", ["--reward", str(cards / f"{name}.yaml"), *flags])
             for name in REWARDS
         ]
     )
+
     rows = TASK.rows(read_jsonl(data / "test.jsonl"))
     references = {row["prompt"]: row["references"] for row in rows[: args.prompts]}
     evaluate(args.out / "front", list(REWARDS[:2]), None, references, args.seed)
@@ -104,4 +109,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with in_one_line():
-        sys.exit(main())
+        main()

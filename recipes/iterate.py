@@ -4,18 +4,19 @@
     python recipes/iterate.py --rounds 1 --max_steps 360 --output_dir runs/once           # as many steps without iterating
     python recipes/iterate.py --config recipes/configs/llama7b-assistant.yaml --reward helpful harmless
 
-Flags that are not of this recipe go to recipes/ppo_reward.py. A round trains one adapter for each reward, all from one start,
-whose frozen copy is their KL reference; interpolates them; and moves the start a share `--eta` of the way to the soup, where
-the next round begins. `factors` keeps the rank from round to round, and is right because the adapters share their start;
-`svd` is the exact soup, cut back to the start's rank.
+How this differs from WARP: the policies of a round are of different rewards, not of one reward and other orders of the
+prompts; interpolation is linear, not spherical; the KL reference within a run is its start, not the run's moving average.
+
+A round trains one adapter for each reward, all from one start, whose frozen copy is their KL reference; interpolates them; and
+moves the start a share `--eta` of the way to the soup, where the next round begins. `factors` keeps the rank from round to
+round, and is right because the adapters share their start; `svd` is the exact soup, cut back to the start's rank. Flags that
+are not of this recipe go to recipes/ppo_reward.py.
 
 After each round, as in the paper: models on the line from the first start to the soup, (1 - η)·start + η·soup, with their
-rewards and their KL to the first start on held-out prompts: the KL-reward front, which further rounds should lift. What
-differs from WARP: the rounds' policies are of different rewards, not of one reward and other orders of the prompts;
-interpolation is linear, not spherical; the KL reference within a run is its start, not the run's moving average.
+rewards and their KL to the first start on held-out prompts: the KL-reward front, which further rounds should lift.
 
-Writes round-N/ (ingredients, soup, start of the next one), records.jsonl, iterate.png, report.md. Run again after an
-interruption, it goes on.
+Writes round-N/ (ingredients, soup, start of the next one), records.jsonl, iterate.png, report.md. A second run continues an
+interrupted one.
 """
 
 import argparse
@@ -23,18 +24,15 @@ import json
 import os
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import get_peft_model
-from transformers import AutoTokenizer
+from peft import LoraConfig, get_peft_model
 
 import rsoups
-from demo import train_all
-from ppo_reward import parse as parse_ppo
-from ppo_reward import policy, prompts, task_of
 from rsoups.adapters.filenames import MANIFEST_FILE
 from rsoups.adapters.lineage import write_manifest
-from rsoups.common.assets import resolve
+from rsoups.bases.load import load_tokenizer
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl, whole_folder
 from rsoups.fronts.estimates import Estimate
@@ -42,41 +40,101 @@ from rsoups.fronts.points import Point
 from rsoups.generation.decoding import encode, respond
 from rsoups.rewards.functions import check_columns, columns_read
 from rsoups.rewards.load import rewards_by_name
-from rsoups.training.ppo import reset_adapter
+from rsoups.training.configs import config_path, with_config_path
+from rsoups.training.launch import QUIET, Run, train_all
+from rsoups.training.policy import load_policy, reset_adapter
+from rsoups.training.run_arguments import DEFAULT_CONFIG, parse
+from rsoups.training.run_data import read_prompts
 from rsoups.training.trl_rewards import reward_function
 
-MINUS_KL = "-KL"  # as one more objective: of two models of one reward, that nearer the start is better
+MINUS_KL = "-KL"  # one more objective: of two models of one reward, the nearer to the start is better
 BATCH = 64
 COLORS = ("#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's
 
 
-def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--reward", nargs="+", default=["naturalness", "coverage"], help="one PPO run each, every round"
+def parse_flags() -> tuple[argparse.Namespace, list[str]]:
+    """This recipe's arguments, and the flags of ppo_reward.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--method", default="factors", choices=("factors", "svd"))
-    parser.add_argument("--eta", type=float, default=1.0, help="how far towards the soup the next round starts")
-    parser.add_argument("--scales", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0], help="η of the fronts")
-    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts of the fronts")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/iterate"))
+    add = parser.add_argument
+    add("--reward", nargs="+", default=["naturalness", "coverage"], help="rewards; each has a PPO run in every round")
+    add("--rounds", type=int, default=3, help="number of rounds")
+    add("--method", default="factors", choices=("factors", "svd"), help="interpolation of a round's soup")
+    add("--eta", type=float, default=1.0, help="share of the way to the soup at which the next round starts, in (0, 1]")
+    add("--scales", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0], help="η of the fronts")
+    add("--prompts", type=int, default=200, help="held-out prompts of the fronts")
+    add("--output_dir", type=Path, default=Path("runs/iterate"), help="output folder")
     args, flags = parser.parse_known_args()
     if not 0 < args.eta <= 1:
-        parser.error(f"--eta is a share in (0, 1], got {args.eta}")
-    return args, flags
+        parser.error(f"--eta is {args.eta}, must be in (0, 1]")
+    if not {"--config", "--model_name_or_path"} & {flag.split("=")[0] for flag in flags}:
+        flags = ["--config", str(config_path(DEFAULT_CONFIG)), *flags]
+    return args, with_config_path(flags)
+
+
+def main() -> None:
+    args, flags = parse_flags()
+    os.environ |= QUIET
+    if len({Path(reward).stem for reward in args.reward}) < len(args.reward):  # each names the folder of its runs
+        raise rsoups.RewardError(f"two rewards of {args.reward} have one name: give their cards other file names")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    evaluator = Evaluator(args, flags)
+    path = args.output_dir / "records.jsonl"
+    records = read_jsonl(path) if path.exists() else []
+
+    def evaluate(name: str, soup: rsoups.Soup) -> None:
+        if name in {record["name"] for record in records}:
+            return
+        records.extend(evaluator.records(name, soup))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+        partial.replace(path)
+
+    start = evaluator.start
+    evaluate("start", rsoups.interpolate([start], [1.0]))
+    for number in range(1, args.rounds + 1):
+        soup, start = one_round(number, args, start, flags)
+        # Every model on the line from the first start has its factors, unless they were cut out of an exact soup.
+        method = "factors" if args.method == "factors" else "exact"
+        for scale in args.scales:
+            line = rsoups.interpolate([evaluator.start, soup], [1 - scale, scale], method=method, extrapolate=True)
+            evaluate(f"round {number}, η {scale:g}", line)
+
+    report(rsoups.Front.from_jsonl(path), [reward.name for reward in evaluator.rewards], args.output_dir)
+    print((args.output_dir / "report.md").read_text("utf-8"))
+    print(args.output_dir / "iterate.png")
+
+
+def one_round(number: int, args: argparse.Namespace, start: Path, flags: list[str]) -> tuple[Path, Path]:
+    """Train from `start`; returns the folders of the soup and of the next round's start."""
+    folder = args.output_dir / f"round-{number}"
+    runs = {reward: folder / Path(reward).stem for reward in args.reward}
+    flags = [*flags, "--adapter_name_or_path", str(start)]
+    train_all(
+        [Run(f"round {number}  PPO on {reward}", path, [*flags, "--reward", reward]) for reward, path in runs.items()]
+    )
+
+    share = 1 / len(runs)
+    rsoups.interpolate(runs, [share] * len(runs), method=args.method).save_pretrained(folder / "soup")
+    if args.eta == 1:
+        return folder / "soup", folder / "soup"
+    weights = [1 - args.eta, *[args.eta * share] * len(runs)]
+    rsoups.interpolate({"start": start, **runs}, weights, method=args.method).save_pretrained(folder / "next")
+    return folder / "soup", folder / "next"
 
 
 class Evaluator:
     """Rewards and KL to the first start, on held-out prompts."""
 
     def __init__(self, args: argparse.Namespace, flags: list[str]):
-        self.script, self.training, model = parse_ppo(flags)
-        self.script.eval_prompts = args.prompts
-        self.base, lora = policy(self.script, model)
-        self.start = Path(self.script.adapter_name_or_path or args.output_dir / "start")
+        self.run, self.training, model = parse(flags)
+        self.run.eval_prompts = args.prompts
+        adapter = self.run.adapter_name_or_path
+        self.base, lora = load_policy(model, adapter, allow_base_mismatch=self.run.allow_base_mismatch)
+        self.start = Path(adapter or args.output_dir / "start")
         self.name = model.model_name_or_path
-        self.tokenizer = AutoTokenizer.from_pretrained(resolve(self.name), padding_side="left")
+        self.tokenizer = load_tokenizer(self.name, padding_side="left")
         room = self.base.config.get_text_config().max_position_embeddings - self.training.max_completion_length
         self.rewards = list(rewards_by_name({name: rsoups.load_reward(name) for name in args.reward}).values())
         self.prompts, self.columns = self.held_out(room)
@@ -87,111 +145,96 @@ class Evaluator:
         self.base.eval()
 
     def held_out(self, room: int) -> tuple[list, dict[str, list]]:
-        """Held-out prompts, each once, and the columns that the rewards read of their rows."""
-        _, columns = prompts(self.script, self.training, self.tokenizer, room, columns_read(self.rewards))
+        """Held-out prompts, each once, and the columns of their rows that the rewards read."""
+        _, columns = read_prompts(self.run, self.training, self.tokenizer, room, columns_read(self.rewards))
         check_columns(self.rewards, columns)
-        places = {json.dumps(prompt): place for place, prompt in reversed([*enumerate(columns["prompt"])])}
-        kept = {name: [values[place] for place in sorted(places.values())] for name, values in columns.items()}
-        return kept.pop("prompt"), kept
+        first_places = {json.dumps(prompt): i for i, prompt in reversed([*enumerate(columns["prompt"])])}
+        rows = sorted(first_places.values())
+        columns = {name: [values[i] for i in rows] for name, values in columns.items()}
+        return columns.pop("prompt"), columns
 
-    def save_start(self, lora) -> None:
+    def save_start(self, lora: LoraConfig) -> None:
         """A fresh adapter, which changes nothing yet."""
-        model = get_peft_model(self.base, lora)
-        reset_adapter(model, getattr(self.training, "adapter_init_seed", 0))
-        model.peft_config["default"].base_model_name_or_path = self.name
         seed = getattr(self.training, "adapter_init_seed", 0)
-        told = {"recipe": "recipes/iterate.py", "config": {}, "data": {}, "seed": seed}
+        model = get_peft_model(self.base, lora)
+        reset_adapter(model, seed)
+        model.peft_config["default"].base_model_name_or_path = self.name
+        base = {"model": self.name, "revision": None}
         with whole_folder(self.start, MANIFEST_FILE) as partial:
             model.save_pretrained(partial)
-            write_manifest(partial, "fresh LoRA", base={"model": self.name, "revision": None}, **told)
+            write_manifest(partial, "fresh LoRA", base=base, recipe="recipes/iterate.py", config={}, data={}, seed=seed)
         self.base = model.unload()
 
     def records(self, name: str, soup: rsoups.Soup) -> list[dict]:
         """One record for each prompt, as a sweep writes them."""
         (start,) = rsoups.interpolate([self.start], [[1.0]])
-        found = []
+        records = []
         for at in range(0, len(self.prompts), BATCH):
-            asked = self.prompts[at : at + BATCH]
+            prompts = self.prompts[at : at + BATCH]
+            columns = {column: values[at : at + BATCH] for column, values in self.columns.items()}
             with soup.attached(self.base) as model:
-                ids, seen, logits = self.sample(model.eval(), asked)
+                ids, inputs = self.sample(model.eval(), prompts)
+                logits = self.logits(model, *inputs)
             with start.attached(self.base) as model:
-                kl = self.divergence(logits, self.logits(model.eval(), *seen), ids)
-            columns = {name: values[at : at + BATCH] for name, values in self.columns.items()}
-            texts, scores = self.scored(
-                asked, [[token for token in row if token >= 0] for row in ids.tolist()], columns
-            )
-            scores[MINUS_KL] = [-x for x in kl]
-            for i, (prompt, response) in enumerate(zip(asked, texts, strict=True)):
-                head = {"name": name, "lambdas": None, "method": None, "prompt": prompt, "response": response}
-                found.append(head | {"rewards": {k: v[i] for k, v in scores.items()}, "seed": self.training.seed})
-        return found
+                kl = divergence(logits, self.logits(model.eval(), *inputs), ids)
 
-    def scored(self, asked: list, ids: list[list[int]], columns: dict[str, list]) -> tuple[list[str], dict[str, list]]:
-        """What rewards see of responses, and what each says, as in a PPO run."""
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        cut = task_of(self.script).cut
+            tokens = [[token for token in row if token >= 0] for row in ids.tolist()]
+            responses, scores = self.scores(prompts, tokens, columns)
+            scores[MINUS_KL] = [-nats for nats in kl]
+            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+                head = {"name": name, "lambdas": None, "method": None, "prompt": prompt, "response": response}
+                rewards = {reward: values[i] for reward, values in scores.items()}
+                records.append(head | {"rewards": rewards, "seed": self.training.seed})
+        return records
+
+    def scores(self, prompts: list, tokens: list[list[int]], columns: dict[str, list]) -> tuple[list[str], dict]:
+        """The part of each response that rewards see, and the scores of each reward, as in a PPO run."""
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        cut = self.run.find_task().cut
         scores = {}
         for reward in self.rewards:
             function = reward_function(reward, cut, self.tokenizer)
-            scores[reward.name] = function(asked, texts, completion_ids=ids, **columns)
+            scores[reward.name] = function(prompts, texts, completion_ids=tokens, **columns)
         return [cut(text) for text in texts], scores
 
-    def sample(self, model, asked: list) -> tuple:
-        """Responses (B, T), -1 after their ends; what `logits` needs to see them again; their logits (B, T, V). From the
-        training's seed."""
+    def sample(self, model: Any, prompts: list) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, int]]:
+        """Responses from the training's seed, (B, T), -1 after their ends; and the arguments of `logits` for them."""
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         template = getattr(self.training, "chat_template_kwargs", None)
-        said = respond(
+        responses = respond(
             model,
             self.tokenizer,
-            asked,
+            prompts,
             temperature=self.training.temperature,
             max_new_tokens=self.training.max_completion_length,
             seed=self.training.seed,
             template=template,
         )
-        prompts = [encode(self.tokenizer, prompt, template) for prompt in asked]
-        start, length = max(map(len, prompts)), max(map(len, said))
-        ids = torch.tensor([row + [-1] * (length - len(row)) for row in said], device=model.device)
-        before = [[-1] * (start - len(prompt)) + prompt for prompt in prompts]
-        whole = torch.cat([torch.tensor(before, device=model.device), ids], dim=1)
-        seen = (whole.clamp(min=0), (whole >= 0).long(), start)
-        return ids, seen, self.logits(model, *seen)
+        prompt_ids = [encode(self.tokenizer, prompt, template) for prompt in prompts]
+        start, length = max(map(len, prompt_ids)), max(map(len, responses))
+        ids = torch.tensor([row + [-1] * (length - len(row)) for row in responses], device=model.device)
+        left_padded = [[-1] * (start - len(row)) + row for row in prompt_ids]
+        whole = torch.cat([torch.tensor(left_padded, device=model.device), ids], dim=1)
+        return ids, (whole.clamp(min=0), (whole >= 0).long(), start)
 
     @torch.inference_mode()
-    def logits(self, model, whole: torch.Tensor, mask: torch.Tensor, start: int) -> torch.Tensor:
+    def logits(self, model: Any, whole: torch.Tensor, mask: torch.Tensor, start: int) -> torch.Tensor:
+        """Logits before each response token at the sampling temperature, (B, T, V)."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         out = model(input_ids=whole, attention_mask=mask, position_ids=positions, use_cache=False)
         return out.logits[:, start - 1 : -1].float() / self.training.temperature
 
-    def divergence(self, logits: torch.Tensor, reference: torch.Tensor, ids: torch.Tensor) -> list[float]:
-        """Σ over a response's tokens, its end included, of KL(policy ‖ start) between next-token distributions, in nats."""
-        log_p, log_q = logits.log_softmax(-1), reference.log_softmax(-1)
-        each = (log_p.exp() * (log_p - log_q)).sum(-1)
-        return (each * (ids >= 0)).sum(-1).tolist()
 
+def divergence(logits: torch.Tensor, reference: torch.Tensor, ids: torch.Tensor) -> list[float]:
+    """Σ over a response's tokens, its end included, of KL(policy ‖ start) between next-token distributions, in nats.
 
-def one_round(number: int, args: argparse.Namespace, start: Path, flags: list[str]) -> tuple[Path, Path]:
-    """Train from `start`; returns the folders of the soup and of the next round's start."""
-    folder = args.output_dir / f"round-{number}"
-    runs = {reward: folder / Path(reward).stem for reward in args.reward}
-    train_all(
-        [
-            (
-                f"round {number}  PPO on {reward}",
-                path,
-                [*flags, "--reward", reward, "--adapter_name_or_path", str(start)],
-            )
-            for reward, path in runs.items()
-        ]
-    )
-    share = 1 / len(runs)
-    rsoups.interpolate(runs, [share] * len(runs), method=args.method).save_pretrained(folder / "soup")
-    if args.eta == 1:
-        return folder / "soup", folder / "soup"
-    weights = [1 - args.eta, *[args.eta * share] * len(runs)]
-    rsoups.interpolate({"start": start, **runs}, weights, method=args.method).save_pretrained(folder / "next")
-    return folder / "soup", folder / "next"
+    Args:
+        logits, reference: Of the policy and the start, (B, T, V).
+        ids: Response tokens, (B, T), -1 at padding.
+    """
+    log_p, log_q = logits.log_softmax(-1), reference.log_softmax(-1)
+    each = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return (each * (ids >= 0)).sum(-1).tolist()
 
 
 def report(front: rsoups.Front, rewards: list[str], out: Path) -> None:
@@ -200,15 +243,16 @@ def report(front: rsoups.Front, rewards: list[str], out: Path) -> None:
 
     (out / "report.md").write_text(table(front, rewards) + "\n", "utf-8")
     first, *others = front.points
-    lines: dict[str, list] = {}
+    lines: dict[str, list[Point]] = {}
     for point in others:
         lines.setdefault(point.name.partition(",")[0], [first]).append(point)
+
     figure = Figure(figsize=(5 * (len(rewards) + 1), 4.4), layout="constrained")
-    shown = {"mean of the rewards": rewards} | {reward: [reward] for reward in rewards}
-    for axes, (title, of) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
+    panels = {"mean of the rewards": rewards} | {reward: [reward] for reward in rewards}
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for (name, points), color, marker in zip(lines.items(), cycle(COLORS), cycle("o^sDvP"), strict=False):
             x = [abs(p.mean[MINUS_KL]) for p in points]
-            estimates = [mean_of(front, p, of) for p in points]
+            estimates = [mean_of(front, p, names) for p in points]
             y = [e.value for e in estimates]
             errors = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
             axes.errorbar(x, y, yerr=errors, marker=marker, color=color, label=name, linewidth=1.5, elinewidth=0.6)
@@ -219,13 +263,6 @@ def report(front: rsoups.Front, rewards: list[str], out: Path) -> None:
     figure.savefig(out / "iterate.png", dpi=130)
 
 
-def mean_of(front: rsoups.Front, point: Point, rewards: list[str]) -> Estimate:
-    """The mean of some rewards, with its interval: 1.96 standard errors over prompts."""
-    values = point.values[:, [front.rewards.index(reward) for reward in rewards]].mean(axis=1)
-    half = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return Estimate(float(values.mean()), float(values.mean()) - half, float(values.mean()) + half)
-
-
 def table(front: rsoups.Front, rewards: list[str]) -> str:
     rows = [f"| model | KL | mean | {' | '.join(rewards)} |", "| --- | ---: | ---: |" + " ---: |" * len(rewards)]
     for point in front.points:
@@ -234,38 +271,11 @@ def table(front: rsoups.Front, rewards: list[str]) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    args, flags = parse()
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    if len({Path(reward).stem for reward in args.reward}) < len(args.reward):  # each names the folder of its runs
-        raise rsoups.RewardError(f"two rewards of {args.reward} end alike: give their cards other file names")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    evaluator = Evaluator(args, flags)
-    if not {"--config", "--model_name_or_path"} & set(flags):
-        flags = ["--config", str(Path(__file__).parent / "configs" / "embedded.yaml"), *flags]
-    path = args.output_dir / "records.jsonl"
-    records = read_jsonl(path) if path.exists() else []
-
-    def evaluate(name: str, soup: rsoups.Soup) -> None:
-        if name not in {record["name"] for record in records}:
-            records.extend(evaluator.records(name, soup))
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
-            partial.replace(path)
-
-    start = evaluator.start
-    evaluate("start", rsoups.interpolate([start], [1.0]))
-    for number in range(1, args.rounds + 1):
-        soup, start = one_round(number, args, start, flags)
-        # All on the line from the first start has its factors, unless they were cut out of an exact soup.
-        method = "factors" if args.method == "factors" else "exact"
-        for scale in args.scales:
-            line = rsoups.interpolate([evaluator.start, soup], [1 - scale, scale], method=method, extrapolate=True)
-            evaluate(f"round {number}, η {scale:g}", line)
-    front = rsoups.Front.from_jsonl(path)
-    report(front, [reward.name for reward in evaluator.rewards], args.output_dir)
-    print((args.output_dir / "report.md").read_text("utf-8"))
-    print(args.output_dir / "iterate.png")
+def mean_of(front: rsoups.Front, point: Point, rewards: list[str]) -> Estimate:
+    """The mean of some rewards, with its interval: 1.96 standard errors over prompts."""
+    values = point.values[:, [front.rewards.index(reward) for reward in rewards]].mean(axis=1)
+    half = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return Estimate(float(values.mean()), float(values.mean()) - half, float(values.mean()) + half)
 
 
 if __name__ == "__main__":

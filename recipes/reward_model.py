@@ -3,38 +3,47 @@
     accelerate launch recipes/reward_model.py --model_name_or_path BASE --dataset pairs.jsonl --output_dir runs/reward
     accelerate launch recipes/reward_model.py --config recipes/configs/embedded-coverage.yaml
 
-Rows are `prompt, chosen, rejected`, texts or messages; of messages, chosen and rejected may also begin with the prompt. The
-model reads tokenizer(question, response), the question taken out of the prompt as it is when the reward is used later, so
-that training and scoring see the same input. The loss is Bradley-Terry's (Ouyang et al. 2022, eq. 1). Ends with the pairwise
-accuracy on `--eval_dataset`. With `--use_peft` an adapter is written, which is a reward as a whole model is: `rsoups score
---reward runs/reward ...`.
+From an installed package: `accelerate launch -m rsoups.recipes.reward_model ...`, or `rsoups reward-model ...` on one process.
+
+How this differs from the paper: that downloads its reward models; this trains one. Rows are `prompt, chosen, rejected`, texts
+or messages; in messages, chosen and rejected may also begin with the prompt. The model reads tokenizer(question, response),
+with the question taken out of the prompt as it is when the reward is used later, so that training and scoring see the same
+input. The loss is Bradley-Terry's (Ouyang et al. 2022, eq. 1). At the end it measures the pairwise accuracy on
+`--eval_dataset`. With `--use_peft` it writes an adapter, which is a reward just as a whole model is: `rsoups score --reward
+runs/reward ...`.
 """
 
 import json
 import os
+import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import AutoModelForSequenceClassification, set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
 
+from rsoups.bases.load import load_tokenizer
 from rsoups.common.assets import resolve
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl
 from rsoups.data.prompts import pair_of
 from rsoups.rewards.inputs import encode_pairs
+from rsoups.training.callbacks import launcher_callbacks
+from rsoups.training.configs import with_config_path
+from rsoups.training.policy import name_base
 
 
 @dataclass
 class ScriptArguments:
-    dataset: str = field(metadata={"help": "JSONL file of rows prompt, chosen, rejected."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out pairs, in the same form."})
+    dataset: str = field(metadata={"help": "File of JSON lines with the columns prompt, chosen, rejected."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out pairs in a file of the same form."})
 
 
 def tokenized(rows: list[dict], tokenizer, max_length: int) -> Dataset:
+    """One example per pair: `chosen_ids` and `rejected_ids`."""
     questions, *sides = zip(*map(pair_of, rows), strict=True)
     columns = {}
     for name, responses in zip(("chosen", "rejected"), sides, strict=True):
@@ -44,7 +53,12 @@ def tokenized(rows: list[dict], tokenizer, max_length: int) -> Dataset:
 
 
 def lora(model: ModelConfig, untrained: list[str]):
-    """The adapter's config, which keeps the parameters that the base has not: they are drawn anew for each model."""
+    """The adapter's config. It saves the parameters that the base lacks, which are drawn anew for each model.
+
+    Args:
+        model: Settings of the adapter; without `use_peft` there is none.
+        untrained: Names of the parameters that the base lacks.
+    """
     config = get_peft_config(model)
     if config is None:
         return None
@@ -56,13 +70,12 @@ def lora(model: ModelConfig, untrained: list[str]):
 
 
 def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) -> None:
-    name = resolve(model.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision)
-    # RewardTrainer wants one; pairs end with it already.
+    tokenizer = load_tokenizer(str(model.model_name_or_path), revision=model.model_revision)
+    # RewardTrainer needs an end token. The pairs end with the separator already.
     tokenizer.eos_token = tokenizer.eos_token or tokenizer.sep_token
     set_seed(training.seed)  # the head is drawn here
-    classifier, found = AutoModelForSequenceClassification.from_pretrained(
-        name,
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(
+        resolve(str(model.model_name_or_path)),
         revision=model.model_revision,
         num_labels=1,
         dtype=getattr(torch, model.dtype or "float32"),
@@ -79,13 +92,13 @@ def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) ->
         train_dataset=tokenized(read_jsonl(script.dataset), tokenizer, max_length),
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=lora(model, sorted(found["missing_keys"])),
+        peft_config=lora(model, sorted(info["missing_keys"])),
+        callbacks=launcher_callbacks(),
     )
-    if model.use_peft:  # the adapter names its base as the user did, not by a path of this machine
+    if model.use_peft:
         # PEFT looks for the base's config under this name, to see whether the vocabulary grew. It did not.
         warnings.filterwarnings("ignore", message="Could not find a config file in")
-        trainer.model.peft_config["default"].base_model_name_or_path = model.model_name_or_path
-        trainer.model.peft_config["default"].revision = model.model_revision
+        name_base(trainer.model, model)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     if held_out is not None:
@@ -98,4 +111,5 @@ def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) ->
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with in_one_line():
-        main(*TrlParser((ScriptArguments, RewardConfig, ModelConfig)).parse_args_and_config())
+        parser = TrlParser((ScriptArguments, RewardConfig, ModelConfig), description=__doc__.splitlines()[0])
+        main(*parser.parse_args_and_config(with_config_path(sys.argv[1:])))

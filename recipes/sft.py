@@ -3,26 +3,32 @@
     accelerate launch recipes/sft.py --model_name_or_path BASE --task concepts --dataset rows.jsonl --output_dir runs/sft
     accelerate launch recipes/sft.py --config recipes/configs/embedded-sft.yaml
 
-Unlike the paper, which starts from a published Alpaca adapter, this makes such a start from any base (`--use_peft` for
-an adapter, else full weights). The loss is over the response only. Prompt and response are tokenized apart, as they
-are at generation, so that no token ever spans the two.
+From an installed package: `accelerate launch -m rsoups.recipes.sft ...`, or `rsoups sft ...` on one process.
+
+How this differs from the paper: that starts from a published Alpaca adapter; this makes such a start from any base
+(`--use_peft` for an adapter, else full weights). The loss is over the response only. Prompt and response are tokenized apart,
+as they are at generation, so that no token ever spans the two.
 """
 
 import os
+import sys
+import warnings
 from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from rsoups.adapters.lineage import fingerprint, settings_of, write_manifest
-from rsoups.common.assets import resolve
+from rsoups.bases.load import load_base, load_tokenizer
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import hub_commit
 from rsoups.data.datasets import is_table, load_rows
 from rsoups.data.tasks import TASKS
 from rsoups.data.training_data import prompt_marks
+from rsoups.training.callbacks import launcher_callbacks
+from rsoups.training.configs import with_config_path
+from rsoups.training.policy import name_base
 
 
 @dataclass
@@ -30,9 +36,9 @@ class ScriptArguments:
     task: str = field(default="concepts", metadata={"help": "Task that writes the prompts.", "choices": sorted(TASKS)})
     dataset: str | None = field(
         default=None,
-        metadata={"help": "File (its last tenth is held out), folder or Hub id; the task's own if unset."},
+        metadata={"help": "File (its last tenth is held out), folder or Hub id; the task's own dataset if unset."},
     )
-    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows, in the same forms."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows: file, folder or Hub id."})
 
 
 def tokenized(rows: list[dict], tokenizer) -> Dataset:
@@ -73,40 +79,50 @@ class ResponseSFTTrainer(SFTTrainer):
 
 
 def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> None:
-    task = TASKS[script.task]
-    name = resolve(model.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision)
+    task, name = TASKS[script.task], str(model.model_name_or_path)
+    tokenizer = load_tokenizer(name, revision=model.model_revision)
     training.completion_only_loss = True
-    training.model_init_kwargs = {"revision": model.model_revision, "dtype": model.dtype}
+    # PEFT looks for the base's config under its published name, to see whether the vocabulary grew. It did not.
+    warnings.filterwarnings("ignore", message="Could not find a config file in")
+
     held_out = None
     if script.eval_dataset:
         another_file = script.eval_dataset != script.dataset and is_table(task, script.eval_dataset)
         held_out = tokenized(load_rows(task, script.eval_dataset, "all" if another_file else "test"), tokenizer)
     rows = load_rows(task, script.dataset, "train")
-    seen = fingerprint([row["prompt"], row["references"]] for row in rows)
-    seen |= {"prompt_marks": prompt_marks(row["prompt"] for row in rows)}
+    data = {"dataset": script.dataset or task.dataset, "split": "train", "task": script.task}
+    data |= fingerprint([row["prompt"], row["references"]] for row in rows)
+    data |= {"prompt_marks": prompt_marks(row["prompt"] for row in rows)}
+
+    base = load_base(
+        name,
+        trust_remote_code=training.trust_remote_code,
+        revision=model.model_revision,
+        dtype=model.dtype,
+        attn_implementation=model.attn_implementation,
+        quantization_config=get_quantization_config(model),
+    )
     trainer = ResponseSFTTrainer(
-        model=name,
+        model=base,
         args=training,
         train_dataset=tokenized(rows, tokenizer),
         eval_dataset=held_out,
         processing_class=tokenizer,
-        quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
+        callbacks=launcher_callbacks(),
     )
+    if model.use_peft:
+        name_base(trainer.model, model)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     if trainer.accelerator.is_main_process:
         write_manifest(
             training.output_dir,
             "sft",
-            base={
-                "model": model.model_name_or_path,
-                "revision": hub_commit(model.model_name_or_path, model.model_revision),
-            },
+            base={"model": name, "revision": hub_commit(name, model.model_revision)},
             recipe="recipes/sft.py",
             config=settings_of(script, training, model) | {"steps": trainer.state.global_step},
-            data={"dataset": script.dataset or task.dataset, "split": "train", "task": script.task} | seen,
+            data=data,
             seed=training.seed,
         )
     if held_out is not None:
@@ -118,4 +134,5 @@ def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> No
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with in_one_line():
-        main(*TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config())
+        parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig), description=__doc__.splitlines()[0])
+        main(*parser.parse_args_and_config(with_config_path(sys.argv[1:])))

@@ -3,13 +3,15 @@
     python recipes/warm.py --start rsoups/coverage --dataset runs/embedded/naturalness_train.jsonl.gz \\
         --eval_dataset runs/embedded/naturalness_test.jsonl.gz --out runs/warm
 
-M runs of recipes/reward_model.py from one start, on the same pairs, of which a share has its labels swapped; each run with
+How this differs from the paper: the models have under a million parameters, and their start learned from pairs of another kind,
+not from text.
+
+M runs of recipes/reward_model.py from one start, on the same pairs. A share of the pairs has its labels swapped. Each run has
 its own seed (order of the pairs) and learning rate. Then the average of their weights (`rsoups.interpolate_checkpoints`),
 models on the line between the first two, and the mean of all scores: the ensemble, which costs M models at every use.
-Writes accuracies on held-out pairs, on the same pairs misspelt, and on the swapped train pairs (by their true labels: what a
-model gets wrong there it has learnt by heart) to results.json, report.md and warm.png. Run again, it goes on.
-
-Unlike the paper: models of under a million parameters, whose start learnt from pairs of another kind, not from text.
+Writes accuracies on held-out pairs, on the same pairs misspelled, and on the swapped train pairs, to results.json, report.md
+and warm.png. Accuracy on the swapped pairs is by their true labels: a model is wrong where it memorized the swapped ones. A
+second run continues an interrupted one.
 """
 
 import argparse
@@ -21,10 +23,12 @@ from pathlib import Path
 import numpy as np
 
 import rsoups
-from demo import RECIPES, train_all
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl
+from rsoups.training.configs import config_path
+from rsoups.training.launch import QUIET, Run, train_all
 
+CONFIG = config_path("embedded-naturalness")
 LEARNING_RATES = (0.5, 0.7, 1.0)  # mild factors, drawn for each run
 LINE = (0.0, 0.25, 0.5, 0.75, 1.0)  # λ of the second run
 RESAMPLES = 2_000
@@ -127,32 +131,36 @@ def draw(results: dict, members: list[str], line: list[str], path: Path) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--start", default="rsoups/coverage", help="sequence classifier that all runs start from")
     parser.add_argument("--dataset", type=Path, required=True, help="train pairs: prompt, chosen, rejected")
     parser.add_argument("--eval_dataset", type=Path, required=True, help="held-out pairs")
-    parser.add_argument("--config", type=Path, default=RECIPES / "configs" / "embedded-naturalness.yaml")
-    parser.add_argument("--runs", type=int, default=4, help="reward models")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="config of reward_model.py")
+    parser.add_argument("--runs", type=int, default=4, help="number of reward models")
     parser.add_argument("--swapped", type=float, default=0.25, help="share of train pairs with their labels swapped")
-    parser.add_argument("--learning_rate", type=float, default=5e-4, help="the highest; each run draws a mild factor")
-    parser.add_argument("--epochs", type=float, default=4)
-    parser.add_argument("--seed", type=int, default=0, help="of the swaps, the misspellings and the bootstrap")
-    parser.add_argument("--out", type=Path, default=Path("runs/warm"))
+    parser.add_argument(
+        "--learning_rate", type=float, default=5e-4, help="highest learning rate; each run draws a factor of 0.5 to 1"
+    )
+    parser.add_argument("--epochs", type=float, default=4, help="epochs of each run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the swaps, the misspellings and the bootstrap")
+    parser.add_argument("--out", type=Path, default=Path("runs/warm"), help="output folder")
     args = parser.parse_args()
-    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    os.environ |= QUIET
 
     args.out.mkdir(parents=True, exist_ok=True)
     pairs = swapped(read_jsonl(args.dataset), args.swapped, args.seed)
     (args.out / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), "utf-8")
     members = [f"run-{seed}" for seed in range(args.runs)]
-    jobs = []
+    runs = []
     for seed, name in enumerate(members):
         rate = args.learning_rate * random.Random(f"{args.seed} {seed}").choice(LEARNING_RATES)
         flags = ["--config", args.config, "--model_name_or_path", args.start, "--dataset", args.out / "train.jsonl"]
         flags += ["--eval_dataset", args.eval_dataset, "--learning_rate", f"{rate:g}", "--seed", seed]
         flags += ["--num_train_epochs", args.epochs]
-        jobs.append((f"{name}, learning rate {rate:g}", args.out / name, [str(flag) for flag in flags]))
-    train_all(jobs, "reward_model.py")
+        runs.append(Run(f"{name}, learning rate {rate:g}", args.out / name, [str(flag) for flag in flags]))
+    train_all(runs, "reward_model.py")
 
     folders = [args.out / name for name in members]
     rsoups.interpolate_checkpoints(folders, None, args.out / "average")

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from rsoups.fronts.front import Front
     from rsoups.fronts.grids import simplex
     from rsoups.fronts.votes import fit_votes
-    from rsoups.hub.push import push_front
     from rsoups.reports.report import write_report
     from rsoups.rewards.cards import RewardCard
     from rsoups.rewards.classifier import Reward
@@ -37,8 +36,10 @@ if TYPE_CHECKING:
     from rsoups.rewards.load import load_reward
     from rsoups.rewards.probing import Probe, Sample, probe
     from rsoups.soups.greedy import greedy
+    from rsoups.soups.interpolation import interpolate
     from rsoups.soups.live import LiveSoup
-    from rsoups.soups.soup import Soup, interpolate
+    from rsoups.soups.share import push_front
+    from rsoups.soups.soup import Soup
     from rsoups.soups.whole_models import interpolate_checkpoints
     from rsoups.sweeps.settings import SweepSettings
     from rsoups.sweeps.sweep import sweep
@@ -71,7 +72,7 @@ _HOMES = {
     "explorer.app": ("explore",),
     "fronts.front": ("Front",),
     "soups.whole_models": ("interpolate_checkpoints",),
-    "hub.push": ("push_front",),
+    "soups.share": ("push_front",),
     "fronts.grids": ("simplex",),
     "rewards.judge": ("Judge", "JudgeCard"),
     "soups.live": ("LiveSoup",),
@@ -82,7 +83,8 @@ _HOMES = {
     "rewards.cards": ("RewardCard",),
     "rewards.classifier": ("Reward",),
     "rewards.load": ("load_reward",),
-    "soups.soup": ("Soup", "interpolate"),
+    "soups.interpolation": ("interpolate",),
+    "soups.soup": ("Soup",),
     "explorer.space": ("write_space",),
     "sweeps.settings": ("SweepSettings",),
     "sweeps.sweep": ("sweep",),

@@ -25,6 +25,7 @@ ROOMS = [
     "generation",
     "hub",
     "soups",
+    "versions",
     "rewards",
     "explorer",
     "sweeps",
@@ -134,6 +135,7 @@ def test_the_wheel_holds_one_package_with_its_cards_recipes_and_assets(wheel):
         "recipes/configs/embedded.yaml",
         "assets/tiny-llama/model.safetensors",
         "assets/concepts/test.jsonl",
+        "assets/card.md.j2",
         "assets/explorer.css",
         "assets/explorer.js",
     ):
@@ -165,6 +167,6 @@ print("works")
 def test_nothing_fetched_is_in_the_assets():
     """The embedded weights and our own prompts; none of the sentences that they were trained on."""
     files = {p.suffix for p in (ROOT / "rsoups" / "assets").rglob("*") if p.is_file()}
-    assert files <= {".css", ".html", ".js", ".json", ".jsonl", ".md", ".safetensors"}
+    assert files <= {".css", ".html", ".j2", ".js", ".json", ".jsonl", ".md", ".safetensors"}
     size = sum(p.stat().st_size for p in (ROOT / "rsoups" / "assets").rglob("*"))
     assert size < 16 * 2**20

@@ -28,6 +28,7 @@ from rsoups.common.files import from_hub, sha256_of, write_whole
 _LONGEST = 2**24  # bytes of a manifest; real ones have some thousands
 _DEEPEST = 1000  # generations that a tree is followed through
 _WHOLE = "full weights"  # the method of `interpolate_checkpoints`
+SOUP_METHODS = ("exact", "factors", "svd")  # of a soup of adapters
 # Settings that change nothing about what is trained.
 _UNTOLD = {"output_dir", "logging_dir", "run_name", "report_to", "resume", "resume_from_checkpoint", "seed", "config"}
 _UNTOLD |= {
@@ -151,6 +152,25 @@ def _listed(where: str, data: Manifest) -> list[dict[str, Any]]:
 def parents_of(manifest: Manifest) -> list[dict[str, Any]]:
     """Ingredients of a soup, or what a run was trained on from."""
     return _listed("a manifest", manifest)
+
+
+def soup_ingredients(source: str | Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the ingredients of a soup of adapters, each with its ``lambda``.
+
+    Args:
+        source: Name of the soup, for the error.
+        manifest: Manifest of the soup.
+
+    Raises:
+        LineageError: The manifest is not that of a soup of adapters.
+    """
+    ingredients = manifest.get("ingredients") or []
+    if manifest.get("method") not in SOUP_METHODS or not ingredients or any("lambda" not in i for i in ingredients):
+        raise LineageError(
+            f"{source}: {SOUP_FILE} is not that of a soup of adapters (method {manifest.get('method')!r}, "
+            f"{len(ingredients)} ingredients): make the soup again with rsoups.interpolate"
+        )
+    return ingredients
 
 
 def history_of(parents: Iterable[tuple[str, str | None, Any]]) -> dict[str, Manifest]:

@@ -73,7 +73,7 @@ def select(
     choice = front.select(
         _figures(preference) if preference else None,
         maximize=maximize,
-        subject_to=dict(_limit(text) for text in subject_to) if subject_to else None,
+        subject_to=subject_to,
         knee=knee,
         votes=votes,
         above_base=above_base,
@@ -170,11 +170,3 @@ def _figures(pairs: Sequence[str]) -> dict[str, float]:
         if not separator:
             raise FrontError(f"{pair!r} is not REWARD=NUMBER")
     return figures
-
-
-def _limit(text: str) -> tuple[str, str]:
-    """The reward and its limit, of ``a >= 0.2``."""
-    place = min((at for sign in "<>" if (at := text.find(sign)) > 0), default=0)
-    if not place:
-        raise FrontError(f"the limit {text!r} is not like 'REWARD >= 0.2'")
-    return text[:place].strip(), text[place:]

@@ -40,10 +40,7 @@ def push(
         dry_run: Only write the folder that would be pushed, and list it.
         out: Folder of a dry run; NAME-dry-run if left out.
     """
-    from rsoups.adapters.filenames import SOUP_FILE
-    from rsoups.common.errors import HubError
-    from rsoups.hub.push import push as push_soup
-    from rsoups.hub.push import push_adapter, read_soup
+    from rsoups.hub.push import push as push_folder
 
     options: dict[str, Any] = {
         "license": license,
@@ -55,12 +52,7 @@ def push(
     }
     if require:
         _run_suite(require, folder, None, {})
-    if (Path(folder) / SOUP_FILE).is_file():
-        pushed = push_soup(read_soup(folder), repo_id, front=front, **options)
-    elif front:
-        raise HubError(f"{folder} is no soup: --front belongs to a soup at one of its λ")
-    else:
-        pushed = push_adapter(folder, repo_id, **options)
+    pushed = push_folder(folder, repo_id, front=front, **options)
     if dry_run:
         for path in sorted(path for path in Path(pushed).rglob("*") if path.is_file()):
             print(f"{path.stat().st_size:>12,}  {path.relative_to(pushed)}")
@@ -108,7 +100,7 @@ def diff(one: str, other: str) -> None:
         one: Folder or Hub id.
         other: Folder or Hub id.
     """
-    from rsoups.soups.compare import diff as difference
+    from rsoups.versions.compare import diff as difference
 
     print(difference(one, other).to_text())
 
@@ -123,7 +115,7 @@ def verify(soup: str, *, ingredient: list[str] | None = None, base: str | None =
         ingredient: Ingredients that are not where they were, NAME=FOLDER each.
         base: Folder or Hub id of the base, for a soup that was made with it.
     """
-    from rsoups.soups.versions import verify as verification
+    from rsoups.versions.rebuild import verify as verification
 
     print(verification(soup, _named(ingredient), base))
 
@@ -151,11 +143,11 @@ def patch(
         base: Folder or Hub id of the base, for a soup that was made with it.
         allow_base_mismatch: Accept a base of another name than the adapters'; recorded in soup.json.
     """
-    from rsoups.hub.push import read_soup
-    from rsoups.soups.versions import patch as patched
+    from rsoups.soups.soup import Soup
+    from rsoups.versions.rebuild import patch as patched
 
     options: dict[str, Any] = {"allow_base_mismatch": allow_base_mismatch, "base": base}
-    new = patched(read_soup(soup), adapter, weight, name, **options)
+    new = patched(Soup.from_pretrained(soup), adapter, weight, name, **options)
     new.save_pretrained(out)
     print(f"{new.mix}\n{out}")
 
@@ -172,10 +164,10 @@ def revert(soup: str, name: str, *, out: Path, ingredient: list[str] | None = No
         ingredient: Ingredients that are not where they were, NAME=FOLDER each.
         base: Folder or Hub id of the base, for a soup that was made with it.
     """
-    from rsoups.hub.push import read_soup
-    from rsoups.soups.versions import revert as reverted
+    from rsoups.soups.soup import Soup
+    from rsoups.versions.rebuild import revert as reverted
 
-    new = reverted(read_soup(soup), name, _named(ingredient), base)
+    new = reverted(Soup.from_pretrained(soup), name, _named(ingredient), base)
     new.save_pretrained(out)
     print(f"{new.mix}\n{out}")
 

@@ -35,8 +35,7 @@ def interpolate(
         base: Folder or Hub id of the base, for what only it can tell: parameters that some adapters lack, old layer names.
         allow_base_mismatch: Accept a base of another name than the adapters'; recorded in soup.json.
     """
-    from rsoups.soups.soup import Soup
-    from rsoups.soups.soup import interpolate as interpolated
+    from rsoups.soups.interpolation import interpolate as interpolated
 
     soup = interpolated(
         _named(adapters),
@@ -48,7 +47,6 @@ def interpolate(
         allow_base_mismatch=allow_base_mismatch,
         base=base,
     )
-    assert isinstance(soup, Soup), "one list of weights makes one soup"
     soup.save_pretrained(out)
     print(out)
 
@@ -68,8 +66,7 @@ def inspect(
     """
     from rsoups.adapters.adapter import read_adapter
     from rsoups.fronts.front import Front
-    from rsoups.soups.conflicts import merge_conflicts
-    from rsoups.soups.inspect import inspect_adapters
+    from rsoups.versions.inspect import inspect_adapters
 
     named = _named(adapters)
     sources = named if isinstance(named, dict) else {source: source for source in named}
@@ -79,7 +76,7 @@ def inspect(
         allow_base_mismatch=allow_base_mismatch,
     )
     print(inspection.to_text())
-    for conflict in merge_conflicts(inspection.adapters, Front.from_jsonl(records) if records else None):
+    for conflict in inspection.conflicts(Front.from_jsonl(records) if records else None):
         print(f"conflict: {conflict}")
 
 
@@ -104,11 +101,9 @@ def merge(
     """
     import torch
 
-    from rsoups.soups.soup import Soup
-    from rsoups.soups.soup import interpolate as interpolated
+    from rsoups.soups.interpolation import interpolate as interpolated
 
     soup = interpolated([adapter], [1.0])
-    assert isinstance(soup, Soup), "one list of weights makes one soup"
     source = base or soup.config.base_model_name_or_path
     if not source:
         raise AdapterError(f"{adapter} does not name its base: pass --base")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from string import Template
 
 from rsoups.common.errors import AdapterError, DatasetError, RsoupsError, SettingsError
 
@@ -53,11 +52,6 @@ def need(package: str, extra: str) -> None:
 def asset(name: str) -> str:
     """A text that ships: a page, a style sheet, a script."""
     return (_PACKAGE / "assets" / name).read_text(encoding="utf-8")
-
-
-def template(name: str) -> Template:
-    """A page with $-placeholders, as it ships."""
-    return Template(asset(name))
 
 
 def named_sources(given: Sequence[str], kind: str, error: type[RsoupsError] = AdapterError) -> dict[str, str]:

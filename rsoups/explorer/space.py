@@ -15,7 +15,7 @@ from rsoups.bases.names import check_base, is_on_hub, same_base
 from rsoups.common.errors import AdapterError, OutputError
 from rsoups.common.files import whole_folder
 from rsoups.explorer.sweep_folder import RECORDS, SweepFolder
-from rsoups.soups.soup import Soup, interpolate
+from rsoups.soups.interpolation import interpolate
 
 _APP = '''"""The explorer of a sweep, as a Hugging Face Space. Written by `rsoups explore --export`."""
 
@@ -101,7 +101,6 @@ def _copied(partial: Path, number: int, name: str, sweep: SweepFolder) -> str:
     # An absolute path, of which the lineage records the last part only.
     adapter: Adapter = read_adapter(Path(sweep.sources[name]).expanduser().resolve())
     alone = interpolate({name: adapter}, [1.0])
-    assert isinstance(alone, Soup)
     if _is_local(alone.config.base_model_name_or_path or "."):
         alone.config.base_model_name_or_path = sweep.base
     alone.save_pretrained(partial / inside)

@@ -12,7 +12,8 @@ from rsoups.explorer.tasting import Question, Reading
 from rsoups.fronts.estimates import Estimate
 from rsoups.fronts.front import Front
 from rsoups.fronts.points import Choice, Point
-from rsoups.reports.charts import SHAPES, Axes, Look, limits_of, looks_of
+from rsoups.reports.charts import looks_of
+from rsoups.reports.svg import SHAPES, Axes, Look, limits_of
 
 _WIDTH, _HEIGHT = 460, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 34, 54

@@ -1,7 +1,7 @@
-"""Rules that choose a point of a front, and how sure the choice is: the share of bootstrap draws that make the same one.
+"""Choose a point of a front by one rule: the largest weighted sum, the largest value within limits, the knee, votes, the base.
 
-Arrays of means, shape (..., points, rewards), to the index of the chosen point, shape (...); -1 where none will do.
-All rewards are maximized.
+A `Rule` takes means of shape (..., points, rewards) and returns the place of the chosen point, shape (...), or -1 where no
+point qualifies. All rewards are maximized.
 """
 
 from __future__ import annotations
@@ -9,15 +9,21 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsoups.common.errors import FrontError
+from rsoups.fronts.estimates import pareto_mask
+from rsoups.fronts.points import Choice, Point
+
+if TYPE_CHECKING:
+    from rsoups.fronts.front import Front
+    from rsoups.fronts.votes import VotedUtility
 
 Rule = Callable[[NDArray[np.float64]], NDArray[np.int64]]
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -26,9 +32,8 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "<=": operator.le,
     "<": operator.lt,
 }
-
-
-_LIMIT = re.compile(r"\s*(?P<reward>.*?)\s*(?P<sign>>=|<=|>|<)\s*(?P<value>[^<>=\s]+)\s*", re.DOTALL)
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_LIMIT = re.compile(rf"\s*(?P<reward>\S.*?)\s*(?P<sign>>=|<=|>|<)\s*(?P<value>{_NUMBER})\s*")
 
 
 @dataclass(frozen=True)
@@ -54,24 +59,20 @@ def parse_limit(text: str) -> Limit:
         FrontError: The text has another form, or its number is not finite.
     """
     match = _LIMIT.fullmatch(str(text))
-    value = math.nan
-    if match and match["reward"]:
-        with suppress(ValueError):
-            value = float(match["value"])
-    if not match or not math.isfinite(value):
+    if not match or not math.isfinite(float(match["value"])):
         raise FrontError(
             f"invalid limit {text!r}: write a reward, >=, >, <= or <, and a number, such as 'coverage >= 0.2'"
         )
-    return Limit(match["reward"], match["sign"], value)
+    return Limit(match["reward"], match["sign"], float(match["value"]))
 
 
 def by_preference(preference: Mapping[str, float], rewards: Sequence[str]) -> Rule:
-    """The largest Σ μi·Ri, the user's weights on the rewards as they are (Ramé et al. 2023, section 2).
+    """The largest Σ μi·Ri: weights on the rewards as they are (Ramé et al. 2023, section 2).
 
     Raises:
-        FrontError: A name that is no reward, or weights that are negative, not finite or all 0.
+        FrontError: An unknown reward, or weights that are negative, not finite or all 0.
     """
-    _known(preference, rewards)
+    _check_names(preference, rewards)
     weights = np.array([float(preference.get(reward, 0)) for reward in rewards])
     if not np.isfinite(weights).all() or weights.min() < 0 or weights.sum() == 0:
         raise FrontError(f"preference weights must be finite, at least 0 and not all 0, got {dict(preference)}")
@@ -79,103 +80,183 @@ def by_preference(preference: Mapping[str, float], rewards: Sequence[str]) -> Ru
 
 
 class Constrained:
-    """The largest value of one reward among the points whose other rewards keep their limits.
+    """The largest value of one reward among the points that keep limits.
 
     Raises:
-        FrontError: A name that is no reward, or a limit that is not like ``">= 0.2"``.
+        FrontError: An unknown reward.
     """
 
-    def __init__(self, maximize: str, subject_to: Mapping[str, str], rewards: Sequence[str]):
-        _known([maximize, *subject_to], rewards)
-        self._column = list(rewards).index(maximize)
-        self._limits = {reward: _limit(reward, text) for reward, text in subject_to.items()}
-        self._rewards = list(rewards)
-
-    def allowed(self, means: NDArray[np.float64], leaving_out: str | None = None) -> NDArray[np.bool_]:
-        """Which points keep all limits (but one): shape (..., points)."""
-        kept = np.ones(means.shape[:-1], dtype=bool)
-        for reward, (compare, value) in self._limits.items():
-            if reward != leaving_out:
-                kept &= compare(means[..., self._rewards.index(reward)], value)
-        return kept
+    def __init__(self, maximize: str, limits: Sequence[Limit], rewards: Sequence[str]):
+        _check_names([maximize, *(limit.reward for limit in limits)], rewards)
+        self._column, self._limits, self._rewards = list(rewards).index(maximize), limits, list(rewards)
 
     def __call__(self, means: NDArray[np.float64]) -> NDArray[np.int64]:
-        allowed = self.allowed(means)
+        allowed = self._allowed(means, self._limits)
         best = np.argmax(np.where(allowed, means[..., self._column], -np.inf), axis=-1)
         return np.where(allowed.any(axis=-1), best, -1)
 
-    def refuse(self, means: NDArray[np.float64], labels: Sequence[str]) -> None:
-        """Say which limits cannot be kept, and the best that can be reached.
+    def _allowed(self, means: NDArray[np.float64], limits: Iterable[Limit]) -> NDArray[np.bool_]:
+        """Which points keep the limits: shape (..., points)."""
+        kept = np.ones(means.shape[:-1], dtype=bool)
+        for limit in limits:
+            kept &= limit.holds(means[..., self._rewards.index(limit.reward)])
+        return kept
 
-        Raises:
-            FrontError: No point of `means`, shape (points, rewards), keeps all limits.
-        """
-        if self.allowed(means).any():
-            return
-        told = []
-        for reward, (compare, value) in self._limits.items():
-            column = means[:, self._rewards.index(reward)]
-            others = self.allowed(means, leaving_out=reward)
-            if not others.any():
-                continue
-            upwards = compare in (operator.ge, operator.gt)
-            at = int(np.argmax(np.where(others, column if upwards else -column, -np.inf)))
-            rest = ", the other limits kept" if len(self._limits) > 1 else ""
-            told.append(
-                f"{reward} {_sign(compare)} {value:g}: the best reachable is {column[at]:.4g} ({labels[at]}){rest}"
-            )
-        if not told:  # two limits or more that exclude each other even two by two
-            told = [
-                f"{reward} reaches from {column.min():.4g} to {column.max():.4g}"
-                for reward in self._limits
-                for column in [means[:, self._rewards.index(reward)]]
-            ]
-        raise FrontError(f"no point keeps the limits; {'; '.join(told)}")
+    def explain(self, means: NDArray[np.float64], labels: Sequence[str]) -> str:
+        """Why no point of `means`, shape (points, rewards), keeps all limits: for each limit the best reachable value."""
+        reasons = []
+        for limit in self._limits:
+            column = means[:, self._rewards.index(limit.reward)]
+            others = self._allowed(means, (other for other in self._limits if other is not limit))
+            if others.any():
+                upwards = column if limit.sign in (">", ">=") else -column
+                best = int(np.argmax(np.where(others, upwards, -np.inf)))
+                rest = ", the other limits kept" if len(self._limits) > 1 else ""
+                reasons.append(f"{limit}: the best reachable is {column[best]:.4g} ({labels[best]}){rest}")
+        if not reasons:  # two limits or more that exclude each other even two by two
+            for limit in self._limits:
+                column = means[:, self._rewards.index(limit.reward)]
+                reasons.append(f"{limit.reward} reaches from {column.min():.4g} to {column.max():.4g}")
+        return "; ".join(reasons)
 
 
 def knee(means: NDArray[np.float64]) -> NDArray[np.int64]:
     """The Pareto-optimal point farthest above the plane through the front's ends, rewards scaled to [0, 1] on the front.
 
-    The ends are the points with the most of each reward; above is the side of the ideal point, the most of every reward.
-    Das 1999, "On characterizing the knee of the Pareto curve based on normal-boundary intersection".
+    The ends are the points with the most of each reward; above is the side of the ideal point, which has the most of every
+    reward. Das 1999, "On characterizing the knee of the Pareto curve based on normal-boundary intersection".
     """
-    from moocore import is_nondominated
-
     if means.ndim > 2:
         return np.array([knee(draw) for draw in means])
-    kept = np.flatnonzero(is_nondominated(means, maximise=True, keep_weakly=True))
-    on_front = means[kept]
-    width = np.ptp(on_front, axis=0)
+    optimal = np.flatnonzero(pareto_mask(means))
+    front = means[optimal]
+    width = np.ptp(front, axis=0)
     if not width.any():  # one point, or copies of it
-        return kept[0]
-    scaled = (on_front - on_front.min(axis=0))[:, width > 0] / width[width > 0]
-    heights = np.round(scaled @ _normal_of_ends(scaled), 12)  # of ends that nothing is above, the first
-    return kept[np.argmax(heights)]
+        return optimal[0]
+    scaled = (front - front.min(axis=0))[:, width > 0] / width[width > 0]
+    heights = np.round(scaled @ _normal_of_ends(scaled), 12)  # rounded, so that among equal points the first is chosen
+    return optimal[np.argmax(heights)]
 
 
 def _normal_of_ends(scaled: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Normal of the plane through the ends of a front in [0, 1], shape (points, rewards), towards the ideal point.
+    """Normal of the plane through the ends of a front in [0, 1], shape (points, rewards), toward the ideal point.
 
-    Where one point is the end of several rewards, many planes hold the ends: it is the one farthest from the ideal point.
+    Where one point is the end of several rewards, many planes hold the ends: the plane farthest from the ideal point is used.
     """
     total = scaled.sum(axis=1)
     ends = scaled[[int(np.argmax(np.where(column == 1, total, -np.inf))) for column in scaled.T]]
     middle = ends.mean(axis=0)
     across, upwards = (ends - middle).T, 1 - middle
     normal = upwards - across @ np.linalg.lstsq(across, upwards, rcond=None)[0]
-    # Rounding alone is left where the ideal point is in the plane.
+    # Where the ideal point is in the plane, only rounding errors are left of the normal.
     return normal if np.abs(normal).max(initial=0) > 1e-9 else np.ones_like(middle)
 
 
-def _known(names: Mapping[str, Any] | Sequence[str], rewards: Sequence[str]) -> None:
-    if unknown := [name for name in names if name not in rewards]:
+def _check_names(names: Iterable[str], rewards: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in rewards]
+    if unknown:
         raise FrontError(f"no reward {unknown}; there are {list(rewards)}")
 
 
-def _limit(reward: str, text: str) -> tuple[Callable[[Any, Any], Any], float]:
-    limit = parse_limit(f"{reward} {text}")
-    return _COMPARISONS[limit.sign], limit.value
+def choose_by_weights(front: Front, preference: Mapping[str, float]) -> Choice:
+    """The point with the largest weighted sum of rewards."""
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in preference.items())
+    return _by_rule(front, front.candidates, by_preference(preference, front.rewards), f"preference {weights}")
 
 
-def _sign(compare: Callable[[Any, Any], Any]) -> str:
-    return next(sign for sign, found in _COMPARISONS.items() if found is compare)
+def choose_by_limits(front: Front, maximize: str, subject_to: Mapping[str, str] | Iterable[str]) -> Choice:
+    """The point with the most of one reward among those that keep limits.
+
+    Args:
+        front: The front.
+        maximize: The reward.
+        subject_to: Limits: ``{"b": ">= 0.2"}``, or ``["b >= 0.2"]``.
+
+    Raises:
+        FrontError: An unknown reward, an invalid limit, or no point keeps the limits (the best reachable is named).
+    """
+    if isinstance(subject_to, Mapping):
+        subject_to = [f"{reward} {limit}" for reward, limit in subject_to.items()]
+    limits = [parse_limit(text) for text in subject_to]
+    rule = Constrained(maximize, limits, front.rewards)
+    means = front.stack(front.candidates)[0]
+    if rule(means) < 0:
+        labels = [point.label for point in front.candidates]
+        raise FrontError(f"no point keeps the limits; {rule.explain(means, labels)}")
+    return _by_rule(front, front.candidates, rule, ", ".join([f"largest {maximize}", *map(str, limits)]))
+
+
+def choose_knee(front: Front) -> Choice:
+    """The knee of the front."""
+    return _by_rule(front, front.candidates, knee, "knee of the front")
+
+
+def choose_by_votes(front: Front, votes: str | Path | Sequence[Mapping[str, Any]] | VotedUtility) -> Choice:
+    """The soup that voters like best.
+
+    Raises:
+        FrontError: No soups, or votes about other ingredients.
+        VotesError: As `fit_votes`.
+    """
+    from rsoups.fronts.votes import VotedUtility, fit_votes
+
+    if not front.soups:
+        raise FrontError("votes choose among soups, and this front has none: sweep soups first")
+    utility = votes if isinstance(votes, VotedUtility) else fit_votes(votes, front.ingredients)
+    if sorted(utility.ingredients) != sorted(front.ingredients):
+        raise FrontError(
+            f"the votes are about {utility.ingredients}, the soups weigh {front.ingredients}: collect votes on these soups"
+        )
+    best, share = utility.best_of([point.lambdas or {} for point in front.soups])
+    return choice_of(front, front.soups[best], f"best liked in {utility.votes} votes", share)
+
+
+def choose_above_base(front: Front, preference: Mapping[str, float]) -> Choice:
+    """The best point by preference among those above the base in every reward, with 95% confidence where there is one.
+
+    Raises:
+        FrontError: No base, no other points, or no point above the base (the nearest is named).
+    """
+    points = [point for point in front.candidates if point is not front.base]
+    rule = by_preference(preference, front.rewards)
+    if front.base is None or not points:
+        labels = [point.label for point in front.points]
+        raise FrontError(f"above_base compares points with the base; there are {labels}: evaluate the base and soups")
+    gains = {point: front.difference(point, front.base).values() for point in points}
+    surely = [point for point in points if all(gain.is_above_zero for gain in gains[point])]
+    likely = [point for point in points if all(gain.value > 0 for gain in gains[point])]
+
+    if not likely:
+        lowest = {point: min(gain.value for gain in gains[point]) for point in points}
+        nearest = max(points, key=lambda point: (share_above_base(front, point) or 0, lowest[point]))
+        raise FrontError(
+            "no good choice: no soup is above the base in every reward; the nearest is "
+            f"{choice_of(front, nearest, 'most often above it', None)}"
+        )
+    certainty = ", with 95% confidence" if surely else ", though not with 95% confidence" if front.prompts else ""
+    return _by_rule(front, surely or likely, rule, f"above the base in every reward{certainty}")
+
+
+def share_above_base(front: Front, point: Point) -> float | None:
+    """Share of the bootstrap draws in which a point is above the base in every reward; None without draws or a base."""
+    if front.base is None or front.shares is None:
+        return None
+    draws = front.stack([point, front.base])[1:]
+    return float((draws[:, 0] > draws[:, 1]).all(axis=-1).mean())
+
+
+def choice_of(front: Front, point: Point, rule: str, share: float | None) -> Choice:
+    """A choice, compared with the base if there is one."""
+    if front.base is None or point is front.base:
+        return Choice(point, rule, share)
+    gains = front.difference(point, front.base)
+    behind = {reward: gain for reward, gain in gains.items() if gain.value <= 0}
+    return Choice(point, rule, share, share_above_base(front, point), behind)
+
+
+def _by_rule(front: Front, points: Sequence[Point], rule: Rule, words: str) -> Choice:
+    """The point that a rule chooses by the observed means, and the share of draws in which it chooses the same."""
+    means = front.stack(points)
+    chosen = int(rule(means[0]))
+    share = None if len(means) == 1 else float(np.mean(rule(means[1:]) == chosen))
+    return choice_of(front, points[chosen], words, share)

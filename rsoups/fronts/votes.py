@@ -1,18 +1,18 @@
-"""Votes between generations at different λ, fitted to a utility over λ, with its uncertainty and what to ask next.
+"""Fit pairwise votes between responses at different λ to a utility over λ.
 
 A vote is one line of JSON: ``{"prompt", "a": {"lambdas", "response"}, "b": {...}, "choice": "a" | "b" | "tie"}``.
 
-The model is Bradley and Terry's (1952), P(a preferred to b) = σ(u(λa) - u(λb)), with a Gaussian process as the prior of u
-(Chu and Ghahramani 2005): an RBF kernel on the simplex, by scikit-learn's Nystroem features, on which u is linear; logistic
-regression finds the most probable u, and Laplace's approximation its covariance. A tie is half a vote for each.
+The model is that of Bradley and Terry (1952), P(a preferred to b) = σ(u(λa) - u(λb)), with a Gaussian process as the prior of u
+(Chu and Ghahramani 2005): an RBF kernel on the simplex, by scikit-learn's Nystroem features, in which u is linear. Logistic
+regression finds the most probable u, Laplace's approximation its covariance. A tie is half a vote for each side.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +21,43 @@ from numpy.typing import NDArray
 
 from rsoups.common.errors import VotesError
 from rsoups.common.files import json_lines
+from rsoups.fronts.grids import simplex
 
 CHOICES = ("a", "b", "tie")
 _OUTCOME = {"a": 1.0, "b": 0.0, "tie": 0.5}
 # The prior: utilities differ by a few units of log-odds, and change over a good part of the simplex, whose edge is √2 long.
 _AMPLITUDE, _LENGTH = 2.0, 0.6
-_GRID = {1: 1, 2: 41, 3: 15, 4: 8}  # points on an edge of the grid, by ingredients; 4 for more
+_GRID = {1: 2, 2: 41, 3: 15, 4: 8}  # points on an edge of the grid, by number of ingredients; 4 for more
 _DRAWS = 2_000
+_LIKELY = 0.01  # share of the draws in which a λ is the best, to be worth a question
+Array = NDArray[np.float64]
 
 
 def check_vote(where: str, vote: Mapping[str, Any], ingredients: Sequence[str] | None = None) -> list[str]:
-    """The ingredients of a vote, which is as above.
+    """Check a vote, and return its ingredients.
+
+    Args:
+        where: Beginning of an error message, such as ``"votes.jsonl, line 3"``.
+        vote: The vote.
+        ingredients: Names that its λ must weigh; any names by default.
 
     Raises:
-        VotesError: It is not, or its λ weigh other ingredients; `where` begins the message.
+        VotesError: Not a vote, or other ingredients.
     """
     try:
         choice, sides = vote["choice"], [vote["a"]["lambdas"], vote["b"]["lambdas"]]
         names = [list(side) for side in sides]
-        finite = all(math.isfinite(x) for side in sides for x in side.values())
+        finite = all(math.isfinite(weight) for side in sides for weight in side.values())
     except (KeyError, TypeError, AttributeError) as error:
         raise VotesError(
-            f"{where} is not a vote: it needs prompt, a and b (each with lambdas by ingredient) and choice ({error!r})"
+            f"{where} is not a vote ({error!r}): write prompt, a and b (each with lambdas by ingredient) and choice"
         ) from None
     if choice not in CHOICES or not finite:
-        raise VotesError(f"{where}: choice is one of {list(CHOICES)} and λ are finite; got {choice!r} and {sides}")
-    known = list(ingredients or names[0])
-    if any(sorted(found) != sorted(known) for found in names):
-        raise VotesError(f"{where} weighs {names}, expected {known}")
-    return known
+        raise VotesError(f"{where}: choice must be one of {list(CHOICES)} and λ finite, got {choice!r} and {sides}")
+    expected = list(ingredients or names[0])
+    if any(sorted(side) != sorted(expected) for side in names):
+        raise VotesError(f"{where} weighs {names}, expected {expected}: fit votes about the same ingredients")
+    return expected
 
 
 def read_votes(path: str | Path) -> list[dict[str, Any]]:
@@ -68,45 +76,48 @@ def read_votes(path: str | Path) -> list[dict[str, Any]]:
 def fit_votes(
     votes: str | Path | Iterable[Mapping[str, Any]], ingredients: Sequence[str] | None = None, seed: int = 0
 ) -> VotedUtility:
-    """The utility over λ that explains votes.
+    """Fit the utility over λ that explains votes best.
 
     Args:
-        votes: A file or its rows.
-        ingredients: In the order of λ; those of the first vote by default. With them there may be no votes yet.
-        seed: Of the draws from the posterior.
+        votes: A votes file or its rows; may be empty if `ingredients` is given.
+        ingredients: Names in the order of λ; those of the first vote by default.
+        seed: Seed of the draws from the posterior.
 
     Raises:
-        VotesError: No votes and no ingredients, a row that is not a vote or weighs other ingredients, or scikit-learn missing.
+        VotesError: Neither votes nor ingredients, a row that is not a vote or weighs other ingredients, or scikit-learn is
+            missing.
     """
     rows = read_votes(votes) if isinstance(votes, (str, Path)) else list(votes)
     if not rows and not ingredients:
-        raise VotesError("there are no votes; name the ingredients to be told what to ask first")
-    known = list(ingredients) if ingredients else check_vote("vote 1", rows[0])
+        raise VotesError("there are no votes; name the ingredients to learn which two λ to compare first")
+    names = list(ingredients) if ingredients else check_vote("vote 1", rows[0])
     for number, vote in enumerate(rows, 1):
-        check_vote(f"vote {number}", vote, known)
-    return VotedUtility(rows, known, seed)
+        check_vote(f"vote {number}", vote, names)
+    return VotedUtility(rows, names, seed)
 
 
 class VotedUtility:
-    """A utility u over λ, up to a constant: its mean over the simplex is 0. One unit more is odds of e to 1 in a vote.
+    """A utility u over λ with mean 0 over the simplex. One unit more means odds of e to 1 in a vote.
 
     Attributes:
-        ingredients: Names, in the order of λ.
-        votes: How many it was fitted to.
+        ingredients: Names in the order of λ.
+        votes: Number of votes it was fitted to.
     """
 
     def __init__(self, votes: Sequence[Mapping[str, Any]], ingredients: list[str], seed: int):
         self.ingredients, self.votes, self._seed = ingredients, len(votes), seed
-        self._grid = _simplex(len(ingredients))
+        self._grid = np.array(simplex(len(ingredients), _GRID.get(len(ingredients), 4)))
         self._features = _features(self._grid)
         self._center = self._features(self._grid).mean(axis=0)
-        sides = [[self._weights(vote[side]["lambdas"]) for vote in votes] for side in "ab"]
-        first, second = (self._features(np.array(rows).reshape(-1, len(ingredients))) for rows in sides)
+        first, second = (self._at([vote[side]["lambdas"] for vote in votes]) for side in "ab")
         outcomes = np.array([_OUTCOME[vote["choice"]] for vote in votes])
         self._mean, self._covariance = _laplace(first - second, outcomes)
 
-    def utility(self, lambdas: Sequence[Mapping[str, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean and standard deviation of u at each λ, both of shape (K,)."""
+    def __repr__(self) -> str:
+        return f"VotedUtility({self.votes} votes on {', '.join(self.ingredients)})"
+
+    def utility(self, lambdas: Sequence[Mapping[str, float]]) -> tuple[Array, Array]:
+        """Mean and standard deviation of u at each λ, both of shape (K,), float64."""
         features = self._at(lambdas)
         variance = np.einsum("ki,ij,kj->k", features, self._covariance, features)
         return features @ self._mean, np.sqrt(np.maximum(variance, 0))
@@ -122,7 +133,7 @@ class VotedUtility:
         return self.candidates[int(np.argmax(means))]
 
     def best_of(self, lambdas: Sequence[Mapping[str, float]]) -> tuple[int, float]:
-        """Which λ has the largest mean utility, and in how many draws from the posterior it has the largest one.
+        """The place of the λ with the largest mean utility, and the share of posterior draws in which it has the largest.
 
         Raises:
             VotesError: There are no votes.
@@ -132,24 +143,24 @@ class VotedUtility:
         return chosen, float(np.mean(np.argmax(self._draws(lambdas), axis=1) == chosen))
 
     def ask(self, among: Sequence[Mapping[str, float]] | None = None) -> tuple[dict[str, float], dict[str, float]]:
-        """The two λ whose comparison tells most about which is best.
+        """The two λ whose comparison tells most about the best λ.
 
-        Among the λ that are best in at least 1% of the draws from the posterior (the four likeliest at least), the pair whose
-        answer carries the most information about u (Houlsby et al. 2011, BALD): uncertain because u is, not because the
-        voter is torn.
+        Candidates are the λ that are best in at least 1% of the posterior draws (at least the four likeliest). The pair is the
+        one whose answer carries the most information about u (Houlsby et al. 2011, BALD): an answer that is uncertain because
+        u is, not because the voter has no preference.
 
         Args:
-            among: Candidates; a grid of the simplex by default.
+            among: λ to choose from; a grid of the simplex by default.
 
         Raises:
-            VotesError: Fewer than two candidates.
+            VotesError: Fewer than two λ to choose from.
         """
         rows = [dict(row) for row in (self.candidates if among is None else among)]
         if len(rows) < 2:
-            raise VotesError(f"a question needs two λ at least, got {len(rows)}")
+            raise VotesError(f"a question compares at least two λ, got {len(rows)}: evaluate more λ")
         draws = self._draws(rows)
         wins = np.bincount(np.argmax(draws, axis=1), minlength=len(rows)) / len(draws)
-        likely = np.argsort(-wins, kind="stable")[: max(4, int((wins >= 0.01).sum()))]
+        likely = np.argsort(-wins, kind="stable")[: max(4, int((wins >= _LIKELY).sum()))]
         pairs = list(combinations(sorted(likely.tolist()), 2))
         information = [_information(draws[:, a] - draws[:, b]) for a, b in pairs]
         first, second = pairs[int(np.argmax(information))]
@@ -157,53 +168,47 @@ class VotedUtility:
 
     def _check_votes(self) -> None:
         if not self.votes:
-            raise VotesError("there are no votes to choose by: `ask` tells which two λ to compare first")
+            raise VotesError("there are no votes to choose by: compare the two λ that `ask` returns first")
 
     @cached_property
     def candidates(self) -> list[dict[str, float]]:
-        """A regular grid of the simplex."""
+        """λ on a regular grid of the simplex."""
         return [dict(zip(self.ingredients, row, strict=True)) for row in self._grid.tolist()]
 
-    def _weights(self, lambdas: Mapping[str, float]) -> list[float]:
-        return [float(lambdas[name]) for name in self.ingredients]
+    def _at(self, lambdas: Sequence[Mapping[str, float]]) -> Array:
+        """Centered features of λ: shape (K, features)."""
+        weights = [[float(row[name]) for name in self.ingredients] for row in lambdas]
+        return self._features(np.array(weights).reshape(-1, len(self.ingredients))) - self._center
 
-    def _at(self, lambdas: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
-        return self._features(np.array([self._weights(row) for row in lambdas])) - self._center
-
-    def _draws(self, lambdas: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
-        """Draws from the posterior of u: shape (draws, K)."""
+    def _draws(self, lambdas: Sequence[Mapping[str, float]]) -> Array:
+        """Posterior draws of u: shape (draws, K)."""
         random = np.random.default_rng(self._seed)
         weights = random.multivariate_normal(self._mean, self._covariance, size=_DRAWS, method="cholesky")
         return weights @ self._at(lambdas).T
 
 
-def _simplex(ingredients: int) -> NDArray[np.float64]:
-    steps = _GRID.get(ingredients, 4) - 1
-    if not steps:
-        return np.ones((1, 1))
-    grid = [c for c in product(range(steps + 1), repeat=ingredients) if sum(c) == steps]
-    return np.array(sorted(grid, reverse=True)) / steps
-
-
-def _features(grid: NDArray[np.float64]) -> Any:
-    """λ of shape (K, N) to features whose inner products are the prior's covariance of u."""
+def _features(grid: Array) -> Callable[[Array], Array]:
+    """A map from λ, shape (K, N), to features whose inner products are the prior covariance of u."""
     try:
         from sklearn.kernel_approximation import Nystroem
     except ImportError:
-        raise VotesError("votes are fitted with scikit-learn: pip install 'rsoups[votes]'") from None
+        raise VotesError("votes need scikit-learn, which is not installed: pip install 'rsoups[votes]'") from None
     nystroem = Nystroem(gamma=0.5 / _LENGTH**2, n_components=min(len(grid), 60), random_state=0).fit(grid)
-    return lambda rows: (
-        _AMPLITUDE * nystroem.transform(rows) if len(rows) else np.zeros((0, nystroem.components_.shape[0]))
-    )
+    size = nystroem.components_.shape[0]
+    return lambda rows: _AMPLITUDE * nystroem.transform(rows) if len(rows) else np.zeros((0, size))
 
 
-def _laplace(
-    differences: NDArray[np.float64], outcomes: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mode and covariance of the weights: prior N(0, 1), σ(differences @ weights) the probability of an outcome of 1."""
+def _laplace(differences: Array, outcomes: Array) -> tuple[Array, Array]:
+    """Mode and covariance of the weights, where σ(differences @ weights) is the probability of outcome 1 and the prior N(0, 1).
+
+    Args:
+        differences: Features of the first λ minus those of the second, shape (votes, features).
+        outcomes: 1 for a vote for the first, 0 for the second, 0.5 for a tie, shape (votes,).
+    """
     size = differences.shape[1]
     if not len(differences):
         return np.zeros(size), np.eye(size)
+    from scipy.special import expit
     from sklearn.linear_model import LogisticRegression
 
     # Every vote counts once for its outcome and, with the rest of its weight, against it: ties need no third class.
@@ -213,17 +218,15 @@ def _laplace(
     model = LogisticRegression(C=1.0, fit_intercept=False, tol=1e-8, max_iter=2_000)
     model.fit(rows, labels, sample_weight=weight)
     mode = model.coef_[0]
-    p = 1 / (1 + np.exp(-(differences @ mode)))
+    p = expit(differences @ mode)
     precision = np.eye(size) + (differences * (p * (1 - p))[:, None]).T @ differences
     return mode, np.linalg.inv(precision)
 
 
-def _information(difference: NDArray[np.float64]) -> float:
-    """Mutual information, in nats, between a vote and u, from draws of the difference in utility."""
-    p = 1 / (1 + np.exp(-difference))
-    return _entropy(p.mean()) - float(np.mean(_entropy(p)))
+def _information(difference: Array) -> float:
+    """Mutual information, in nats, between a vote and u, given draws of the difference in utility."""
+    from scipy.special import entr, expit  # scikit-learn brings scipy
 
-
-def _entropy(p: Any) -> Any:
-    p = np.clip(p, 1e-12, 1 - 1e-12)
-    return -p * np.log(p) - (1 - p) * np.log(1 - p)
+    p = expit(difference)
+    mean = p.mean()
+    return float(entr(mean) + entr(1 - mean) - np.mean(entr(p) + entr(1 - p)))

@@ -5,66 +5,82 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rsoups.adapters.filenames import CARD_FILE
 from rsoups.bases.names import is_on_hub
 from rsoups.common.assets import resolve
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-EMBEDDED_PREFIX = "rsoups/"  # their names look like the Hub's, and are not there
-# How much each asks for; what is not among them has terms of its own.
+EMBEDDED_PREFIX = "rsoups/"  # names of embedded models look like Hub ids, but are not on the Hub
+# Permissive licenses by how much they ask for. Any other license has terms of its own.
 _PERMISSIVE = {"cc0-1.0": 0, "unlicense": 0, "mit": 1, "bsd-2-clause": 1, "bsd-3-clause": 1, "apache-2.0": 2}
 
 
+class Terms(NamedTuple):
+    """License of what is published.
+
+    Attributes:
+        license: The Hub's name of the license; None where it would be a guess.
+        remark: Why the card has no license, in a sentence; "" otherwise.
+    """
+
+    license: str | None
+    remark: str = ""
+
+
 def on_hub(name: str) -> bool:
+    """Whether a name is that of a repository on the Hub, and not of a folder of this disk."""
     return bool(_HUB_ID.fullmatch(name)) and is_on_hub(name) and not Path(name).exists()
 
 
-def license_of(base: str, parents: Sequence[tuple[str, str | None]], given: str | None) -> tuple[str | None, str]:
-    """The license for the metadata, None where it would be a guess, and a sentence about it."""
+def license_of(base: str, ingredients: Sequence[tuple[str, str | None]], given: str | None) -> Terms:
+    """Return the license of a soup or an adapter.
+
+    Args:
+        base: Folder or Hub id of the base.
+        ingredients: Folder or Hub id, and commit, of each adapter that it is made of.
+        given: The user's own choice, which is taken as it is.
+    """
     if given is not None:
-        return given, ""
-    sources = [(base, None), *parents]
+        return Terms(given)
+    sources = [(base, None), *ingredients]
     return strictest({Path(source).name or "the base": _stated(source, revision) for source, revision in sources})
 
 
-def strictest(licenses: Mapping[str, str | None]) -> tuple[str | None, str]:
-    """The license that asks for the most, where that is clear: all are known, and at most one of them is not permissive.
+def strictest(licenses: Mapping[str, str | None]) -> Terms:
+    """Return the license that asks for the most, where that is clear: all are known, and at most one is not permissive.
 
     Args:
-        licenses: By what they are of; None where unknown.
-
-    Returns:
-        The license or None, and a sentence that says why there is none.
+        licenses: License of each model by its name; None where it is unknown.
     """
     unknown = sorted(name for name, license in licenses.items() if license is None)
     if unknown:
-        return None, f"No license is stated here, since none is known of {', '.join(unknown)}."
-    found = {str(license).lower() for license in licenses.values()}
-    others = found - _PERMISSIVE.keys()
+        return Terms(None, f"No license is stated here, since none is known of {', '.join(unknown)}.")
+
+    names = {str(license).lower() for license in licenses.values()}
+    others = names - _PERMISSIVE.keys()
     if len(others) > 1:
-        told = ", ".join(f"{name}: {license}" for name, license in licenses.items())
-        return None, f"No license is stated here, since several sets of terms apply ({told})."
-    return (others.pop() if others else max(sorted(found), key=lambda name: _PERMISSIVE[name])), ""
+        pairs = ", ".join(f"{name}: {license}" for name, license in licenses.items())
+        return Terms(None, f"No license is stated here, since several sets of terms apply ({pairs}).")
+    return Terms(others.pop() if others else max(sorted(names), key=lambda name: _PERMISSIVE[name]))
 
 
 def _stated(source: str, revision: str | None) -> str | None:
-    """What the card of a model says: a folder's, or the Hub's, if it answers."""
+    """The license in the card of a model: a folder's, or the Hub's, if it answers."""
     import httpx2
     from huggingface_hub import HfApi, ModelCard
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    folder = Path(resolve(source)) if source else None
-    if folder is None:
+    if not source:
         return None
+    folder = Path(resolve(source))
+    data = None
     try:
-        if folder.is_dir():
-            card = folder / CARD_FILE
-            data = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else None
-        elif on_hub(source):
+        if (folder / CARD_FILE).is_file():
+            data = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True).data
+        elif not folder.is_dir() and on_hub(source):
             data = HfApi().model_info(source, revision=revision).card_data
-        else:
-            return None
     except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError, OSError, ValueError):
         return None
-    return getattr(data, "license", None) if data is not None else None
+    return getattr(data, "license", None)

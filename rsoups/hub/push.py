@@ -1,8 +1,8 @@
-"""Publish on the Hugging Face Hub and read from it: one commit, with a card that says only what is known.
+"""Publish folders on the Hugging Face Hub and read from it: one commit, with a card that says only what is known.
 
-soup.push_to_hub("user/soup", front=front)
-rsoups.Soup.from_pretrained("user/soup@main")
-rsoups.push_front("user/front", soups, front)      # several λ, one repository
+push("runs/coverage", "user/coverage")                   # an adapter with its lineage.json
+push("soup", "user/soup", front="sweep/records.jsonl")   # a soup with its soup.json
+pull("user/soup@main", "soup")
 """
 
 from __future__ import annotations
@@ -11,250 +11,244 @@ import json
 import shutil
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from rsoups.adapters.adapter import holds_tokens, read_adapter
-from rsoups.adapters.filenames import (
-    CARD_FILE,
-    CONFIG_FILE,
-    FRONT_FILE,
-    MANIFEST_FILE,
-    PICTURE_FILE,
-    SOUP_FILE,
-    WEIGHTS_FILE,
-)
-from rsoups.adapters.layer_names import written_name
-from rsoups.adapters.lineage import manifest_of, renamed_base, scrubbed
+from rsoups.adapters.filenames import CARD_FILE, CONFIG_FILE, MANIFEST_FILE, SOUP_FILE, WEIGHTS_FILE
+from rsoups.adapters.lineage import Manifest, manifest_of, parents_of, renamed_base, scrubbed, soup_ingredients
 from rsoups.bases.files import TOKENIZER_FILES, copy_files
 from rsoups.bases.names import public_name, short_name
-from rsoups.common.errors import HubError, LineageError
+from rsoups.common.errors import AdapterError, HubError, LineageError, OutputError
 from rsoups.common.files import from_hub, whole_folder
-from rsoups.fronts.front import Front
-from rsoups.fronts.points import Point
-from rsoups.hub.card import Evaluation, adapter_card, front_card, soup_card
-from rsoups.hub.upload import OUR_FILES, publish
-from rsoups.soups.soup import METHODS, Soup
+from rsoups.hub.card import card
+from rsoups.hub.evaluation import Evaluation
+from rsoups.hub.licenses import license_of
+from rsoups.hub.upload import OUR_FILES, check_repo_id, commit
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from rsoups.fronts.front import Front
+
+
+class PushOptions(TypedDict, total=False):
+    """Options of `push` that `Soup.push_to_hub` and `push_front` pass on."""
+
+    private: bool | None
+    license: str | None
+    base: str | None
+    commit_message: str | None
+    create_pr: bool
+    dry_run: bool | str | Path
+    token: str | None
 
 
 def push(
-    soup: Soup,
+    folder: str | Path,
     repo_id: str,
     *,
     front: Front | str | Path | None = None,
     private: bool | None = None,
     license: str | None = None,
     base: str | None = None,
+    sources: Sequence[tuple[str, str | None]] | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
     dry_run: bool | str | Path = False,
     token: str | None = None,
 ) -> str:
-    """Publish a soup in one commit: adapter, soup.json, card, and of a front its figures, its picture and evaluation results.
+    """Publish a folder in one commit, with a card for what it holds.
 
     Args:
-        soup: The soup.
-        repo_id: ``user/name``; made if it is not there.
-        front: With the soup among its points, or the records.jsonl it is made of (beside which the sweep's settings are).
-        private: Of a new repository.
-        license: Of the soup, by the Hub's name. By default the strictest of the base's and the ingredients', where all of them
+        folder: An adapter with lineage.json; a soup with soup.json; or a front, that is subfolders with soups of the same
+            ingredients.
+        repo_id: ``user/name``; created if it does not exist.
+        front: Front with the soup among its points, or its records.jsonl (with the sweep's settings in the same folder). Its
+            figures, its picture and evaluation results are published too.
+        private: Visibility of a new repository.
+        license: The Hub's name of the license. By default the strictest of the base's and the ingredients', where all of them
             are known and one of them is the strictest; else the card has none and says why.
         base: Name of the base on the Hub, in place of a folder of this disk. No path of a disk is published.
-        commit_message: The λ by default.
+        sources: Folder or Hub id, and commit, of each ingredient, to read their licenses from. The manifest's by default.
+        commit_message: Message of the commit; λ of a soup by default.
         create_pr: Open a pull request instead of committing to the main branch.
-        dry_run: Only write the folder that would be pushed: there, or ``<name>-dry-run`` if True.
-        token: huggingface_hub's own by default; never logged.
+        dry_run: Only write the folder that would be pushed: to this path, or to ``<name>-dry-run`` if True.
+        token: Hub token; huggingface_hub's own by default. It is never logged.
 
     Returns:
         The URL of the commit or the pull request; of a dry run the folder.
 
     Raises:
-        HubError: Refused (which token, which scope), or not reached after bounded retries. Nothing is half-published.
+        AdapterError: As `read_adapter`; or a tensor is not finite.
+        LineageError: The folder has no manifest, or the manifest is that of other weights.
         FrontError: `front` has no point with this soup's λ.
+        HubError: The Hub refuses (the error names the token's origin and the scope), or is not reached after bounded
+            retries; nothing is half-published. Or the subfolders do not make one front.
     """
-    evaluation = Evaluation.of(front, soup)
-    told, place = soup.published(base), soup.config.base_model_name_or_path
+    check_repo_id(repo_id)
+    models = _read(Path(folder).expanduser(), base)
+    (first_name, first), *_ = models.items()
+    manifests = {name: model.manifest for name, model in models.items()}
+    if front is not None and not first.is_soup:
+        raise HubError(f"{folder} holds no {SOUP_FILE}: front= belongs to a soup at one of its λ")
 
-    def write(folder: Path) -> None:
-        told.save_pretrained(folder)
-        _write_front(folder, evaluation)
-        (folder / CARD_FILE).write_text(soup_card(told, repo_id, evaluation, license, place), encoding="utf-8")
+    evaluation = Evaluation.of(front, list(manifests.values())) if front is not None else None
+    if sources is None:
+        sources = [(parent["source"].partition("@")[0], parent["revision"]) for parent in parents_of(first.manifest)]
+    terms = license_of(first.base or "", sources, license)
+    text = card(repo_id, first.config, manifests, terms, evaluation)
 
-    message = commit_message or f"Soup: {soup.mix}"
-    return publish(repo_id, write, SOUP_FILE, private, message, create_pr, dry_run, token)
+    def write(out: Path) -> None:
+        for name, model in models.items():
+            model.write(out / name)
+        if evaluation is not None:
+            evaluation.write(out)
+        (out / CARD_FILE).write_text(text, encoding="utf-8")
 
+    if dry_run:
+        out = Path(f"{repo_id.split('/')[1]}-dry-run" if dry_run is True else dry_run)
+        if not first.is_soup and out.exists():  # a run's folder has checkpoints, too
+            raise OutputError(f"{out} exists: it is not replaced; remove it or choose another folder")
+        with whole_folder(out, str(Path(first_name, SOUP_FILE))) as partial:
+            write(partial)
+        return str(out)
 
-def push_front(
-    repo_id: str,
-    soups: Sequence[Soup],
-    front: Front | str | Path | None = None,
-    *,
-    private: bool | None = None,
-    license: str | None = None,
-    base: str | None = None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
-    dry_run: bool | str | Path = False,
-    token: str | None = None,
-) -> str:
-    """Publish several soups of the same ingredients as subfolders ``lambda-0.3-0.7`` of one repository, with one card.
-
-    Subfolders of earlier fronts stay. ``Soup.from_pretrained("user/front/lambda-0.3-0.7")`` reads one, and PEFT with
-    ``subfolder="lambda-0.3-0.7"``.
-
-    Args:
-        soups: At least one; all of the same ingredients, by name and hash, each at its own λ.
-        repo_id, front, private, license, base, commit_message, create_pr, dry_run, token: As `push`.
-
-    Raises:
-        HubError: As `push`; or soups that do not make one front.
-    """
-    if len({tuple((i.name, i.sha256) for i in soup.ingredients) for soup in soups}) != 1:
-        raise HubError("a front is of soups that have the same ingredients in the same order; push others on their own")
-    folders = {subfolder(soup): soup for soup in soups}
-    if len(folders) < len(soups):
-        raise HubError(f"a front holds one soup at each λ; got {[subfolder(soup) for soup in soups]}")
-    evaluation = Evaluation.of(front, *soups)
-    told = {name: soup.published(base) for name, soup in folders.items()}
-    place = soups[0].config.base_model_name_or_path
-
-    def write(folder: Path) -> None:
-        for name, soup in told.items():
-            soup.save_pretrained(folder / name)
-        _write_front(folder, evaluation)
-        (folder / CARD_FILE).write_text(front_card(told, repo_id, evaluation, license, place), encoding="utf-8")
-
-    message = commit_message or f"Front of {len(soups)} soups"
-    return publish(repo_id, write, f"{next(iter(folders))}/{SOUP_FILE}", private, message, create_pr, dry_run, token)
-
-
-def push_adapter(
-    source: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    license: str | None = None,
-    base: str | None = None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
-    dry_run: bool | str | Path = False,
-    token: str | None = None,
-) -> str:
-    """Publish a trained adapter with its lineage.json, and a card that names reward, template, KL and data.
-
-    Args:
-        source: The run's folder.
-        repo_id, private, license, base, commit_message, create_pr, dry_run, token: As `push`.
-
-    Raises:
-        AdapterError: As `read_adapter`.
-        LineageError: No lineage.json: which reward trained it is not known.
-        HubError: As `push`.
-    """
-    adapter, manifest = read_adapter(source), manifest_of(source)
-    adapter.check_values()
-    if manifest is None:
-        raise LineageError(f"{source} holds no {MANIFEST_FILE}: no card can tell what it is; rsoups' recipes write one")
-    place = adapter.config.base_model_name_or_path
-    config = deepcopy(adapter.config)
-    config.base_model_name_or_path = public_name(place, base)
-    told = renamed_base(scrubbed(manifest), {place, short_name(place)}, config.base_model_name_or_path)
-
-    def write(folder: Path) -> None:
-        folder.mkdir()
-        shutil.copyfile(Path(source) / WEIGHTS_FILE, folder / WEIGHTS_FILE)
-        written = json.loads((Path(source) / CONFIG_FILE).read_text("utf-8"))
-        _write_json(folder / CONFIG_FILE, written | {"base_model_name_or_path": config.base_model_name_or_path})
-        _write_json(folder / MANIFEST_FILE, told)
-        if holds_tokens(adapter.layout):
-            copy_files(Path(source), TOKENIZER_FILES, folder)
-        (folder / CARD_FILE).write_text(adapter_card(config, told, repo_id, license, place), encoding="utf-8")
-
-    message = commit_message or f"{str(manifest.get('kind', 'adapter')).upper()} adapter"
-    return publish(repo_id, write, None, private, message, create_pr, dry_run, token)
-
-
-def read_soup(source: str | Path) -> Soup:
-    """See `Soup.from_pretrained`."""
-    adapter, manifest = read_adapter(source), manifest_of(source)
-    if manifest is None or "ingredients" not in manifest:
-        raise LineageError(
-            f"{source} holds no {SOUP_FILE}: rsoups.interpolate([{str(source)!r}], [1.0]) takes any adapter"
-        )
-    weighed = manifest["ingredients"] and all("lambda" in ingredient for ingredient in manifest["ingredients"])
-    if manifest.get("method") not in METHODS or not weighed:
-        told = f"method {manifest.get('method')!r}, {len(manifest['ingredients'])} ingredients"
-        raise LineageError(f"{source}: {SOUP_FILE} is none of a soup of adapters ({told})")
-    state = {written_name(name, adapter.modules): adapter.tensor(name) for name in adapter.layout}
-    return Soup(
-        tensors=state,
-        config=adapter.config,
-        lambdas=tuple(float(ingredient["lambda"]) for ingredient in manifest["ingredients"]),
-        method=manifest["method"],
-        base_mismatch=bool(manifest.get("base_mismatch_allowed")),
-        svd_error=manifest.get("svd_error"),
-        factors_distance=manifest.get("factors_distance"),
-        _manifest=manifest,
-        _file=adapter,
-    )
+    with TemporaryDirectory() as temporary:
+        write(Path(temporary))
+        return commit(Path(temporary), repo_id, private, commit_message or _message(models), create_pr, token)
 
 
 def pull(source: str, out: str | Path) -> Path:
-    """Copy an adapter or a soup from the Hub to a folder, all or nothing: it, its card, lineage and front.
+    """Copy an adapter or a soup from the Hub to a folder, all or nothing, with its card, lineage and front.
 
-    Only files of these names are fetched: nothing that a repository holds beside them, and no path that it names.
+    Only files with these names are fetched: no other file of the repository, and no path that it names.
 
     Args:
         source: ``user/name``, ``user/name@revision``, ``user/name/subfolder@revision``.
-        out: The folder.
+        out: Folder of the copy.
 
     Raises:
-        HubError: No such repository, or the Hub cannot be reached.
-        AdapterError: What is there is no adapter that a soup could hold.
+        HubError: There is no such repository, or the Hub cannot be reached.
+        AdapterError: The repository holds no adapter that a soup could hold.
         OutputError: The folder holds something else, or cannot be written.
     """
-    found = from_hub(source, (*OUR_FILES, *TOKENIZER_FILES))
-    if found is None:
+    fetched = from_hub(source, (*OUR_FILES, *TOKENIZER_FILES))
+    if fetched is None:
         raise HubError(f"{source!r} is no Hub id (user/name, user/name@revision, user/name/subfolder)")
+    folder, _ = fetched
     read_adapter(source).check_values()
     with whole_folder(out, SOUP_FILE) as partial:
         for name in OUR_FILES:
-            if (found[0] / name).is_file():
-                shutil.copyfile(found[0] / name, partial / name)
-        copy_files(found[0], TOKENIZER_FILES, partial)
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, partial / name)
+        copy_files(folder, TOKENIZER_FILES, partial)
     return Path(out)
-
-
-def subfolder(soup: Soup) -> str:
-    """Of a soup in a front's repository."""
-    return "lambda-" + "-".join(f"{weight:.4g}" for weight in soup.lambdas)
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # --- what is pushed --------------------------------------------------------------------------------------------------
 
 
-def _write_front(folder: Path, evaluation: Evaluation | None) -> None:
-    """front.json and front.png."""
-    if evaluation is None:
-        return
-    from rsoups.reports.plots import draw_front
+@dataclass(frozen=True)
+class _Model:
+    """An adapter or a soup in a folder.
 
-    front = evaluation.front
-    data = {
-        "rewards": front.rewards,
-        "prompts": len(front.prompts),
-        "interval": "95% bootstrap over prompts",
-        "points": [_point(point) for point in front.points],
-        "settings": evaluation.settings,
-    }
-    _write_json(folder / FRONT_FILE, data)
-    draw_front(front).savefig(folder / PICTURE_FILE, dpi=160)
+    Attributes:
+        folder: The folder.
+        weights: Its file of weights; in the cache where the folder itself holds a pickle.
+        base: The base on this disk, or its name.
+        config: PEFT's config, with the public name of the base.
+        manifest: What is published of the manifest: no path of this disk.
+        has_tokens: Whether its tensors are of tokens, so that the tokenizer belongs to them.
+    """
+
+    folder: Path
+    weights: Path
+    base: str | None
+    config: LoraConfig
+    manifest: Manifest
+    has_tokens: bool
+
+    @classmethod
+    def read(cls, folder: Path, base_name: str | None) -> _Model:
+        adapter, manifest = read_adapter(folder), manifest_of(folder)
+        adapter.check_values()
+        if manifest is None:
+            raise LineageError(
+                f"{folder} holds no {MANIFEST_FILE}: no card can tell what it is; rsoups' recipes write one"
+            )
+        if "ingredients" in manifest:
+            soup_ingredients(folder, manifest)
+        recorded = manifest.get("sha256")
+        if isinstance(recorded, str) and recorded != adapter.sha256:
+            raise LineageError(
+                f"{folder}: its weights are {adapter.sha256[:12]}, its manifest is that of {recorded[:12]}: "
+                "publish the folder as it was written"
+            )
+
+        base = adapter.config.base_model_name_or_path
+        config = deepcopy(adapter.config)
+        config.base_model_name_or_path = public_name(base, base_name)
+        manifest = renamed_base(scrubbed(manifest), {base, short_name(base)}, config.base_model_name_or_path)
+        place = adapter.folder or folder
+        return cls(folder, place / WEIGHTS_FILE, base, config, manifest, holds_tokens(adapter.layout))
+
+    @property
+    def is_soup(self) -> bool:
+        return "ingredients" in self.manifest
+
+    def write(self, out: Path) -> None:
+        """Copy the folder's files of the adapter, without paths of this disk."""
+        out.mkdir(exist_ok=True)
+        shutil.copyfile(self.weights, out / WEIGHTS_FILE)
+        config = json.loads((self.folder / CONFIG_FILE).read_text("utf-8"))
+        config["base_model_name_or_path"] = self.config.base_model_name_or_path
+        _write_json(out / CONFIG_FILE, config, self.folder / CONFIG_FILE)
+
+        name = SOUP_FILE if self.is_soup else MANIFEST_FILE
+        _write_json(out / name, self.manifest, self.folder / name)
+        if self.has_tokens:
+            copy_files(self.folder, TOKENIZER_FILES, out)
 
 
-def _point(point: Point) -> dict[str, Any]:
-    head = {"name": point.name, "lambdas": point.lambdas, "method": point.method, "n": point.n}
-    return head | {"mean": point.mean, "low": point.low, "high": point.high}
+def _read(folder: Path, base_name: str | None) -> dict[str, _Model]:
+    """Models by their subfolder; "" is the folder itself."""
+    if not folder.is_dir():
+        raise AdapterError(f"no folder {str(folder)!r} to publish: give the folder of an adapter or a soup")
+    subfolders = sorted(path.parent for path in folder.glob(f"*/{SOUP_FILE}"))
+    if (folder / CONFIG_FILE).is_file() or not subfolders:
+        return {"": _Model.read(folder, base_name)}
+    soups = [_Model.read(path, base_name) for path in subfolders]
+    check_one_front([soup.manifest for soup in soups])
+    # In the order of a front's own points: the most of the first ingredient first.
+    soups.sort(key=lambda soup: [-parent["lambda"] for parent in parents_of(soup.manifest)])
+    return {soup.folder.name: soup for soup in soups}
+
+
+def check_one_front(soups: Sequence[Manifest]) -> None:
+    """Refuse soups that do not have the same ingredients, by name and hash.
+
+    Raises:
+        HubError: Two have other ingredients, or there is none.
+    """
+    if len({tuple((parent["name"], parent["sha256"]) for parent in parents_of(soup)) for soup in soups}) != 1:
+        raise HubError("a front is of soups that have the same ingredients in the same order; push others on their own")
+
+
+def _message(models: dict[str, _Model]) -> str:
+    if len(models) > 1 or "" not in models:
+        return f"Front of {len(models)} soups"
+    manifest = models[""].manifest
+    if not models[""].is_soup:
+        return f"{str(manifest.get('kind', 'adapter')).upper()} adapter"
+    return "Soup: " + ", ".join(f"{parent['lambda']:g} {parent['name']}" for parent in parents_of(manifest))
+
+
+def _write_json(path: Path, data: dict[str, Any], original: Path) -> None:
+    """Write JSON; a file that changes nothing about the original is a copy of it, byte for byte."""
+    if original.is_file() and json.loads(original.read_text("utf-8")) == data:
+        shutil.copyfile(original, path)
+    else:
+        path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

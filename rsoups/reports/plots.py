@@ -1,4 +1,4 @@
-"""The front as a picture file, by matplotlib: front.png, for a README or a paper."""
+"""Draw a front as a picture with matplotlib: front.png, for a README or a paper."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from rsoups.common.errors import FrontError
-from rsoups.fronts.comparison import outlines
+from rsoups.fronts.attainment import outlines
 from rsoups.fronts.front import Front
 from rsoups.fronts.points import BASE, Point
 
@@ -17,40 +17,67 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Okabe and Ito's colors, told apart with any color vision; shapes differ too.
+# Okabe and Ito's colors, distinct with any color vision; shapes differ too.
 _BLUE, _GRAY, _BLACK = "#0072B2", "#777777", "#222222"
 _OTHERS = [("#D55E00", "D"), ("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X")]
 
 
 def draw_front(front: Front) -> Figure:
     """One panel for each pair of rewards: soups joined from λ = 0 to 1, their chord, base and others, with intervals."""
-    from matplotlib.figure import Figure
-
     pairs = list(combinations(front.rewards, 2))
     if not pairs:
-        return draw_chord(front) if front.has_chord else _draw_one(front)
+        return draw_chord(front) if front.has_chord else _draw_one_reward(front)
     columns = min(3, len(pairs))
     rows = math.ceil(len(pairs) / columns)
-    figure = Figure(figsize=(7.2 * columns, 5.4 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (x, y) in zip(grid, pairs, strict=False):
+    figure = _figure(7.2 * columns, 5.4 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (x, y) in zip(panels, pairs, strict=False):
         _draw_pair(axes, front, x, y)
-    for axes in grid[len(pairs) :]:
+    for axes in panels[len(pairs) :]:
         axes.set_visible(False)
     return figure
 
 
-def _draw_one(front: Front) -> Figure:
-    """A single reward, where there is no λ to draw it over: each model on a line of its own."""
+def draw_chord(front: Front) -> Figure:
+    """Each reward of the soups of two ingredients over λ, with the chord between the ends.
+
+    Raises:
+        FrontError: The front is not of two ingredients, or an end was not evaluated.
+    """
+    if not front.has_chord:
+        raise FrontError("a plot over λ needs soups of two ingredients, including both ends: sweep λ = 0 and 1 too")
+    soups = front.soups
+    at = [point.weights[1] for point in soups]
+    figure = _figure(4.6 * len(front.rewards), 3.6)
+    for axes, reward in zip(figure.subplots(1, len(front.rewards), squeeze=False)[0], front.rewards, strict=True):
+        _style(axes)
+        if all(reward in point.low for point in soups):
+            low, high = [point.low[reward] for point in soups], [point.high[reward] for point in soups]
+            axes.fill_between(at, low, high, color=_BLUE, alpha=0.15)
+        means = [point.mean[reward] for point in soups]
+        axes.plot(at, means, "o-", color=_BLUE, ms=5, label="soups")
+        axes.plot([at[0], at[-1]], [means[0], means[-1]], "--", color=_GRAY, lw=1.2, label="chord")
+        axes.set_xlabel(f"λ of {front.ingredients[1]}")
+        axes.set_ylabel(reward)
+    figure.axes[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw_one_reward(front: Front) -> Figure:
+    """A single reward that cannot be drawn over λ: each model on a line of its own."""
     reward, points = front.rewards[0], [*front.others, *front.soups]
-    figure = Figure(figsize=(7.2, 1.4 + 0.28 * len(points)), layout="constrained")
+    figure = _figure(7.2, 1.4 + 0.28 * len(points))
     axes = figure.subplots()
     _style(axes)
-    for place, point in enumerate(points):
-        below, above = _bars([point], reward)
-        axes.errorbar([point.mean[reward]], [place], xerr=[below, above], fmt="o", color=_BLUE, ecolor=_BLUE + "55")
+    bars = _bars(points, reward)
+    means = [point.mean[reward] for point in points]
+    axes.errorbar(means, range(len(points)), xerr=bars, fmt="o", color=_BLUE, ecolor=_BLUE + "55")
     axes.set_yticks(range(len(points)), [point.label for point in points])
     axes.invert_yaxis()
     axes.set_xlabel(f"{reward}  (mean reward)")
@@ -58,28 +85,29 @@ def _draw_one(front: Front) -> Figure:
 
 
 def _draw_pair(axes: Axes, front: Front, x: str, y: str) -> None:
+    """Two rewards against each other."""
     _style(axes)
-    soups = front.soups
+    soups, joined = front.soups, len(front.ingredients) == 2
     if front.has_band:
         band, median = outlines(front.attainment())
         axes.fill(*band.T, color=_BLUE, alpha=0.12, lw=0, zorder=1, label="reach in 95% of draws")
         axes.plot(*median.T, color=_BLUE, alpha=0.45, lw=0.8, zorder=1)
+    if joined and len(soups) > 1:
+        ends = [[soup.mean[reward] for soup in (soups[0], soups[-1])] for reward in (x, y)]
+        axes.plot(*ends, "--", color=_GRAY, lw=1.2, zorder=1, label="chord")
     if soups:
-        joined = len(soups[0].lambdas or {}) == 2
-        if joined and len(soups) > 1:
-            ends = soups[0], soups[-1]
-            axes.plot(*([p.mean[r] for p in ends] for r in (x, y)), "--", color=_GRAY, lw=1.2, zorder=1, label="chord")
-        _mark(axes, soups, x, y, _BLUE, "o", "soups", line="-" if joined else "")
+        _mark(axes, soups, x, y, _BLUE, "o-" if joined else "o", "soups")
         for point in soups:
             _label(axes, point, x, y)
     for number, point in enumerate(front.others):
         color, marker = (_BLACK, "s") if point.name == BASE else _OTHERS[number % len(_OTHERS)]
         _mark(axes, [point], x, y, color, marker, point.name)
+
     axes.set_xlabel(f"{x}  (mean reward)")
     axes.set_ylabel(f"{y}  (mean reward)")
     note = f"{len(front.prompts)} prompts, bars: 95% bootstrap over prompts" if front.prompts else "means, as published"
-    if soups and len(soups[0].lambdas or {}) == 2:
-        first, second = soups[0].lambdas or {}
+    if joined:
+        first, second = front.ingredients
         note += f"\nnumbers: λ of {second}, the rest is {first}"
     axes.set_title(note, fontsize=9, color=_GRAY, loc="left")
     axes.legend(frameon=False, fontsize=9)
@@ -91,15 +119,14 @@ def _style(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _mark(
-    axes: Axes, points: Sequence[Point], x: str, y: str, color: str, marker: str, label: str, line: str = ""
-) -> None:
+def _mark(axes: Axes, points: Sequence[Point], x: str, y: str, color: str, marker: str, label: str) -> None:
+    """Points with their intervals."""
     axes.errorbar(
-        [p.mean[x] for p in points],
-        [p.mean[y] for p in points],
+        [point.mean[x] for point in points],
+        [point.mean[y] for point in points],
         xerr=_bars(points, x),
         yerr=_bars(points, y),
-        fmt=marker + line,
+        fmt=marker,
         color=color,
         ecolor=color + "55",
         elinewidth=1,
@@ -111,50 +138,19 @@ def _mark(
 
 
 def _bars(points: Sequence[Point], reward: str) -> list[list[float]]:
-    """How far the intervals reach below and above, as matplotlib wants it; 0 where there are none."""
-    found = [point.estimate(reward) for point in points]
-    below = [0.0 if e.low is None else max(0.0, e.value - e.low) for e in found]
-    return [below, [0.0 if e.high is None else max(0.0, e.high - e.value) for e in found]]
+    """How far intervals reach below and above the mean, as matplotlib takes it; 0 without an interval."""
+    estimates = [point.estimate(reward) for point in points]
+    below = [0.0 if e.low is None else max(0.0, e.value - e.low) for e in estimates]
+    above = [0.0 if e.high is None else max(0.0, e.high - e.value) for e in estimates]
+    return [below, above]
 
 
 def _label(axes: Axes, point: Point, x: str, y: str) -> None:
-    """λ beside a point, to the upper right, where a front of two maximized rewards leaves room; of more than two, the ends."""
-    weights = point.lambdas or {}
-    alone = [name for name, weight in weights.items() if weight == 1]
-    if len(weights) != 2 and not alone:
-        return
-    text = f"{list(weights.values())[1]:.3g}" if len(weights) == 2 else alone[0]
-    axes.annotate(
-        text,
-        (point.mean[x], point.mean[y]),
-        xytext=(6, 5),
-        textcoords="offset points",
-        fontsize=8,
-        color=_BLUE,
-        zorder=4,
-    )
+    """λ of the second ingredient beside a point; of three ingredients or more, the name at the ends.
 
-
-def draw_chord(front: Front) -> Figure:
-    """Each reward of the soups of two ingredients over λ, with the chord between the ends."""
-    from matplotlib.figure import Figure
-
-    if not front.has_chord:
-        raise FrontError("a plot over λ needs soups of two ingredients, both ends included")
-    soups = front.soups
-    second = list(soups[0].lambdas or {})[1]
-    at = [(p.lambdas or {})[second] for p in soups]
-    figure = Figure(figsize=(4.6 * len(front.rewards), 3.6), layout="constrained")
-    for axes, reward in zip(figure.subplots(1, len(front.rewards), squeeze=False)[0], front.rewards, strict=True):
-        _style(axes)
-        if all(reward in p.low for p in soups):
-            axes.fill_between(
-                at, [p.low[reward] for p in soups], [p.high[reward] for p in soups], color=_BLUE, alpha=0.15
-            )
-        axes.plot(at, [p.mean[reward] for p in soups], "o-", color=_BLUE, ms=5, label="soups")
-        ends = [soups[0].mean[reward], soups[-1].mean[reward]]
-        axes.plot([at[0], at[-1]], ends, "--", color=_GRAY, lw=1.2, label="chord")
-        axes.set_xlabel(f"λ of {second}")
-        axes.set_ylabel(reward)
-    figure.axes[0].legend(frameon=False, fontsize=9)
-    return figure
+    It is placed to the upper right, where a front of two maximized rewards leaves room.
+    """
+    words = f"{point.weights[1]:.3g}" if len(point.weights) == 2 else point.alone
+    if words:
+        place = point.mean[x], point.mean[y]
+        axes.annotate(words, place, (6, 5), textcoords="offset points", fontsize=8, color=_BLUE, zorder=4)

@@ -130,7 +130,8 @@ class Reward:
     def _with_adapter(self, source: str, options: dict[str, Any]) -> Any:
         """The base that an adapter names, with the adapter written into it."""
         from rsoups.adapters.layer_names import PREFIX
-        from rsoups.soups.soup import Soup, interpolate
+        from rsoups.soups.interpolation import interpolate
+        from rsoups.soups.soup import Soup
 
         place = source if Path(source).is_dir() or not self.card.revision else f"{source}@{self.card.revision}"
         soup = interpolate({self.name: place}, [1.0])

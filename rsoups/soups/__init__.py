@@ -1,1 +1,1 @@
-"""Interpolate adapters and models, load, merge and compare them."""
+"""Interpolate adapters and whole models; load, merge and share the soups."""

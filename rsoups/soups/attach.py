@@ -25,15 +25,76 @@ from rsoups.common.errors import AdapterError
 if TYPE_CHECKING:
     from rsoups.soups.soup import Soup
 
-
 _PLAIN = (nn.Linear, Conv1D, nn.Embedding)
 
 
-class AsFound:
-    """A model as it is now: modules, parameters, buffers, hooks, settings. `restore` puts all of it back, the same objects.
+# --- methods of Soup -------------------------------------------------------------------------------------------------
 
-    `keep` copies the values of tensors that are about to be written into. Quantized layers are left alone: they pack their
-    weights anew when they are first used, and nothing is written into them.
+
+def load(soup: Soup, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False) -> PeftModel:
+    """Attach the soup to its base for good; `attached` does so for a while.
+
+    Args:
+        soup: The soup.
+        base: The loaded base. If it is refused, it is as it was.
+        resize: Give the base as many tokens as the soup has, if the soup holds the embeddings and the head of all of them.
+        allow_base_mismatch: Accept a base of another name than the adapters'.
+
+    Raises:
+        AdapterError: `base` already carries an adapter, or lacks a module of the soup, or has more or other-shaped ones;
+            or it is not the base that the adapters name.
+    """
+    _check_plain_model(base)
+    before = _Before(base)
+    try:
+        return _put_on(soup, base, before, resize, allow_base_mismatch)
+    except BaseException:
+        before.restore()
+        raise
+
+
+@contextmanager
+def attached(
+    soup: Soup, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False
+) -> Iterator[PeftModel]:
+    """A context in which the soup is on its base. The base comes back exactly as it was, however the context ends.
+
+    Args:
+        soup, base, resize, allow_base_mismatch: As `load`.
+
+    Raises:
+        AdapterError: As `load`; and within the context, where PEFT would merge the soup into the base.
+    """
+    _check_plain_model(base)
+    before = _Before(base)
+    try:
+        model = _put_on(soup, base, before, resize, allow_base_mismatch)
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.merge = _refuse_merging  # type: ignore[method-assign]
+        yield model
+    finally:
+        before.restore()
+
+
+def _refuse_merging(*_: Any, **__: Any) -> None:
+    raise AdapterError(
+        "the base is to come back as it was, and merging would write into its weights: use Soup.merge, or Soup.load"
+    )
+
+
+def _check_plain_model(base: Any) -> None:
+    if isinstance(base, PeftModel) or getattr(base, "_hf_peft_config_loaded", False):
+        raise AdapterError("the base already carries an adapter; load the soup on the plain model")
+
+
+# --- a base as it was ------------------------------------------------------------------------------------------------
+
+
+class _Before:
+    """A model as it is now: modules, parameters, buffers, hooks, settings. `restore` puts back the same objects.
+
+    Quantized layers are left alone: they pack their weights anew when they are first used, and nothing is written into them.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -47,12 +108,13 @@ class AsFound:
         self._values: list[tuple[Tensor, Tensor]] = []
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the values of those of the model's own parameters that are among these tensors."""
+        """Copy the values of those of the model's parameters that are among these tensors, which are written into."""
         places = {tensor.data_ptr() for tensor in tensors}
         own = [tensor.data for tensor, _, _ in self._tensors if tensor.data_ptr() in places]
         self._values += [(data, data.clone()) for data in own]
 
     def restore(self) -> None:
+        """Put everything back."""
         for each, contents in self._objects:
             vars(each).clear()
             for name, (value, inner) in contents.items():
@@ -69,50 +131,16 @@ class AsFound:
 
 
 def _contents(each: Any) -> dict[str, tuple[Any, Any]]:
-    """What an object holds, its dictionaries and sets with copies of what they hold."""
+    """The attributes of an object, dictionaries and sets with copies of what they hold."""
     mutable = (dict, OrderedDict, set)
     return {name: (value, copy(value) if type(value) in mutable else None) for name, value in vars(each).items()}
 
 
-def load(soup: Soup, base: PreTrainedModel, resize: bool, allow_base_mismatch: bool) -> PeftModel:
-    """See `Soup.load`."""
-    _check_plain_model(base)
-    found = AsFound(base)
-    try:
-        return _put_on(soup, base, found, resize, allow_base_mismatch)
-    except BaseException:
-        found.restore()
-        raise
+# --- attaching -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def attached(soup: Soup, base: PreTrainedModel, resize: bool, allow_base_mismatch: bool) -> Iterator[PeftModel]:
-    """See `Soup.attached`."""
-    _check_plain_model(base)
-    found = AsFound(base)
-    try:
-        model = _put_on(soup, base, found, resize, allow_base_mismatch)
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.merge = _refuse_merging  # type: ignore[method-assign]
-        yield model
-    finally:
-        found.restore()
-
-
-def _refuse_merging(*_: Any, **__: Any) -> None:
-    raise AdapterError(
-        "the base is to come back as it was, and merging would write into its weights: use Soup.merge, or Soup.load"
-    )
-
-
-def _check_plain_model(base: Any) -> None:
-    if isinstance(base, PeftModel) or getattr(base, "_hf_peft_config_loaded", False):
-        raise AdapterError("the base already carries an adapter; load the soup on the plain model")
-
-
-def _put_on(soup: Soup, base: PreTrainedModel, found: AsFound, resize: bool, allow_base_mismatch: bool) -> PeftModel:
-    """Attach, with every tensor checked: PEFT only warns where a base is deeper or a module is missing."""
+def _put_on(soup: Soup, base: PreTrainedModel, before: _Before, resize: bool, allow_base_mismatch: bool) -> PeftModel:
+    """Attach, and check that every tensor arrives: PEFT only warns where a base is deeper or a module is missing."""
     check_base(soup.named_configs, base, allow_base_mismatch)
     _fit_vocabulary(soup, base, resize)
     names = current_names(base, soup.state_dict)
@@ -126,7 +154,7 @@ def _put_on(soup: Soup, base: PreTrainedModel, found: AsFound, resize: bool, all
     )
     wanted = _state_of(model, with_embeddings, state)
     _check_fit(state, wanted)
-    found.keep(wanted.values())  # biases, and whole tables of tokens, are written where the base has them
+    before.keep(wanted.values())  # biases, and whole tables of tokens, are written where the base has them
 
     set_peft_model_state_dict(model, dict(state))
     for key, loaded in _state_of(model, with_embeddings, state).items():
@@ -143,7 +171,7 @@ def _with_fresh_adapter(soup: Soup, base: PreTrainedModel) -> PeftModel:
     config.base_model_name_or_path = None  # PEFT puts this base's in, and warns where there was another
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # of PEFT's own merging, which is not ours
+            warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # about PEFT's merging, which is not used
             model = get_peft_model(base, config)
     except ValueError as error:
         raise AdapterError(f"the soup does not fit this base: {error}") from None
@@ -189,24 +217,22 @@ def _fit_vocabulary(soup: Soup, base: PreTrainedModel, resize: bool) -> None:
         layers: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
     except (AttributeError, NotImplementedError):  # no model of texts
         return
-    layers = [layer for layer in layers if layer is not None]
-    names = {id(module): name for name, module in base.named_modules()}
+    paths = {id(module): path for path, module in base.named_modules()}
+    tables = {f"{PREFIX}{paths.get(id(layer))}.weight": layer.weight for layer in layers if layer is not None}
     whole = {key.replace(BASE_EMBEDDING, ".weight"): tensor for key, tensor in soup.state_dict.items()}
-    keys = [f"{PREFIX}{names.get(id(layer))}.weight" for layer in layers]
-    held = {key: whole[key] for key in keys if key in whole}
-    unlike = [
-        key for key, layer in zip(keys, layers, strict=True) if key in held and len(held[key]) != len(layer.weight)
-    ]
+    held = [key for key in tables if key in whole]
+    unlike = [key for key in held if len(whole[key]) != len(tables[key])]
     if not unlike:
         return
-    sizes, ours = tuple(held[unlike[0]].shape), tuple(layers[0].weight.shape)
-    if not resize or len(held) < len(keys):
-        remedy = "pass resize=True, or resize" if len(held) == len(keys) else "resize"
+
+    size, own = tuple(whole[unlike[0]].shape), tuple(next(iter(tables.values())).shape)
+    if not resize or len(held) < len(tables):
+        remedy = "pass resize=True, or resize" if len(held) == len(tables) else "resize"
         raise AdapterError(
-            f"tensor {unlike[0]} is {sizes} in the soup, the base needs {ours}: the vocabularies differ. Where tokens were "
-            f"added for the training, {remedy} the base as it was then: base.resize_token_embeddings({sizes[0]})"
+            f"tensor {unlike[0]} is {size} in the soup, the base needs {own}: the vocabularies differ. Where tokens were "
+            f"added for the training, {remedy} the base as it was then: base.resize_token_embeddings({size[0]})"
         )
-    base.resize_token_embeddings(sizes[0], mean_resizing=False)
+    base.resize_token_embeddings(size[0], mean_resizing=False)
 
 
 # --- kinds of layers -------------------------------------------------------------------------------------------------
@@ -239,21 +265,19 @@ def _is_linear(layer: Any, scale: float) -> bool:
     weight = layer.weight
     if not weight.is_floating_point() or weight.is_meta or weight.dim() != 2:
         return True  # packed into 8 or 4 bit, or kept elsewhere: the quantizers' layers are linear
-    generator = torch.Generator().manual_seed(0)
     if isinstance(layer, nn.Embedding):
-        ids = torch.arange(min(4, len(weight)), device=weight.device)[None]
-        given, expected = ids, weight[ids] * scale
+        x = torch.arange(min(4, len(weight)), device=weight.device)[None]
+        expected = weight[x] * scale
     else:
-        given = torch.randn(1, 2, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-        expected = nn.functional.linear(given, weight, layer.bias)
+        x = torch.randn(1, 2, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        x = x.to(weight.device, weight.dtype)
+        expected = nn.functional.linear(x, weight, layer.bias)
     try:
-        found = layer(given)
+        output = layer(x)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return False
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False
     tolerance = 1e-2 if weight.dtype.itemsize == 2 else 1e-4
     largest = float(expected.abs().max()) or 1.0
-    return (
-        isinstance(found, Tensor)
-        and found.shape == expected.shape
-        and float((found.float() - expected.float()).abs().max()) <= tolerance * largest
-    )
+    return float((output.float() - expected.float()).abs().max()) <= tolerance * largest

@@ -66,7 +66,7 @@ def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alpha
     if len(of_experts) > 1:
         raise AdapterError(
             f"experts have unlike ranks, {sorted(rank for rank, _ in of_experts)}: PEFT, which fuses the factors of single "
-            "experts when it loads them, needs one rank; pass base= (--base), so that they are fused before"
+            "experts when it loads them, needs one rank; pass base=, so that they are fused before"
         )
     told = {path: (module.rank, alphas[path]) for path, module in modules.items()}
     fused = [

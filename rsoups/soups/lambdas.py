@@ -13,13 +13,16 @@ SUM_TOLERANCE = 1e-6  # λ in single precision still count as summing to 1
 
 
 def weights_of(lambdas: Any, count: int, normalize: bool, extrapolate: bool, any_sum: bool = True) -> list[list[float]]:
-    """Checked weights, K rows of `count`.
+    """Return checked weights, K rows of `count` numbers.
 
     Args:
-        lambdas: As `interpolate` takes them, None for uniform ones.
+        lambdas: As `interpolate` takes them; None for uniform weights.
         count: Number of adapters.
-        normalize, extrapolate: As of `interpolate`.
-        any_sum: Whether `extrapolate` allows sums other than 1: not of whole models, which hold the base themselves.
+        normalize, extrapolate: As `interpolate`.
+        any_sum: Whether `extrapolate` allows sums other than 1. Whole models do not: each of them holds the base.
+
+    Raises:
+        LambdasError: As `interpolate`.
     """
     if lambdas is None:
         return [[1 / count] * count]
@@ -29,6 +32,7 @@ def weights_of(lambdas: Any, count: int, normalize: bool, extrapolate: bool, any
         raise LambdasError(f"lambdas must be {count} numbers, or rows of {count} numbers; got {lambdas!r}") from None
     if rows.ndim != 2 or rows.shape[1] != count or not len(rows):
         raise LambdasError(f"lambdas have shape {np.shape(lambdas)}, but there are {count} adapters: one λ for each")
+
     for row in rows:
         if not np.isfinite(row).all():
             raise LambdasError(f"lambdas {row.tolist()} hold NaN or infinity")
@@ -38,9 +42,9 @@ def weights_of(lambdas: Any, count: int, normalize: bool, extrapolate: bool, any
                 raise LambdasError(f"lambdas {row.tolist()} sum to {total:g}: they cannot be normalized")
             row /= total
         elif abs(total - 1) > SUM_TOLERANCE and not (extrapolate and any_sum):
+            remedy = "; extrapolate=True takes them as they are" if any_sum else ""
             raise LambdasError(
-                f"lambdas {row.tolist()} sum to {total:g}, not 1; normalize=True divides by the sum"
-                + ("; extrapolate=True takes them as they are" if any_sum else "")
+                f"lambdas {row.tolist()} sum to {total:g}, not 1; normalize=True divides by the sum{remedy}"
             )
         if not extrapolate and ((row < 0).any() or (row > 1 + SUM_TOLERANCE).any()):
             raise LambdasError(f"lambdas {row.tolist()} are not all within [0, 1]; extrapolate=True allows it")

@@ -6,9 +6,9 @@ import json
 import re
 import warnings
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -33,7 +33,9 @@ from rsoups.common.assets import resolve
 from rsoups.common.errors import AdapterError
 from rsoups.common.files import check_replaceable, whole_folder
 from rsoups.soups.attach import output_scale
-from rsoups.soups.soup import Soup
+
+if TYPE_CHECKING:
+    from rsoups.soups.soup import Soup
 
 # What heads of their own are called in transformers' classes, by PEFT's name of the task.
 _HEADS = {
@@ -43,19 +45,19 @@ _HEADS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Merged:
-    """What is written.
+    """A model that is to be written.
 
     Attributes:
         state: Tensors by their names in memory.
-        config: The merged model's, with its architecture.
-        is_other: Whether the model is built otherwise than its base: new biases, or tables of tokens that are no longer tied.
+        config: Config of the merged model, with its architecture.
+        is_other: Whether it is built otherwise than its base: new biases, or tables of tokens that are no longer tied.
     """
 
     state: dict[str, Tensor]
     config: PreTrainedConfig
-    is_other: bool = field(default=False)
+    is_other: bool
 
 
 def merge(
@@ -63,9 +65,25 @@ def merge(
     base: str | Path | PreTrainedModel,
     out: str | Path,
     dtype: torch.dtype | None = None,
+    *,
     allow_base_mismatch: bool = False,
 ) -> None:
-    """See `Soup.merge`."""
+    """Write the whole model, θ0 + Σ λi·Δi, with the names of tensors that the base's own files have.
+
+    The tokenizer is the one that came with the adapter, or else the base's.
+
+    Args:
+        soup: The soup.
+        base: Hub id or folder, or a loaded model, which is left as it was. A model in 4 or 8 bit cannot hold Δ: its
+            full-precision weights are read again from where it came.
+        out: Folder of the model.
+        dtype: Dtype of the result; the base's own by default. Sums are in float32, rounded once.
+        allow_base_mismatch: Accept a base of another name than the adapters'; recorded in the model's soup.json.
+
+    Raises:
+        AdapterError: The soup does not fit the base, or the base's kind of model cannot hold what the soup changes.
+        OutputError: The folder holds something other than a merged soup, or cannot be written.
+    """
     check_base(soup.named_configs, base, allow_base_mismatch)
     check_replaceable(Path(out), SOUP_FILE)  # before the base is loaded
     model = base if isinstance(base, PreTrainedModel) else None
@@ -81,23 +99,18 @@ def merge(
 
     merged = _merged(soup, model, dtype)
     state = _as_on_disk(merged.state, model, dtype)
+    manifest = soup.lineage | {"merged": True}
+    if allow_base_mismatch:
+        manifest |= {"base_mismatch_allowed": True, "merged_into": published(source) if source else None}
     with whole_folder(out, SOUP_FILE) as partial:
         save_torch_state_dict(state, str(partial))
         config = BaseFiles.of(model).config(merged.config, str(dtype or model.dtype).removeprefix("torch."))
         _write_json(partial / "config.json", config)
         _save_generation_config(model, partial, given)
         _save_tokenizer(soup, source, partial)
-        _write_json(partial / SOUP_FILE, soup.lineage | _told(soup, source or None, allow_base_mismatch))
+        _write_json(partial / SOUP_FILE, manifest)
         if merged.is_other:
             _check_loads(merged, model, partial)
-
-
-def _told(soup: Soup, source: str | None, allow_base_mismatch: bool) -> dict[str, Any]:
-    """What soup.json says of the merging."""
-    told: dict[str, Any] = {"merged": True}
-    if allow_base_mismatch:
-        told |= {"base_mismatch_allowed": True, "merged_into": published(source) if source else None}
-    return told
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
@@ -107,8 +120,8 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 # --- the base --------------------------------------------------------------------------------------------------------
 
 
-def _load(source: str, soup: Soup | None = None) -> PreTrainedModel:
-    """A model in its own precision and class, or in that of a soup's task, whose head the soup brings."""
+def _load(source: str, soup: Soup) -> PreTrainedModel:
+    """A model in its own precision and class, or in that of the soup's task, whose head the soup brings."""
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -117,23 +130,25 @@ def _load(source: str, soup: Soup | None = None) -> PreTrainedModel:
         raise AdapterError(
             f"{source} holds quantized weights only, which a change does not fit into: load the soup on it"
         )
+
     architecture = (config.architectures or [""])[0]
-    task = getattr(soup.config.task_type, "value", soup.config.task_type) if soup else None
+    task = getattr(soup.config.task_type, "value", soup.config.task_type)
     ending, auto = _HEADS.get(str(task), ("", ""))
-    if soup and auto and not architecture.endswith(ending):
+    if auto and not architecture.endswith(ending):
         kind = getattr(transformers, auto)
         config.num_labels = _labels(soup) or config.num_labels
     else:
         kind = getattr(transformers, architecture, None)
     if kind is None:
         raise AdapterError(f"transformers has no class {config.architectures} for the base {source!r}")
+
     try:
         model, about = from_safetensors(
             kind.from_pretrained, source, config=config, dtype="auto", output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise AdapterError(f"cannot load the base {source!r}: {why_not(source) or error}") from None
-    if lacking := sorted(set(about["missing_keys"]) - set(soup.whole if soup else ())):
+    if lacking := sorted(set(about["missing_keys"]) - set(soup.whole)):
         raise AdapterError(
             f"neither the base {source!r} nor the soup holds {lacking[0]}, which {type(model).__name__} needs"
         )
@@ -141,11 +156,9 @@ def _load(source: str, soup: Soup | None = None) -> PreTrainedModel:
 
 
 def _labels(soup: Soup) -> int | None:
-    """How many classes the soup's own head tells apart."""
-    heads = [
-        t.shape[0] for name, t in soup.whole.items() if len(t.shape) == 2 and ("score" in name or "classifier" in name)
-    ]
-    return min(heads, default=None)
+    """Number of classes of the soup's own head."""
+    tables = {name: tensor.shape for name, tensor in soup.whole.items() if len(tensor.shape) == 2}
+    return min((shape[0] for name, shape in tables.items() if "score" in name or "classifier" in name), default=None)
 
 
 # --- the sum ---------------------------------------------------------------------------------------------------------
@@ -153,20 +166,21 @@ def _labels(soup: Soup) -> int | None:
 
 def _merged(soup: Soup, model: PreTrainedModel, dtype: torch.dtype | None) -> _Merged:
     """All that the model with the soup on it computes with, by the names of the plain model."""
-    alike = _groups_of_one(model)
+    tied = _tied_names(model)
     written = {_plain_name(name) for name in soup.whole}
     with soup.attached(model, resize=True, allow_base_mismatch=True) as attached:
         state = {name: t.clone() if name in written else t for name, t in _plain_state(model).items()}
         changes = _changes(attached)
         config = deepcopy(model.config)
     config.architectures = [type(model).__name__]
+
     added = changes.keys() - state.keys()
     like = {name: tensor.dtype for name, tensor in state.items()}
     for name, tensor in (state | changes).items():
         kind = dtype or like.get(name, model.dtype)
         state[name] = tensor.to(kind) if tensor.is_floating_point() else tensor
 
-    untied = _tie(state, alike)
+    untied = _tie(state, tied)
     if untied:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     if added:
@@ -174,8 +188,8 @@ def _merged(soup: Soup, model: PreTrainedModel, dtype: torch.dtype | None) -> _M
     return _Merged(state, config, untied or bool(added))
 
 
-def _groups_of_one(model: PreTrainedModel) -> list[list[str]]:
-    """Names of parameters that are one tensor."""
+def _tied_names(model: PreTrainedModel) -> list[list[str]]:
+    """Names of parameters that are one tensor, a list for each such tensor."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -229,10 +243,10 @@ def _check_kind(layer: nn.Module, path: str, model: nn.Module) -> None:
         )
 
 
-def _tie(state: dict[str, Tensor], alike: list[list[str]]) -> bool:
-    """Let parameters that were one and are still alike be one tensor; returns whether some no longer are."""
+def _tie(state: dict[str, Tensor], tied: list[list[str]]) -> bool:
+    """Let parameters that were one tensor be one again if they are still equal; returns whether some no longer are."""
     untied = False
-    for first, *others in alike:
+    for first, *others in tied:
         for name in others:
             if torch.equal(state[first], state[name]):
                 state[name] = state[first]

@@ -1,153 +1,261 @@
 """The ways to interpolate: `exact` stacks the ingredients' factors, `svd` truncates the stack, `factors` averages them.
 
-What comes out are `Blend`s: tensors that are made piece by piece when they are asked for, from the ingredients' files, so
-that a soup can be saved without being held.
+This is where a λ becomes a tensor. The tensors are `Blend`s, which are made when they are asked for.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations, product
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from rsoups.adapters.adapter import Adapter
 from rsoups.adapters.layer_names import PREFIX, written_name
+from rsoups.adapters.lineage import SOUP_METHODS
 from rsoups.adapters.lora_modules import LoraModule
-from rsoups.adapters.tensor_files import in_blocks, is_finite, rows_of_pieces
-from rsoups.common.errors import AdapterError
-from rsoups.soups import low_rank
+from rsoups.adapters.tensor_files import is_finite
+from rsoups.bases.weights import BaseWeights
+from rsoups.common.errors import AdapterError, LambdasError
+from rsoups.soups.blends import Blend, Part, one_below_another, pieces_of, side_by_side, summed
 from rsoups.soups.config import faithful_config, stacked_config
+from rsoups.soups.lambdas import SUM_TOLERANCE
 
-_ONE_START = 0.5  # cosine of two ingredients' A above which they are taken to share their initialization
-_SUM_TOLERANCE = 1e-6  # λ in single precision still count as summing to 1
-Kept = list[tuple[Adapter, float]]  # what a soup is made of: adapters that differ, with weights that are not 0
+ONE_START = 0.5  # cosine of two ingredients' A above which they are taken to share their initialization
+Kept = list[tuple[Adapter, float]]  # the ingredients of a soup with their λ: all different, none of λ 0
 
 
-class Part(NamedTuple):
-    """A tensor of an ingredient, and what multiplies it."""
-
-    adapter: Adapter
-    name: str
-    factor: float = 1.0
+# --- methods ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Blend:
-    """One tensor of a soup, and how it is made.
+class Mixture:
+    """What a method makes of some ingredients; `Soup` tells what the fields are."""
 
-    Attributes:
-        how: `_below`, `_beside` or `_summed`.
-        parts: Of what.
-        shape, dtype: Of the tensor.
-        experts: How many groups of rows it has, each of which holds those of all parts.
-    """
+    tensors: Mapping[str, Blend | Tensor]
+    config: LoraConfig
+    svd_error: float | None = None
+    svd_errors: dict[str, float] = field(default_factory=dict)
+    factors_distance: float | None = None
 
-    how: Callable[[Blend], Iterator[Tensor]]
-    parts: list[Part]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    experts: int = 1
-
-    @property
-    def bound(self) -> float:
-        """No magnitude in it is larger, but for rounding."""
-        return math.fsum(abs(part.factor) * part.adapter.largest for part in self.parts)
-
-    def pieces(self) -> Iterator[Tensor]:
-        """The tensor, some rows at a time. Products and sums are in float64, rounded once."""
-        return self.how(self)
-
-    def tensor(self) -> Tensor:
-        found = torch.empty(math.prod(self.shape), dtype=self.dtype)
-        at = 0
-        for piece in self.pieces():
-            found[at : at + piece.numel()].copy_(piece.reshape(-1))
-            at += piece.numel()
-        return found.view(self.shape)
+    def __post_init__(self) -> None:
+        """Refuse a dtype that cannot hold the soup: the ingredients are finite, and so must be the soup."""
+        for name, tensor in self.tensors.items():
+            # A blend is made here only where the magnitudes of its parts leave it open.
+            if isinstance(tensor, Blend) and tensor.bound <= torch.finfo(tensor.dtype).max:
+                continue
+            if not all(map(is_finite, pieces_of(tensor))):
+                raise AdapterError(f"the soup's tensor {name} does not fit into {tensor.dtype}: choose a wider dtype")
 
 
-def pieces_of(tensor: Blend | Tensor) -> Iterable[Tensor]:
-    return tensor.pieces() if isinstance(tensor, Blend) else (tensor,)
-
-
-def _below(blend: Blend) -> Iterator[Tensor]:
-    """Parts one below the other, or their rows for each expert; their factors are 1."""
-    for piece in _rows_of_experts(blend) if blend.experts > 1 else _rows_of_parts(blend):
-        yield piece if piece.dtype == blend.dtype else _made(blend, [piece], lambda block: block)
-
-
-def _rows_of_parts(blend: Blend) -> Iterator[Tensor]:
-    return (piece for part in blend.parts for piece in part.adapter.pieces(part.name))
-
-
-def _rows_of_experts(blend: Blend) -> Iterator[Tensor]:
-    for expert in range(blend.experts):
-        for part in blend.parts:
-            rank = part.adapter.layout[part.name].shape[0] // blend.experts
-            yield part.adapter.rows(part.name, expert * rank, (expert + 1) * rank)
-
-
-def _beside(blend: Blend) -> Iterator[Tensor]:
-    """Parts side by side, along the second dimension, each times its factor."""
-    widths = [part.adapter.layout[part.name].shape[1] for part in blend.parts]
-    rows = rows_of_pieces((blend.shape[0], sum(widths)))
-    for pieces in zip(*(part.adapter.pieces(part.name, rows) for part in blend.parts), strict=True):
-        beside = torch.empty(len(pieces[0]), sum(widths), *blend.shape[2:], dtype=blend.dtype)
-        for columns, piece, part in zip(beside.split(widths, dim=1), pieces, blend.parts, strict=True):
-            for to, block in in_blocks(columns, piece):
-                to.copy_(_times(block, part.factor))
-        yield beside
-
-
-def _summed(blend: Blend) -> Iterator[Tensor]:
-    """The sum of all parts, each times its factor; 0 where there are none."""
-    if not blend.parts:
-        yield torch.zeros(blend.shape, dtype=blend.dtype)
-        return
-
-    def total(*blocks: Tensor) -> Tensor:
-        found = _times(blocks[0], blend.parts[0].factor)
-        for block, part in zip(blocks[1:], blend.parts[1:], strict=True):
-            found.add_(block.double(), alpha=part.factor)
-        return found
-
-    for pieces in zip(*(part.adapter.pieces(part.name) for part in blend.parts), strict=True):
-        yield _made(blend, pieces, total)
-
-
-def _made(blend: Blend, pieces: Sequence[Tensor], of: Callable[..., Tensor]) -> Tensor:
-    """A piece of a blend, of the same pieces of its parts."""
-    made = torch.empty(pieces[0].shape, dtype=blend.dtype)
-    for to, *blocks in in_blocks(made, *pieces):
-        to.copy_(of(*blocks))
-    return made
-
-
-def _times(block: Tensor, factor: float) -> Tensor:
-    return block.to(torch.float64, copy=True).mul_(factor)
-
-
-def alone(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, Any]:
+def alone(adapter: Adapter, method: str, dtype: torch.dtype | None) -> Mixture:
     """An adapter as it is."""
     tensors = {
-        written_name(key, adapter.modules): Blend(_below, [Part(adapter, key)], tuple(like.shape), dtype or like.dtype)
+        written_name(key, adapter.modules): Blend(
+            one_below_another, [Part(adapter, key)], tuple(like.shape), dtype or like.dtype
+        )
         for key, like in adapter.layout.items()
     }
-    return {"tensors": fitting(tensors), "config": faithful_config(adapter)}
+    return Mixture(tensors, faithful_config(adapter), svd_error=0.0 if method == "svd" else None)
 
 
-def exact(kept: Kept, dtype: torch.dtype | None, base: Adapter | None = None) -> dict[str, Any]:
+def exact(kept: Kept, dtype: torch.dtype | None, base: Adapter | None) -> Mixture:
     """Δ = Σ λi·si·Bi·Ai as one pair of stacked factors per module, λi·si in B."""
     dtype = dtype or torch.float32
     modules, tensors = _stacked(kept, dtype)
-    tensors |= _full(kept, dtype, base, modules)
-    return {"tensors": fitting(tensors), "config": stacked_config([adapter for adapter, _ in kept], modules)}
+    tensors |= _whole_parameters(kept, dtype, base, modules)
+    return Mixture(tensors, stacked_config([adapter for adapter, _ in kept], modules))
+
+
+def svd(kept: Kept, rank: int | float | None, dtype: torch.dtype | None, base: Adapter | None) -> Mixture:
+    """The exact Δ, truncated to a rank (the largest among the ingredients by default) or within a relative error."""
+    dtype = dtype or torch.float32
+    if rank is None:
+        rank = max((module.rank for adapter, _ in kept for module in adapter.modules.values()), default=1)
+    modules, stacked = _stacked(kept, torch.float64)
+
+    tensors: dict[str, Blend | Tensor] = {}
+    errors, all_lost, all_total = {}, 0.0, 0.0
+    for path, module in modules.items():
+        a, b = stacked[module.A].tensor(), stacked[module.B].tensor()
+        A, B, lost, total = _truncated_to_one_rank(module.factors(a, b), rank)
+        tensors[module.A] = A.flatten(0, 1).reshape(-1, *a.shape[1:]).to(dtype)
+        tensors[module.B] = B.permute(1, 2, 0).reshape(len(b), -1, *b.shape[2:]).to(dtype)
+        if module.bias:
+            tensors[module.bias] = replace(stacked[module.bias], dtype=dtype)
+        modules[path] = replace(module, rank=A.shape[1])
+        errors[path] = math.sqrt(lost / total) if total else 0.0
+        all_lost, all_total = all_lost + lost, all_total + total
+
+    tensors |= _whole_parameters(kept, dtype, base, modules)
+    config = stacked_config([adapter for adapter, _ in kept], modules)
+    return Mixture(tensors, config, math.sqrt(all_lost / all_total) if all_total else 0.0, errors)
+
+
+def factors(kept: Kept, dtype: torch.dtype | None, starts: Mapping[tuple[Adapter, Adapter], float]) -> Mixture:
+    """Σ λi·Ai and Σ λi·Bi; the scaling that all ingredients share stays in the config.
+
+    Args:
+        kept: Ingredients and λ.
+        dtype: Dtype of the tensors.
+        starts: Cosine of the A of each two ingredients.
+    """
+    first, distance = kept[0][0], None
+    tensors = {
+        written_name(name, first.modules): Blend(
+            summed, [Part(adapter, name, weight) for adapter, weight in kept], tuple(like.shape), dtype or torch.float32
+        )
+        for name, like in first.layout.items()
+    }
+    if any(starts[pair] < ONE_START for pair in combinations([adapter for adapter, _ in kept], 2)):
+        distance = _distance(kept, tensors)
+        warnings.warn(
+            f"these ingredients do not start from one initialization: Δ of method 'factors' is {distance:.0%} of the exact "
+            "Δ away from it; use method 'exact' or 'svd'",
+            stacklevel=3,
+        )
+    return Mixture(tensors, faithful_config(first), factors_distance=distance)
+
+
+def check_method(method: str, rank: int | float | None) -> None:
+    """Refuse an unknown method, and a rank that it does not use.
+
+    Raises:
+        LambdasError: As `interpolate`.
+    """
+    if method not in SOUP_METHODS:
+        raise LambdasError(f"method is {method!r}, must be one of {list(SOUP_METHODS)}")
+    if rank is not None and (method != "svd" or not (0 < rank < 1 or (rank >= 1 and rank == int(rank)))):
+        raise LambdasError(
+            f"rank={rank} with method={method!r}: rank is that of an svd soup, at least 1, or an error below 1"
+        )
+
+
+def check_factors(adapters: Sequence[Adapter], rows: Iterable[Sequence[float]] = ()) -> None:
+    """Refuse what method ``factors`` has no meaning for.
+
+    Raises:
+        AdapterError: Adapters of other modules, ranks or scalings.
+        LambdasError: A row of λ that does not sum to 1: it would scale both factors, and so a change by its square.
+    """
+    first, *others = adapters
+    for other in others:
+        pair = f"{first.source} and {other.source}"
+        if first.layout.keys() != other.layout.keys():
+            raise AdapterError(
+                f"method 'factors' needs the same modules in all ingredients; {pair} differ: use 'exact'"
+            )
+        for path, module in first.modules.items():
+            ranks = module.rank, other.modules[path].rank
+            scalings = module.scaling, other.modules[path].scaling
+            if ranks[0] != ranks[1] or scalings[0] != scalings[1]:
+                raise AdapterError(
+                    f"method 'factors' needs one rank and one alpha; module {path} has ranks {ranks} and scalings "
+                    f"{scalings} in {pair}: use 'exact'"
+                )
+    for row in rows:
+        if abs(math.fsum(row) - 1) > SUM_TOLERANCE:
+            raise LambdasError(
+                f"lambdas {list(row)} sum to {math.fsum(row):g}; method 'factors' would scale A and B by it each: use "
+                "'exact' or 'svd'"
+            )
+
+
+def cosines_of_starts(adapters: Sequence[Adapter]) -> list[list[float]]:
+    """Cosine of the A of each two adapters, over the modules that both have; near 1 if they were trained from one start."""
+    count = len(adapters)
+    products, squares = torch.zeros(count, count), torch.zeros(count, count)  # squares[i, j]: of i, over what j has too
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter.modules):
+        names = {i: adapter.modules[path].A for i, adapter in enumerate(adapters) if path in adapter.modules}
+        shapes = {i: tuple(adapters[i].layout[name].shape) for i, name in names.items()}
+        for shape in set(shapes.values()):
+            alike = [i for i in names if shapes[i] == shape]
+            gram = torch.zeros(len(alike), len(alike))
+            for pieces in zip(*(adapters[i].pieces(names[i]) for i in alike), strict=True):
+                rows = torch.stack([piece.flatten().float() for piece in pieces])
+                gram += rows @ rows.T
+            grid = torch.meshgrid(torch.tensor(alike), torch.tensor(alike), indexing="ij")
+            products[grid] += gram
+            squares[grid] += gram.diagonal()[:, None]
+    norms = (squares * squares.T).sqrt()
+    return torch.where(norms > 0, products / norms, 0.0).tolist()
+
+
+def mixtures(
+    adapters: list[Adapter],
+    rows: list[list[float]],
+    method: str,
+    rank: int | float | None,
+    dtype: torch.dtype | None,
+    weights: BaseWeights | None,
+) -> list[Mixture]:
+    """Return the mixture for each row of λ.
+
+    Args:
+        adapters: The ingredients, in one naming of layers.
+        rows: λ of each ingredient, for each mixture.
+        method, rank, dtype: As `interpolate`.
+        weights: The base, for whole parameters that not all ingredients hold.
+    """
+    first = _first_equals(adapters)
+    kept = [_kept(adapters, first, row) for row in rows]
+    several = list(dict.fromkeys(adapter for row in kept if not _is_one(row, rank) for adapter, _ in row))
+    base = _own_values(several, weights)
+    starts: dict[tuple[Adapter, Adapter], float] = {}
+    if method == "factors":
+        cosines = cosines_of_starts(several)
+        starts = {(several[i], several[j]): cosines[i][j] for i, j in product(range(len(several)), repeat=2)}
+
+    def mixture(row: Kept) -> Mixture:
+        if _is_one(row, rank):
+            return alone(row[0][0], method, dtype)
+        if method == "factors":
+            return factors(row, dtype, starts)
+        if method == "svd":
+            return svd(row, rank, dtype, base)
+        return exact(row, dtype, base)
+
+    return [mixture(row) for row in kept]
+
+
+def _is_one(kept: Kept, rank: int | float | None) -> bool:
+    """Whether the soup is one of its ingredients, as it is."""
+    return rank is None and len(kept) == 1 and math.isclose(kept[0][1], 1, abs_tol=1e-12)
+
+
+def _first_equals(adapters: list[Adapter]) -> list[int]:
+    """For each adapter the index of the first one that equals it."""
+    known = [(a.sha256, {path: module.scaling for path, module in a.modules.items()}) for a in adapters]
+    return [known.index(one) for one in known]
+
+
+def _kept(adapters: list[Adapter], first: list[int], row: Sequence[float]) -> Kept:
+    """Adapters of non-zero weight, each once: an adapter given twice is itself with the sum of its weights."""
+    totals = {i: math.fsum(w for j, w in zip(first, row, strict=True) if j == i) for i in dict.fromkeys(first)}
+    kept = [(adapters[i], total) for i, total in totals.items() if total]
+    return kept or [(adapters[0], 0.0)]
+
+
+def _own_values(adapters: list[Adapter], base: BaseWeights | None) -> Adapter | None:
+    """The base's own values of all whole parameters of some adapters; None if there are none, or no base."""
+    names = {name: adapter for adapter in adapters for name in adapter.full}
+    if base is None or not names:
+        return None
+    config = max((a.config for a in names.values()), key=lambda config: bool(config.trainable_token_indices))
+    own = base.like(names, config)
+    for name, adapter in names.items():
+        ours, theirs = tuple(own.layout[name].shape), tuple(adapter.layout[name].shape)
+        if ours != theirs:
+            raise AdapterError(f"{name} is {theirs} in {adapter.source} and {ours} in the base {base.source}")
+    return own
+
+
+# --- parts of the methods --------------------------------------------------------------------------------------------
 
 
 def _stacked(kept: Kept, dtype: torch.dtype) -> tuple[dict[str, LoraModule], dict[str, Blend]]:
@@ -157,96 +265,60 @@ def _stacked(kept: Kept, dtype: torch.dtype) -> tuple[dict[str, LoraModule], dic
     for path in dict.fromkeys(path for adapter, _ in kept for path in adapter.modules):
         parts = [(adapter, adapter.modules[path], weight) for adapter, weight in kept if path in adapter.modules]
         rank = sum(module.rank for _, module, _ in parts)
-        soup = modules[path] = _named_module(path, rank, _best_told(parts), with_bias)
+        # Not every ingredient tells which parameter of the module it changes.
+        like = max((module for _, module, _ in parts), key=lambda module: bool(module.parameter))
+        soup = modules[path] = _named_module(path, rank, like, with_bias)
+
         rows = rank * soup.experts
-        below = [Part(adapter, module.A) for adapter, module, _ in parts]
-        tensors[soup.A] = Blend(_below, below, (rows, *soup.shape[1:]), dtype, soup.experts)
-        scaled = [Part(adapter, module.B, weight * module.scaling) for adapter, module, weight in parts]
-        shape = (soup.shape[0], rows, *(1 for _ in soup.shape[2:]))
-        tensors[soup.B] = Blend(_beside, scaled, shape, dtype)
+        A = [Part(adapter, module.A) for adapter, module, _ in parts]
+        tensors[soup.A] = Blend(one_below_another, A, (rows, *soup.shape[1:]), dtype, soup.experts)
+        B = [Part(adapter, module.B, weight * module.scaling) for adapter, module, weight in parts]
+        tensors[soup.B] = Blend(side_by_side, B, (soup.shape[0], rows, *(1 for _ in soup.shape[2:])), dtype)
         if soup.bias:
-            biases = [Part(a, m.bias, weight * m.scaling) for a, m, weight in parts if m.bias]
-            tensors[soup.bias] = Blend(_summed, biases, soup.shape[:1], dtype)
+            biases = [Part(adapter, m.bias, weight * m.scaling) for adapter, m, weight in parts if m.bias]
+            tensors[soup.bias] = Blend(summed, biases, soup.shape[:1], dtype)
     return modules, tensors
 
 
-def _best_told(parts: Sequence[tuple[Adapter, LoraModule, float]]) -> LoraModule:
-    """The module of the ingredient that tells which parameter it is, if one does."""
-    return max((module for _, module, _ in parts), key=lambda module: bool(module.parameter))
+def _named_module(path: str, rank: int, like: LoraModule, with_bias: bool) -> LoraModule:
+    """A module with PEFT's names of its factors, scaled by 1."""
+    if with_bias and like.embedding:
+        raise AdapterError(f"module {path}: PEFT has no lora_bias for embeddings, so no one adapter can hold this soup")
+    kind, suffix = ("lora_embedding_", "") if like.embedding else ("lora_", ".weight")
+    start = f"{PREFIX}{path}.{kind}"
+    bias = f"{start}B.bias" if with_bias else None
+    return replace(like, A=f"{start}A{suffix}", B=f"{start}B{suffix}", bias=bias, rank=rank, scaling=1.0)
 
 
-def svd(kept: Kept, rank: int | float | None, dtype: torch.dtype | None, base: Adapter | None = None) -> dict[str, Any]:
-    """The exact Δ, truncated to a rank, by default the largest among the ingredients, or within a relative error."""
-    dtype = dtype or torch.float32
-    if rank is None:
-        rank = max((module.rank for adapter, _ in kept for module in adapter.modules.values()), default=1)
-    modules, stacked = _stacked(kept, torch.float64)
-    tensors: dict[str, Blend | Tensor] = {}
-    errors, all_lost, all_total = {}, 0.0, 0.0
-    for path, module in modules.items():
-        a, b = stacked[module.A].tensor(), stacked[module.B].tensor()
-        A, B, lost, total = low_rank.truncate_all(module.factors(a, b), rank)
-        tensors[module.A] = A.flatten(0, 1).reshape(-1, *a.shape[1:]).to(dtype)
-        tensors[module.B] = B.permute(1, 2, 0).reshape(len(b), -1, *b.shape[2:]).to(dtype)
-        if module.bias:
-            tensors[module.bias] = replace(stacked[module.bias], dtype=dtype)
-        modules[path] = replace(module, rank=A.shape[1])
-        errors[path] = math.sqrt(lost / total) if total else 0.0
-        all_lost, all_total = all_lost + lost, all_total + total
-    tensors |= _full(kept, dtype, base, modules)
-    return {
-        "tensors": fitting(tensors),
-        "config": stacked_config([adapter for adapter, _ in kept], modules),
-        "svd_errors": errors,
-        "svd_error": math.sqrt(all_lost / all_total) if all_total else 0.0,
-    }
+def _whole_parameters(
+    kept: Kept, dtype: torch.dtype, base: Adapter | None, modules: Mapping[str, LoraModule]
+) -> dict[str, Blend]:
+    """Σ λi·θi of each whole parameter, and of the base's own where an ingredient lacks it, or where Σλ is not 1."""
+    names = dict.fromkeys(name for adapter, _ in kept for name in adapter.full)
+    return {written_name(name, modules): _whole_parameter(kept, name, dtype, base) for name in names}
 
 
-def factors(rows: list[Kept], dtype: torch.dtype | None) -> list[dict[str, Any]]:
-    """Σ λi·Ai and Σ λi·Bi; the scaling that all ingredients share stays in the config."""
-    made = []
-    adapters = list(dict.fromkeys(adapter for kept in rows for adapter, _ in kept))
-    starts = cosines_of_starts(adapters) if len(adapters) > 1 else []
-    for kept in rows:
-        tensors = _sums(kept, dtype or torch.float32)
-        distance = None
-        places = [adapters.index(adapter) for adapter, _ in kept]
-        if any(starts[i][j] < _ONE_START for i, j in combinations(places, 2)):
-            distance = _distance(kept, tensors)
-            warnings.warn(
-                f"these ingredients do not start from one initialization: Δ of method 'factors' is {distance:.0%} of the exact "
-                "Δ away from it; use method 'exact' or 'svd'",
-                stacklevel=3,
-            )
-        config = faithful_config(kept[0][0])
-        made.append({"tensors": fitting(tensors), "config": config, "factors_distance": distance})
-    return made
+def _whole_parameter(kept: Kept, name: str, dtype: torch.dtype, base: Adapter | None) -> Blend:
+    parts = [Part(adapter, name, weight) for adapter, weight in kept if name in adapter.layout]
+    like = parts[0].adapter.layout[name]
+    rest = 1 - math.fsum(part.factor for part in parts)
+    if abs(rest) <= SUM_TOLERANCE:
+        return Blend(summed, parts, tuple(like.shape), dtype)
+    if base is not None:
+        return Blend(summed, [*parts, Part(base, name, rest)], tuple(like.shape), dtype)
 
-
-def cosines_of_starts(adapters: Sequence[Adapter]) -> list[list[float]]:
-    """Cosine between the A of each two adapters, over the modules that both have; training from one start leaves it near 1."""
-    count = len(adapters)
-    products, squares = torch.zeros(count, count), torch.zeros(count, count)  # squares[i, j]: of i, over what j has too
-    for path in dict.fromkeys(path for adapter in adapters for path in adapter.modules):
-        names = {i: adapter.modules[path].A for i, adapter in enumerate(adapters) if path in adapter.modules}
-        shapes = {i: tuple(adapters[i].layout[name].shape) for i, name in names.items()}
-        for shape in set(shapes.values()):
-            those = [i for i in names if shapes[i] == shape]
-            gram = torch.zeros(len(those), len(those))
-            for pieces in zip(*(adapters[i].pieces(names[i]) for i in those), strict=True):
-                for blocks in in_blocks(*pieces):
-                    rows = torch.stack([block.reshape(-1).float() for block in blocks])
-                    for i, row in enumerate(rows):
-                        gram[i] += rows @ row
-            grid = torch.meshgrid(torch.tensor(those), torch.tensor(those), indexing="ij")
-            products[grid] += gram
-            squares[grid] += gram.diagonal()[:, None]
-    norms = (squares * squares.T).sqrt()
-    return torch.where(norms > 0, products / norms, 0.0).tolist()
+    first, *others = (part.adapter.tensor(name) for part in parts)
+    are_copies = all(name in part.adapter.copies for part in parts)
+    if are_copies and all(torch.equal(first, other) for other in others):  # the base's own, whatever λ are
+        return Blend(one_below_another, [parts[0]._replace(factor=1.0)], tuple(like.shape), like.dtype)
+    raise AdapterError(
+        f"{name} was saved as a whole, and the weights of the ingredients that have it sum to {1 - rest:g}, not 1: the "
+        "rest is the base's own, pass base="
+    )
 
 
 def _distance(kept: Kept, tensors: Mapping[str, Blend]) -> float:
-    """‖B·A - Σ λi·Bi·Ai‖ / ‖Σ λi·Bi·Ai‖ of all modules, B and A being the averages in `tensors`."""
+    """‖B·A - Σ λi·Bi·Ai‖ / ‖Σ λi·Bi·Ai‖ over all modules; B and A are the averages in `tensors`."""
     apart = total = 0.0
     for path, module in kept[0][0].modules.items():
         parts = [
@@ -259,82 +331,52 @@ def _distance(kept: Kept, tensors: Mapping[str, Blend]) -> float:
             A = torch.cat([one.double() for one, _ in experts])
             B = torch.cat([w * one.double() for (_, one), (_, w) in zip(experts, kept, strict=True)], dim=1)
             difference = (torch.cat([A, a.double()]), torch.cat([B, -b.double()], dim=1))
-            apart += scale * low_rank.inner(difference, difference)
-            total += scale * low_rank.inner((A, B), (A, B))
+            apart += scale * inner(difference, difference)
+            total += scale * inner((A, B), (A, B))
     return math.sqrt(max(apart, 0) / total) if total else 0.0
 
 
-def _sums(kept: Kept, dtype: torch.dtype) -> dict[str, Blend]:
-    """Σ λi·Ti of each tensor."""
-    first = kept[0][0]
-    return {
-        written_name(name, first.modules): Blend(
-            _summed, [Part(adapter, name, weight) for adapter, weight in kept], tuple(like.shape), dtype
-        )
-        for name, like in first.layout.items()
-    }
+# --- low-rank maths: from the factors, never from the dense Δ --------------------------------------------------------
 
 
-def _full(kept: Kept, dtype: torch.dtype, base: Adapter | None, modules: Mapping[str, LoraModule]) -> dict[str, Blend]:
-    """Σ λi·θi of each whole parameter, and of the base's own where an ingredient lacks it, or where Σλ is not 1."""
-    names = dict.fromkeys(name for adapter, _ in kept for name in adapter.full)
-    return {written_name(name, modules): _whole(kept, name, dtype, base) for name in names}
+def truncated(A: Tensor, B: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float, float]:
+    """The best approximation of B·A in the Frobenius norm (Eckart and Young 1936).
 
+    QR of B and of Aᵀ leaves an SVD of a core of r × r.
 
-def _whole(kept: Kept, name: str, dtype: torch.dtype, base: Adapter | None) -> Blend:
-    parts = [Part(adapter, name, weight) for adapter, weight in kept if name in adapter.layout]
-    like = parts[0].adapter.layout[name]
-    rest = 1 - math.fsum(part.factor for part in parts)
-    if abs(rest) > _SUM_TOLERANCE and base is not None:
-        parts.append(Part(base, name, rest))
-    elif abs(rest) > _SUM_TOLERANCE:
-        first, *others = (part.adapter.tensor(name) for part in parts)
-        own = all(name in part.adapter.copies for part in parts)
-        if own and all(torch.equal(first, other) for other in others):  # the base's, whatever λ are
-            return Blend(_below, [parts[0]._replace(factor=1.0)], tuple(like.shape), like.dtype)
-        raise AdapterError(
-            f"{name} was saved as a whole, and the weights of the ingredients that have it sum to {1 - rest:g}, not 1: the "
-            "rest is the base's own, pass base= (--base)"
-        )
-    return Blend(_summed, parts, tuple(like.shape), dtype)
+    Args:
+        A, B: float64 factors (r, in) and (out, r).
+        rank: An int, the largest rank; or a float below 1, the largest relative error, which decides the rank.
 
-
-def fitting(tensors: Mapping[str, Blend | Tensor]) -> Mapping[str, Blend | Tensor]:
-    """The tensors of a soup, whose ingredients are finite, if they are too: if their dtype is wide enough.
-
-    Of a blend that is made only where the magnitudes of its parts leave it open.
+    Returns:
+        A and B of the approximation, and the squared norms of what was cut off and of B·A.
     """
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Blend) and tensor.bound <= torch.finfo(tensor.dtype).max:
-            continue
-        if not all(map(is_finite, pieces_of(tensor))):
-            raise AdapterError(f"the soup's tensor {name} does not fit into {tensor.dtype}: choose a wider dtype")
-    return tensors
+    q_b, r_b = torch.linalg.qr(B)
+    q_a, r_a = torch.linalg.qr(A.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+
+    # Squared norm of what is left out where k singular values are kept, k = 0, 1, ...
+    lost = torch.cat([(s**2).flip(0).cumsum(0).flip(0), s.new_zeros(1)])
+    total = float(lost[0])
+    k = int(rank) if rank >= 1 else int((lost > rank**2 * total).sum())
+    k = max(1, min(k, len(s)))
+    root = s[:k].sqrt()
+    return root[:, None] * (vh[:k] @ q_a.T), (q_b @ u[:, :k]) * root, float(lost[k]), total
 
 
-def check_factors(adapters: list[Adapter]) -> None:
-    first, *others = adapters
-    for other in others:
-        if first.layout.keys() != other.layout.keys():
-            raise AdapterError(
-                f"method 'factors' needs the same modules in all ingredients; "
-                f"{first.source} and {other.source} differ: use 'exact'"
-            )
-        for path, module in first.modules.items():
-            ranks = module.rank, other.modules[path].rank
-            scalings = module.scaling, other.modules[path].scaling
-            if ranks[0] != ranks[1] or scalings[0] != scalings[1]:
-                raise AdapterError(
-                    f"method 'factors' needs one rank and one alpha; module {path} has ranks {ranks} and scalings {scalings} "
-                    f"in {first.source} and {other.source}: use 'exact'"
-                )
+def _truncated_to_one_rank(
+    experts: Sequence[tuple[Tensor, Tensor]], rank: int | float
+) -> tuple[Tensor, Tensor, float, float]:
+    """`truncated` of each expert, all to the largest rank that any of them needs: A (n, rank, in) and B (n, out, rank)."""
+    results = [truncated(a, b, rank) for a, b in experts]
+    largest = max(len(A) for A, *_ in results)
+    if any(len(A) < largest for A, *_ in results):
+        results = [truncated(a, b, largest) for a, b in experts]
+    A, B, lost, total = zip(*results, strict=True)
+    return torch.stack(A), torch.stack(B), sum(lost), sum(total)
 
 
-def _named_module(path: str, rank: int, like: LoraModule, with_bias: bool) -> LoraModule:
-    """A module by PEFT's names of its factors, scaled by 1."""
-    if with_bias and like.embedding:
-        raise AdapterError(f"module {path}: PEFT has no lora_bias for embeddings, so no one adapter can hold this soup")
-    kind, suffix = ("lora_embedding_", "") if like.embedding else ("lora_", ".weight")
-    start = f"{PREFIX}{path}.{kind}"
-    bias = f"{start}B.bias" if with_bias else None
-    return replace(like, A=f"{start}A{suffix}", B=f"{start}B{suffix}", bias=bias, rank=rank, scaling=1.0)
+def inner(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> float:
+    """⟨B1·A1, B2·A2⟩ in the Frobenius sense, in float64: Σ (B1ᵀ·B2) ∘ (A1·A2ᵀ)."""
+    (a1, b1), (a2, b2) = ((a.flatten(1).double(), b.flatten(1).double()) for a, b in (one, two))
+    return float(((b1.T @ b2) * (a1 @ a2.T)).sum())

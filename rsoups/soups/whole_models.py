@@ -1,11 +1,12 @@
 """Interpolate whole models, file by file: full fine-tunings (DiWA), reward models (WARM), any transformers checkpoint.
 
-Weights stream through memory block by block from safetensors to safetensors, so that models that do not fit can be averaged.
+Weights stream block by block from safetensors to safetensors, so that models larger than the memory can be averaged.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -25,7 +26,6 @@ from rsoups.adapters import tensor_files
 from rsoups.adapters.filenames import SOUP_FILE
 from rsoups.adapters.layer_names import skeleton
 from rsoups.adapters.lineage import published
-from rsoups.adapters.tensor_files import is_finite
 from rsoups.bases.files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from rsoups.bases.load import why_not
 from rsoups.common.assets import resolve
@@ -36,16 +36,11 @@ from rsoups.soups.lambdas import weights_of
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _BLOCK = 2**22  # numbers that are read of each model at a time
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # What goes with the weights, but no card, which is not true of the average.
 _COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES, *PROCESSOR_FILES)
-# May differ between configs.
+# Fields that may differ between configs.
 _FREE = {
     "_name_or_path",
     "transformers_version",
@@ -55,21 +50,45 @@ _FREE = {
     "unsloth_fixed",
     "unsloth_version",
 }
-# Buffers that old checkpoints hold and transformers computes anew, of models that it has no class for.
+# Buffers in old checkpoints that transformers computes anew, for models that it has no class for.
 _BUFFER = re.compile(r".*(\.rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|\.position_ids)")
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # of configs that transformers does not read
 
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A model's folder: where each tensor is, and its kind."""
+    """A model's folder.
+
+    Attributes:
+        source: Folder or Hub id.
+        folder: Folder on this disk.
+        revision: Hub commit, or None.
+        config: config.json as it is written.
+        files: File of each tensor.
+        kinds: safetensors' dtype, and shape, of each tensor.
+        handles: Open file by its name.
+    """
 
     source: str
     folder: Path
     revision: str | None
     config: dict[str, Any]
-    files: dict[str, str]  # tensor -> file
-    kinds: dict[str, tuple[str, tuple[int, ...]]]  # tensor -> safetensors' dtype, shape
-    handles: dict[str, Any]  # file -> open safetensors
+    files: dict[str, str]
+    kinds: dict[str, tuple[str, tuple[int, ...]]]
+    handles: dict[str, Any]
+
+    def tensor(self, key: str) -> Tensor:
+        return self.handles[self.files[key]].get_tensor(key)
+
+    def transformers_config(self) -> Any:
+        """The config as transformers reads it; None if it does not."""
+        try:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        except _UNREADABLE:
+            return None
+
+
+_Weighted = list[tuple[_Checkpoint, float]]
 
 
 def interpolate_checkpoints(
@@ -87,19 +106,19 @@ def interpolate_checkpoints(
     Args:
         models: N folders or Hub ids (``user/name@revision``) of one architecture, in safetensors; or a dict of them by name.
         lambdas: N weights; None for uniform ones.
-        out: The folder.
-        dtype: Of floating-point tensors; by default that of the first model of non-zero weight. Sums are in float64, rounded
-            once; a single model of weight 1 is copied bit for bit.
+        out: Folder of the result.
+        dtype: Dtype of floating-point tensors; by default that of the first model of non-zero weight. Sums are in float64,
+            rounded once; a single model of weight 1 is copied bit for bit.
         normalize: Divide the weights by their sum.
         extrapolate: Allow weights outside [0, 1].
-        progress: Show a bar.
+        progress: Show a progress bar.
 
     Returns:
         `out`. Peak memory is a few blocks of 4M numbers, whatever the size of the models.
 
     Raises:
-        CheckpointError: A model that cannot be read, or is not of the others' kind: other parameters, shapes, vocabulary,
-            config or token ids; a tensor that is not finite, or integers that differ.
+        CheckpointError: A model cannot be read, or has other parameters, shapes, vocabulary, config or token ids than the
+            first; a tensor is not finite, or integers differ.
         LambdasError: As `interpolate`.
         OutputError: The folder holds something other than a soup, or cannot be written.
     """
@@ -109,41 +128,44 @@ def interpolate_checkpoints(
         raise CheckpointError(f"dtype is {dtype}, must be one of {[str(known) for known in _NAMES]}")
     named = models if isinstance(models, Mapping) else {f"{i} {Path(str(m)).name}": m for i, m in enumerate(models)}
     (row,) = weights_of(lambdas, len(named), normalize, extrapolate, any_sum=False)
-    opened = _without_unread([_open(str(source)) for source in named.values()])
-    for other in opened[1:]:
-        _check_alike(opened[0], other)
-    kept = [(checkpoint, weight) for checkpoint, weight in zip(opened, row, strict=True) if weight]
+    checkpoints = _without_unread([_open(str(source)) for source in named.values()])
+    first, *others = checkpoints
+    for other in others:
+        _check_alike(first, other)
+    kept = [(checkpoint, weight) for checkpoint, weight in zip(checkpoints, row, strict=True) if weight]
+
     with whole_folder(out, SOUP_FILE) as partial, ThreadPoolExecutor(1) as pool:
-        hashes = [pool.submit(_hashes, checkpoint) for checkpoint in opened]
-        copy_files(opened[0].folder, _COPIED, partial)
-        _write_weights(opened[0], kept, dtype, partial, progress)
+        hashes = [pool.submit(_hashes, checkpoint) for checkpoint in checkpoints]  # beside the writing
+        copy_files(first.folder, _COPIED, partial)
+        _write_weights(first, kept, dtype, partial, progress)
         _write_config(partial / "config.json", dtype)
-        lineage = {
-            "method": "full weights",
-            "ingredients": [
-                {
-                    "name": name,
-                    "source": published(c.source),
-                    "revision": c.revision,
-                    "sha256": found.result(),
-                    "lambda": weight,
-                }
-                for name, c, found, weight in zip(named, opened, hashes, row, strict=True)
-            ],
-            "versions": {name: version(name) for name in ("rsoups", "torch", "safetensors")},
-        }
-        (partial / SOUP_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
+        ingredients = [
+            {
+                "name": name,
+                "source": published(c.source),
+                "revision": c.revision,
+                "sha256": sha256.result(),
+                "lambda": w,
+            }
+            for name, c, sha256, w in zip(named, checkpoints, hashes, row, strict=True)
+        ]
+        versions = {name: version(name) for name in ("rsoups", "torch", "safetensors")}
+        _write_json(partial / SOUP_FILE, {"method": "full weights", "ingredients": ingredients, "versions": versions})
     return Path(out)
 
 
 def _write_config(path: Path, dtype: torch.dtype | None) -> None:
     """The first model's config, with another dtype if one is asked for, and without the path that it was once read from."""
-    config = _json(path)
+    config = _read_json(path)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
     if config.pop("_name_or_path", None) is not None or dtype is not None:
-        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        _write_json(path, config)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
 
 
 def _hashes(checkpoint: _Checkpoint) -> dict[str, str]:
@@ -156,35 +178,38 @@ def _hashes(checkpoint: _Checkpoint) -> dict[str, str]:
 def _open(source: str) -> _Checkpoint:
     folder, revision = Path(resolve(source)).expanduser(), None
     if not folder.is_dir():
-        if (found := from_hub(source, (*_COPIED, "*.safetensors", _INDEX))) is None:
+        fetched = from_hub(source, (*_COPIED, "*.safetensors", _INDEX))
+        if fetched is None:
             raise CheckpointError(
                 f"no model folder {source!r}, and it is no Hub id (user/name or user/name@revision) either"
             )
-        folder, revision = found
-    config = _json(folder / "config.json")
+        folder, revision = fetched
+    config = _read_json(folder / "config.json")
+
     names = [_ONE_FILE] if (folder / _ONE_FILE).is_file() else []
     if (folder / _INDEX).is_file():
-        files = _json(folder / _INDEX).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{folder / _INDEX} has no weight_map of tensors and files")
-        names = sorted(set(files.values()))
+        names = sorted(set(weight_map.values()))
     if not names:
-        if (copy := converted(source)) is not None:
+        copy = converted(source)
+        if copy is not None:
             return replace(_open(str(copy)), source=source, revision=revision)
-        raise CheckpointError(
-            f"{source} holds neither {_ONE_FILE} nor {_INDEX}" + (f": {w}" if (w := why_not(source)) else "")
-        )
-    handles, where, kinds = {}, {}, {}
+        remedy = why_not(source)
+        raise CheckpointError(f"{source} holds neither {_ONE_FILE} nor {_INDEX}{f': {remedy}' if remedy else ''}")
+
+    handles, files, kinds = {}, {}, {}
     for name in names:
         path = _inside(folder, name)
         try:
             handles[name] = file = safe_open(path, "pt", backend="pread")
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 view = file.get_slice(key)
-                where[key], kinds[key] = name, (view.get_dtype(), tuple(view.get_shape()))
+                files[key], kinds[key] = name, (view.get_dtype(), tuple(view.get_shape()))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is corrupt or not a safetensors file ({error}); copy it again") from None
-    return _Checkpoint(source, folder, revision, config, where, kinds, handles)
+    return _Checkpoint(source, folder, revision, config, files, kinds, handles)
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -198,7 +223,7 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -216,30 +241,28 @@ def _json(path: Path) -> dict[str, Any]:
 def _check_alike(first: _Checkpoint, other: _Checkpoint) -> None:
     """Refuse models that do not add up, before anything is written."""
     pair = f"{first.source} and {other.source}"
-    one, two = _as_read(first), _as_read(other)
+    one, two = _comparable_config(first), _comparable_config(other)
     for key in sorted(one.keys() | two.keys()):
         if one.get(key) != two.get(key):
             raise CheckpointError(f"config.json: {key} differs between {pair}: {one.get(key)!r} and {two.get(key)!r}")
     if difference := sorted(first.kinds.keys() ^ other.kinds.keys()):
         raise CheckpointError(f"only one of {pair} holds {difference[0]} ({len(difference)} such tensors)")
+
     for key, (kind, shape) in first.kinds.items():
         other_kind, other_shape = other.kinds[key]
         if shape != other_shape:
             raise CheckpointError(
-                f"{key} has shapes {shape} and {other_shape} in {pair}: of other sizes or vocabularies"
+                f"{key} has shapes {shape} and {other_shape} in {pair}: their sizes or vocabularies differ"
             )
         if kind != other_kind and not {kind, other_kind} <= _DTYPES.keys():
             raise CheckpointError(f"{key} is {kind} and {other_kind} in {pair}")
     _check_tokens(first, other)
 
 
-def _as_read(checkpoint: _Checkpoint) -> dict[str, Any]:
+def _comparable_config(checkpoint: _Checkpoint) -> dict[str, Any]:
     """A config as transformers reads it, whatever version wrote it; as it is written where transformers does not have it."""
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False).to_dict()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        config = checkpoint.config
-    return _comparable(config)
+    config = checkpoint.transformers_config()
+    return _comparable(checkpoint.config if config is None else config.to_dict())
 
 
 def _comparable(value: Any, key: str = "") -> Any:
@@ -249,34 +272,28 @@ def _comparable(value: Any, key: str = "") -> Any:
 
 
 def _without_unread(checkpoints: list[_Checkpoint]) -> list[_Checkpoint]:
-    """Models without tensors that only some of them hold, and that transformers does not read: buffers that it computes
-    anew, and the stored copy of a head that is tied to the embeddings."""
+    """Models without the tensors that only some of them hold and transformers does not read.
+
+    Those are buffers that it computes anew, and the stored copy of a head that is tied to the embeddings.
+    """
     in_all = set.intersection(*(set(c.kinds) for c in checkpoints))
-    if all(c.kinds.keys() == in_all for c in checkpoints):
-        return checkpoints
     return [
-        replace(c, kinds={k: kind for k, kind in c.kinds.items() if k in in_all or _is_read(c, k)}) for c in checkpoints
+        replace(c, kinds={key: kind for key, kind in c.kinds.items() if key in in_all or _is_read(c, key)})
+        for c in checkpoints
     ]
 
 
 def _is_read(checkpoint: _Checkpoint, key: str) -> bool:
-    model = _skeleton(checkpoint)
+    config = checkpoint.transformers_config()
+    model = skeleton((config.architectures or [""])[0], config) if config is not None else None
     if model is None:
         return not _BUFFER.fullmatch(key)
     source = dict(model.all_tied_weights_keys).get(key)
     if source in checkpoint.kinds:
-        return not torch.equal(*(checkpoint.handles[checkpoint.files[name]].get_tensor(name) for name in (key, source)))
+        return not torch.equal(checkpoint.tensor(key), checkpoint.tensor(source))
     renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
     names = {key, rename_source_key(key, renamings, [], model.base_model_prefix, model.state_dict())[0]}
     return not (_BUFFER.fullmatch(key) and not names & model.state_dict().keys())
-
-
-def _skeleton(checkpoint: _Checkpoint) -> PreTrainedModel | None:
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return skeleton((config.architectures or [""])[0], config)
 
 
 def _check_tokens(first: _Checkpoint, other: _Checkpoint) -> None:
@@ -284,13 +301,11 @@ def _check_tokens(first: _Checkpoint, other: _Checkpoint) -> None:
     pair = f"{first.source} and {other.source}"
     name = "generation_config.json"
     if all((c.folder / name).is_file() for c in (first, other)):
-        ours, theirs = _json(first.folder / name), _json(other.folder / name)
+        ours, theirs = _read_json(first.folder / name), _read_json(other.folder / name)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
             if _comparable(ours.get(key), key) != _comparable(theirs.get(key), key):
                 raise CheckpointError(f"{name}: {key} differs between {pair}: {ours.get(key)} and {theirs.get(key)}")
     if all((c.folder / "tokenizer_config.json").is_file() for c in (first, other)):
-        from transformers import AutoTokenizer
-
         one, two = (AutoTokenizer.from_pretrained(c.folder).get_vocab() for c in (first, other))
         if one != two:
             token = sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))[0]
@@ -304,52 +319,42 @@ def _check_tokens(first: _Checkpoint, other: _Checkpoint) -> None:
 
 
 def _write_weights(
-    first: _Checkpoint,
-    kept: list[tuple[_Checkpoint, float]],
-    dtype: torch.dtype | None,
-    folder: Path,
-    progress: bool,
+    first: _Checkpoint, kept: _Weighted, dtype: torch.dtype | None, folder: Path, progress: bool
 ) -> None:
     from tqdm.auto import tqdm
+
+    def kind_of(key: str) -> str:
+        kind = kept[0][0].kinds[key][0]
+        return _NAMES[dtype] if dtype is not None and kind in _DTYPES else kind
+
+    def blocks(key: str) -> Iterator[Tensor]:
+        for block in _blocks(kept, key):
+            yield _average(block, key, _DTYPES.get(kind_of(key)))
+        bar.update()
 
     total = 0
     with tqdm(total=len(first.kinds), unit="tensor", disable=not progress, desc="interpolate") as bar:
         for name in first.handles:
-            keys = [key for key in first.kinds if first.files[key] == name]
-            kinds = {key: (_kind(kept, key, dtype), first.kinds[key][1]) for key in keys}
-
-            def blocks(key: str, kinds: dict[str, Any] = kinds) -> Iterator[Tensor]:
-                for block in _blocks(kept, key):
-                    yield _average(block, key, _DTYPES.get(kinds[key][0]))
-                bar.update()
-
-            total += tensor_files.write(folder / name, kinds, blocks)[0]
+            layout = {key: (kind_of(key), shape) for key, (_, shape) in first.kinds.items() if first.files[key] == name}
+            total += tensor_files.write(folder / name, layout, blocks)[0]
     if (first.folder / _INDEX).is_file():
-        index = _json(first.folder / _INDEX)
+        index = _read_json(first.folder / _INDEX)
         index["metadata"] = (index.get("metadata") or {}) | {"total_size": total}
         index["weight_map"] = {key: file for key, file in index["weight_map"].items() if key in first.kinds}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        _write_json(folder / _INDEX, index)
 
 
-def _kind(kept: list[tuple[_Checkpoint, float]], key: str, dtype: torch.dtype | None) -> str:
-    kind = kept[0][0].kinds[key][0]
-    return _NAMES[dtype] if dtype is not None and kind in _DTYPES else kind
-
-
-def _blocks(kept: list[tuple[_Checkpoint, float]], key: str) -> Iterator[list[tuple[Tensor, float]]]:
+def _blocks(kept: _Weighted, key: str) -> Iterator[list[tuple[Tensor, float]]]:
     """One tensor of all models, some rows at a time."""
     shape = kept[0][0].kinds[key][1]
-    slices = [(checkpoint.handles[checkpoint.files[key]].get_slice(key), weight) for checkpoint, weight in kept]
     try:
         if not shape:
-            yield [(c.handles[c.files[key]].get_tensor(key), weight) for c, weight in kept]
+            yield [(checkpoint.tensor(key), weight) for checkpoint, weight in kept]
             return
-        row = 1
-        for length in shape[1:]:
-            row *= length
-        step = max(1, _BLOCK // max(row, 1))
+        views = [(checkpoint.handles[checkpoint.files[key]].get_slice(key), weight) for checkpoint, weight in kept]
+        step = max(1, _BLOCK // max(math.prod(shape[1:]), 1))
         for start in range(0, shape[0], step):
-            yield [(view[start : min(start + step, shape[0])], weight) for view, weight in slices]
+            yield [(view[start : min(start + step, shape[0])], weight) for view, weight in views]
     except SafetensorError as error:
         raise CheckpointError(f"cannot read tensor {key}: {error}") from None
 
@@ -367,7 +372,7 @@ def _average(block: list[tuple[Tensor, float]], key: str, dtype: torch.dtype | N
         for tensor, weight in rest:
             total += tensor.double() * weight
         result = total.to(dtype)
-    if not is_finite(result):
-        whole = all(is_finite(tensor) for tensor, _ in block)
+    if not tensor_files.is_finite(result):
+        whole = all(tensor_files.is_finite(tensor) for tensor, _ in block)
         raise CheckpointError(f"{key} {f'does not fit into {dtype}' if whole else 'holds NaN or infinity'}")
     return result

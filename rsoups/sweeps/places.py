@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rsoups.adapters.adapter import Adapter
 from rsoups.common.errors import AdapterError
+from rsoups.soups.interpolation import interpolate
 from rsoups.soups.live import LiveSoup
-from rsoups.soups.soup import Soup, interpolate
+from rsoups.soups.soup import Soup
 from rsoups.sweeps.items import Model
 
 if TYPE_CHECKING:
@@ -123,12 +124,9 @@ class AttachedPlaces:
 def soup_of(model: Model, adapters: Mapping[str, Adapter], others: Mapping[str, Adapter]) -> Soup:
     """The adapter of a model that is a soup or another adapter. (`sweep` has compared the names of the bases.)"""
     if model.other:
-        soup = interpolate([others[model.other]], [1.0], allow_base_mismatch=True)
-    else:
-        method = model.method or "exact"
-        soup = interpolate(adapters, model.weights, method=method, extrapolate=True, allow_base_mismatch=True)
-    assert isinstance(soup, Soup)
-    return soup
+        return interpolate([others[model.other]], [1.0], allow_base_mismatch=True)
+    method = model.method or "exact"
+    return interpolate(adapters, model.weights, method=method, extrapolate=True, allow_base_mismatch=True)
 
 
 def places_of(

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rsoups.adapters.adapter import Adapter, read_adapter
+from rsoups.adapters.adapter import Adapter
 from rsoups.adapters.lineage import Manifest
 from rsoups.bases.compatibility import check_one_base
 from rsoups.bases.names import check_base
@@ -24,12 +24,12 @@ from rsoups.common.errors import AdapterError, DatasetError, LambdasError, Rewar
 from rsoups.data.prompts import fit_prompts, question_of
 from rsoups.data.training_data import chat_template_of, check_trained, manifests_of
 from rsoups.fronts.grids import simplex
-from rsoups.fronts.notes import trained_on_of
-from rsoups.fronts.points import BASE, SOUP
+from rsoups.fronts.points import BASE, SOUP, is_number
 from rsoups.generation.decoding import Prompt, encode
 from rsoups.rewards.averaged import AveragedScores
 from rsoups.rewards.classifier import Reward
 from rsoups.rewards.functions import FunctionReward
+from rsoups.soups.interpolation import opened
 from rsoups.soups.lambdas import weights_of
 from rsoups.soups.live import LiveSoup
 from rsoups.sweeps.base import Base
@@ -176,7 +176,7 @@ def plan_of(
 
     ingredients = _ingredients(live, adapters)
     grid = _grid(lambdas, len(ingredients))
-    others = {name: _read(source) for name, source in others.items()}
+    others = opened(others)
     _check_names(rewards, ingredients, others, held_out)
     if not settings.allow_base_mismatch:
         check_one_base(ingredients.values())
@@ -184,13 +184,13 @@ def plan_of(
     sources = [(adapter.source, adapter.config) for adapter in [*ingredients.values(), *others.values()]]
     check_base(sources, live.model if live else base, settings.allow_base_mismatch)
 
-    opened = Base(base, tokenizer)
+    base_model = Base(base, tokenizer)
     manifests = {name: manifests_of(adapter) for name, adapter in {**others, **ingredients}.items()}
     template: dict[str, Any] = {}
     if not all(isinstance(prompt, str) for prompt in prompts):
         given = settings.chat_template_kwargs
         template = chat_template_of(manifests) if given is None else dict(given)
-    table = PromptTable.of(prompts, columns, opened, template, settings)
+    table = PromptTable.of(prompts, columns, base_model, template, settings)
     trained_on = {name: _trained_on(found) for name, found in manifests.items()}
     entries = {
         **notes,
@@ -202,7 +202,7 @@ def plan_of(
         entries["chat_template_kwargs"] = template
     known = (Reward, AveragedScores, FunctionReward)
     named = {name: one if isinstance(one, known) else FunctionReward(one, name) for name, one in rewards.items()}
-    return Plan(opened, ingredients, dict(others), grid, named, table, settings, entries)
+    return Plan(base_model, ingredients, dict(others), grid, named, table, settings, entries)
 
 
 def _ingredients(live: LiveSoup | None, adapters: Mapping[str, Any] | None) -> dict[str, Adapter]:
@@ -212,11 +212,7 @@ def _ingredients(live: LiveSoup | None, adapters: Mapping[str, Any] | None) -> d
         return dict(live._adapters)
     if not adapters:
         raise LambdasError("no adapters to sweep between: pass at least one by name")
-    return {name: _read(source) for name, source in adapters.items()}
-
-
-def _read(source: Any) -> Adapter:
-    return source if isinstance(source, Adapter) else read_adapter(source)
+    return opened(adapters)
 
 
 def _grid(lambdas: Sequence[Sequence[float]] | None, count: int) -> list[list[float]]:
@@ -258,7 +254,9 @@ def _trained_on(manifests: Sequence[Manifest]) -> dict[str, float]:
     """The rewards that an adapter's manifest names, with their weights; empty if they are unknown."""
     rewards = (manifests[0].get("rewards") or []) if manifests else []
     weights = {reward.get("name"): reward.get("weight", 1.0) for reward in rewards}
-    return trained_on_of({"trained_on": {"adapter": weights}}).get("adapter", {})
+    if not all(isinstance(name, str) and is_number(weight) for name, weight in weights.items()):
+        return {}
+    return {name: float(weight) for name, weight in weights.items()}
 
 
 def _digest(value: Any) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from rsoups.common.errors import RewardError, RsoupsError
 from rsoups.common.files import read_jsonl
 from rsoups.fronts.grids import largest_gap
-from rsoups.fronts.points import mean_score
+from rsoups.fronts.reading import mean_score
 from rsoups.generation.decoding import Prompt
 from rsoups.rewards.averaged import AveragedScores
 from rsoups.rewards.classifier import Reward

@@ -112,3 +112,9 @@ def _token_logps(head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tenso
     if len(pieces) > 1 and torch.is_grad_enabled():
         return torch.cat([checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces])
     return torch.cat([chunk(*piece) for piece in pieces])
+
+
+def hide_value_head(generation: Any) -> None:
+    """Leave the critic out of the weights that TRL's `VLLMGeneration` hands to vLLM, which knows no such parameter."""
+    all_params = generation._iter_named_params
+    generation._iter_named_params = lambda: (pair for pair in all_params() if not pair[0].startswith("value_head."))

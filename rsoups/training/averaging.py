@@ -21,7 +21,8 @@ from transformers import TrainerCallback
 from rsoups.adapters.adapter import read_adapter
 from rsoups.adapters.filenames import WEIGHTS_FILE
 from rsoups.common.errors import AdapterError, LambdasError, TrainingError
-from rsoups.soups.soup import Soup, interpolate
+from rsoups.soups.interpolation import interpolate
+from rsoups.soups.soup import Soup
 from rsoups.training.checkpoints import is_complete
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
-"""What is checked before the first step of PPO: that what is sampled, scored and trained is one and the same policy.
+"""Checks before the first step of PPO: the policy that samples, is scored and is trained must be one and the same.
 
-Sampling goes through transformers' `generate`, the update through `PPOTrainer`'s own forward. Where the two differ, by a
-dropout, a setting of the base's generation_config, or a head that changes its logits, PPO optimizes something else in silence.
+Sampling goes through transformers' `generate`, the update through `PPOTrainer`'s own forward. Where the two differ, by
+dropout, a setting of the base's generation_config, or a head that changes its logits, PPO silently optimizes another
+policy than the one that writes.
 """
 
 from __future__ import annotations
@@ -16,11 +17,75 @@ import torch
 from torch import Tensor, nn
 
 from rsoups.common.errors import TrainingError
+from rsoups.training import rl_math
 
+_TOKENS = 8  # of each of the two responses that the checks look at
 # Attributes of modules and configs that are a probability of noise in training mode.
 _NOISE = ("drop", "jitter")
 # Largest mean difference of log-probabilities, in nats per token, that rounding explains.
 _ROUNDING, _ROUNDING_OF_HALF = 1e-3, 0.1
+
+
+def check_first_step(trainer: Any, prompts: list) -> str:
+    """Refuse a run that would optimize another policy than the one that writes.
+
+    Generates a few tokens for the first two prompts. All random number generators are left as they were.
+
+    Args:
+        trainer: PPOTrainer.
+        prompts: Prompts of the first rollout.
+
+    Returns:
+        One line that says what was checked.
+
+    Raises:
+        TrainingError: Two forwards differ, the sampler has other log-probabilities, or the policy is not its reference.
+    """
+    args = trainer.args
+    with same_random_numbers(), torch.no_grad():
+        prompt_ids, responses, sampler = _first_tokens(trainer, prompts[:2])
+        batch = trainer._rollout_tensors(prompt_ids, responses)
+        logps = trainer._actor_critic(trainer.model, batch)[0]
+        if args.disable_dropout:
+            check_no_noise(trainer.model, lambda: trainer._actor_critic(trainer.model, batch)[0])
+        ref_logps = trainer._reference_logps(batch)
+
+    passed = []
+    half = args.bf16 or args.fp16 or logps.dtype != torch.float32 or trainer.model.dtype != torch.float32
+    sampled = sampler.of(responses) if sampler else []
+    if sampled:
+        difference = check_sampler(sampled, list(logps), half)
+        passed.append(f"log p of sampler and update agree (to {difference:.0e} nats)")
+    if trainer.state.global_step == 0 and args.disable_dropout:
+        kl = float(rl_math.masked_mean(logps - ref_logps, batch["completion_mask"]))
+        check_references(kl, "the base" if "ref" not in trainer.model.peft_config else "the adapter's start")
+        passed += ["KL to the reference is 0", "no dropout"]
+    if trainer.not_inherited:
+        passed.append(f"not inherited from the base's generation_config: {', '.join(trainer.not_inherited)}")
+    return "; ".join(passed)
+
+
+def _first_tokens(trainer: Any, prompts: list) -> tuple[list, list, Sampler | None]:
+    """Prompts' tokens, the first tokens of their responses, and who watched the sampling.
+
+    Sampling can be watched where `generate` does it: neither in vLLM nor in continuous batching.
+    """
+    config: Any = getattr(trainer, "generation_config", None)
+    watched = config is not None and not (trainer.use_vllm or trainer.args.use_transformers_continuous_batching)
+    sampler = Sampler() if watched else None
+    limit = config.max_new_tokens if watched else None
+
+    trainer.sampler_watch = sampler
+    try:
+        if watched:
+            config.max_new_tokens = min(int(limit or 1), _TOKENS)
+        prompt_ids = trainer._tokenize_prompts(prompts)[0]
+        responses, _ = trainer._generate_single_turn(prompt_ids, None, {}, 1)
+    finally:
+        trainer.sampler_watch = None
+        if watched:
+            config.max_new_tokens = limit
+    return prompt_ids, [ids[:_TOKENS] for ids in responses], sampler
 
 
 def silence_noise(model: nn.Module) -> None:

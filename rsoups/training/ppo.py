@@ -5,53 +5,48 @@ The critic is a linear value head on the policy's own backbone: one forward give
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import RepeatSampler, pad, shuffle_sequence_dict, split_tensor_dict, use_adapter
+from trl.trainer.utils import pad, shuffle_sequence_dict, split_tensor_dict, use_adapter
 
-from rsoups.common.errors import DatasetError, OutputError, RewardError, SettingsError, TrainingError
-from rsoups.common.files import only_run_in
+from rsoups.common.errors import RewardError, SettingsError
 from rsoups.generation.decoding import trimmed
 from rsoups.generation.sampling import fast_sampling
 from rsoups.generation.settings import sample_purely
 from rsoups.rewards.functions import check_scores
 from rsoups.training import first_step, rl_math
-from rsoups.training.actor_critic import ValueHead, add_actor_critic_forward
-from rsoups.training.callbacks import Interrupt, PPOProgress
-from rsoups.training.checkpoints import finish_checkpoint, last_checkpoint
+from rsoups.training.actor_critic import ValueHead, add_actor_critic_forward, hide_value_head
+from rsoups.training.callbacks import PPOProgress
+from rsoups.training.checkpoints import (
+    PPOState,
+    load_rollout,
+    load_state,
+    save_rollout,
+    save_state,
+)
+from rsoups.training.metrics import (
+    Processes,
+    add_metrics,
+    check_progress,
+    reward_metrics,
+    rollout_metrics,
+    take_pending,
+)
+from rsoups.training.policy import reset_adapter
 from rsoups.training.ppo_config import PPOConfig
+from rsoups.training.resumable import ResumableTrainer
 from rsoups.training.trl_rewards import named_failures
 
-_VALUE_HEAD = "value_head.safetensors"
-_STATE = "ppo_state.json"
-_PARTIAL = ".partial"  # where a checkpoint is written
-_ROLLOUT = "rollout-{}.safetensors"  # one for each process
-_PROBED_TOKENS = 8  # of each of two responses that are looked at before the first step
-_COLLAPSED = 0.05  # share of distinct responses below which a warning is due
 
-logger = logging.getLogger(__name__)
-
-
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(ResumableTrainer):
     """Proximal policy optimization of a LoRA adapter against one reward, or a weighted sum of several (MORL).
 
     Takes GRPOTrainer's arguments. The reference is the base with the adapter off where `peft_config` makes a fresh
@@ -88,32 +83,38 @@ class PPOTrainer(GRPOTrainer):
         if not isinstance(self.model, PeftModel):
             raise ValueError("PPOTrainer trains a LoRA adapter: pass a peft_config, or a PeftModel to train on")
         self._check_rewards()
+        self._processes = Processes(self.accelerator)
+
         causal_lm: Any = self.model.get_base_model()
-        self._not_inherited = sample_purely(causal_lm)
+        self.not_inherited = sample_purely(causal_lm)
         if args.disable_dropout:
-            first_step.silence_noise(self.model)  # TRL switches nn.Dropout off and leaves dropout in functions on
+            first_step.silence_noise(self.model)  # TRL disables nn.Dropout only, not dropout called as a function
         if kwargs.get("peft_config") is not None:
             reset_adapter(self.model, args.adapter_init_seed)
-        # On the base, where the adapter's own files never include it; checkpoints hold it beside them.
+
+        # The head is on the base, so that the adapter's own files never include it; checkpoints hold it beside them.
         causal_lm.value_head = ValueHead(causal_lm.config.get_text_config().hidden_size, self.model.device)
-        self._first_rollout = True
         add_actor_critic_forward(causal_lm, self.temperature)
         if self.use_vllm:
             hide_value_head(self.vllm_generation)
-        self._saving = False
+        self.kl_controller = rl_math.KLController(args.kl_coef, args.kl_target, args.kl_horizon)
+
         self._checked = False
-        self._watch: first_step.Sampler | None = None
+        self._first_rollout = True
+        self.sampler_watch: first_step.Sampler | None = None
         self._ended: list[bool] = []  # whether each response of the last rollout ended by itself
         self._rollout: dict[str, Any] | None = None
-        self.kl_controller = rl_math.KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(PPOProgress())
 
     def _check_rewards(self) -> None:
         names = self.reward_func_names
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise SettingsError(f"several rewards are called {twice[0]!r}, and their logs would be mixed: rename one")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise SettingsError(
+                f"several rewards are called {repeated[0]!r}, and their logs would be mixed: rename one"
+            )
         weights = self.reward_weights.tolist()
         if not all(map(math.isfinite, weights)) or not any(weights):
             raise SettingsError(f"reward_weights are {weights}: they must be finite, and one at least must not be 0")
@@ -136,36 +137,42 @@ class PPOTrainer(GRPOTrainer):
             ref_logps = self._reference_logps(batch, chunk)
 
         scores = self._scores(inputs, prompts, responses, response_ids)
+        # The critic starts at the first rollout's mean score: value clipping would let it approach a distant score only
+        # slowly, and until then its errors, not the rewards, would decide the advantages.
         if self._first_rollout and mode == "train":
             self._first_rollout = False
             self._value_head.start = self.accelerator.gather(scores).mean().item()
             values = values + self._value_head.start * mask
+
         rewards = rl_math.kl_penalized_rewards(scores, logps, ref_logps, mask, self.kl_controller.coef)
         advantages, returns = rl_math.gae(rewards, values, mask, self.args.gamma, self.args.lam)
-        batch["advantages"] = rl_math.masked_whiten(advantages, mask, self._sum_over_processes)
+        batch["advantages"] = rl_math.masked_whiten(advantages, mask, self._processes.sum)
         batch |= {"old_logps": logps, "old_values": values, "returns": returns}
-        tokens = self._sum_over_processes(mask.sum().float())
-        batch["num_items_in_batch"] = tokens
+        # TRL's key. TRL's helpers neither shuffle nor split a tensor without dimensions, so every minibatch has it whole.
+        batch["num_items_in_batch"] = self._processes.sum(mask.sum().float())
         self._log_rollout(mode, prompts, responses, scores, batch, ref_logps)
         return batch
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         """TRL's dataloader, whose batches are a process's prompts of one rollout."""
         if kwargs.get("is_training"):
-            # TRL's number, unless processes take turns and a pass over the rollout has more steps than rows.
+            # Equal to TRL's number, unless processes take turns: then a pass over the rollout has more steps than rows.
             batch_size = int(self.args.generation_batch_size or 0) // self.accelerator.num_processes
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
-        """This process's rows of the next pass: of a new rollout where the last one was gone through.
+        """This process's rows of the next pass, of a new rollout if the last one is used up.
 
-        Each PPO epoch draws the minibatches of the rollout anew, as TRL 1.12 does.
+        Each PPO epoch shuffles the rollout into new minibatches, as TRL 1.12 does.
         """
         if not self.model.training:
             return self._generate_and_score_completions(generation_batch)
         if not self._checked:
             self._checked = True
-            self._check_first_step([row["prompt"] for row in generation_batch])
+            passed = first_step.check_first_step(self, [row["prompt"] for row in generation_batch])
+            self.accelerator.print(f"checked  {passed}")
+
+        # `_step` counts passes of this process. An epoch over the rollout is `passes` of them.
         passes = int(self.args.steps_per_generation or 1)
         if self._rollout is None or self._step % (passes * self.num_iterations) == 0:
             self._rollout, self._buffered_inputs = self._generate_and_score_completions(generation_batch), None
@@ -174,61 +181,18 @@ class PPOTrainer(GRPOTrainer):
             self._rollout, self._buffered_inputs = rollout, self._rows_of_passes(rollout)
         return self._buffered_inputs[self._step % passes]
 
-    def _check_first_step(self, prompts: list) -> None:
-        """Refuse a run that would optimize another policy than the one that writes; one line where all is well.
-
-        Looks at the first two prompts, and leaves all random numbers as they were.
-
-        Raises:
-            TrainingError: Two forwards differ, the sampler has other log-probabilities, or the policy is not its reference.
-        """
-        config: Any = getattr(self, "generation_config", None)
-        prompts = prompts[:2]
-        watches = config is not None and not (self.use_vllm or self.args.use_transformers_continuous_batching)
-        sampler = self._watch = first_step.Sampler() if watches else None
-        limit = config.max_new_tokens if watches else None
-        with first_step.same_random_numbers(), torch.no_grad():
-            try:
-                if watches:
-                    config.max_new_tokens = min(int(limit or 1), _PROBED_TOKENS)
-                prompt_ids = self._tokenize_prompts(prompts)[0]
-                responses, _ = self._generate_single_turn(prompt_ids, None, {}, 1)
-            finally:
-                self._watch = None
-                if watches:
-                    config.max_new_tokens = limit
-            responses = [ids[:_PROBED_TOKENS] for ids in responses]
-            batch = self._rollout_tensors(prompt_ids, responses)
-            logps = self._actor_critic(self.model, batch)[0]
-            if self.args.disable_dropout:
-                first_step.check_no_noise(self.model, lambda: self._actor_critic(self.model, batch)[0])
-            ref_logps = self._reference_logps(batch)
-
-        told = []
-        half = self.args.bf16 or self.args.fp16 or logps.dtype != torch.float32 or self.model.dtype != torch.float32
-        sampled = sampler.of(responses) if sampler else []
-        if sampled:
-            apart = first_step.check_sampler(sampled, list(logps), half)
-            told.append(f"log p of sampler and update agree (to {apart:.0e} nats)")
-        if self.state.global_step == 0 and self.args.disable_dropout:
-            kl = float(
-                ((logps - ref_logps) * batch["completion_mask"]).sum() / batch["completion_mask"].sum().clamp(min=1)
-            )
-            first_step.check_references(
-                kl, "the base" if "ref" not in self.model.peft_config else "the adapter's start"
-            )
-            told += ["KL to the reference is 0", "no dropout"]
-        if self._not_inherited:
-            told.append(f"not inherited from the base's generation_config: {', '.join(self._not_inherited)}")
-        self.accelerator.print(f"checked  {'; '.join(told)}")
-
     def _reference_logps(self, batch: dict[str, Tensor], chunk: int | None = None) -> Tensor:
+        """Log-probabilities under the reference, (B, T): the frozen adapter TRL calls "ref", or no adapter at all."""
         policy = self.accelerator.unwrap_model(self.model)
         with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
             return self._actor_critic(self.model, batch, chunk)[0]
 
     def _rows_of_passes(self, rollout: dict[str, Any]) -> list[dict[str, Any]]:
-        """A process's rows of each pass. Where processes take turns, its rows of the other steps have no tokens."""
+        """A process's rows of each pass.
+
+        Where processes take turns, a process has no part in most optimizer steps, but its gradients are reduced in all of
+        them. Its rows of those steps are real rows with an empty mask: they add nothing to loss and gradients.
+        """
         shares = self.args.shares
         rows: list[dict[str, Any]] = split_tensor_dict(rollout, len(rollout["prompt_ids"]) // shares.per_device)
         if shares.turns == 1:
@@ -246,22 +210,28 @@ class PPOTrainer(GRPOTrainer):
         return [trimmed(self._tokenizer, *pair) for pair in zip(prompts, ids, strict=True)], *others
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        at_once = self.use_vllm or self._watch is not None
-        size = len(prompt_ids) if at_once else self.args.local_rollout_forward_batch_size or len(prompt_ids)
-        # Prompts of one length together, where they are not all generated from at one time: less padding.
-        order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i])) if size < len(prompt_ids) else None
-        queue = prompt_ids if order is None else [prompt_ids[i] for i in order]
-        responses: list[list[int]] = []
-        with fast_sampling(self.accelerator.device, self._watch):
-            for start in range(0, len(queue), size):
-                responses += super()._generate_single_turn(queue[start : start + size], *args, **kwargs)[0]
-        if order is not None:
-            responses = [ids for _, ids in sorted(zip(order, responses, strict=True), key=lambda pair: pair[0])]
+        """Responses' tokens, generated in groups of `local_rollout_forward_batch_size` prompts of similar length."""
+        whole = self.use_vllm or self.sampler_watch is not None
+        size = len(prompt_ids) if whole else self.args.local_rollout_forward_batch_size or len(prompt_ids)
+        order = list(range(len(prompt_ids)))
+        if size < len(prompt_ids):
+            order.sort(key=lambda i: len(prompt_ids[i]))  # less padding
+
+        responses: list[list[int]] = [[] for _ in prompt_ids]
+        with fast_sampling(self.accelerator.device, self.sampler_watch):
+            for start in range(0, len(order), size):
+                group = order[start : start + size]
+                generated, *_ = super()._generate_single_turn([prompt_ids[i] for i in group], *args, **kwargs)
+                for i, ids in zip(group, generated, strict=True):
+                    responses[i] = ids
+
         self._ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in responses]
-        if (shortest := self.args.min_completion_length) is not None:
+        shortest = self.args.min_completion_length
+        if shortest is not None:
             limits = torch.randint(shortest, int(self.args.max_completion_length or 0) + 1, (len(responses),)).tolist()
             responses = [ids[:limit] for ids, limit in zip(responses, limits, strict=True)]
-        return responses, None  # vLLM's log-probabilities are not used: the policy's own forward gives the old ones
+        # None: vLLM's log-probabilities are not used. The policy's own forward gives the old ones.
+        return responses, None
 
     def _rollout_tensors(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> dict[str, Tensor]:
         """Padded ids and masks: prompts (B, P) to the left, responses (B, T) to the right; masks are 1 on real tokens."""
@@ -278,17 +248,19 @@ class PPOTrainer(GRPOTrainer):
         self, model: nn.Module, batch: dict[str, Tensor], chunk: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the response tokens and values of the states before them, both (B, T)."""
-        parts = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        columns = [batch[name].split(chunk or len(batch["prompt_ids"])) for name in names]
         outputs = []
-        for rows in zip(*(batch[name].split(chunk or len(batch["prompt_ids"])) for name in parts), strict=True):
-            asked, asked_mask, said, said_mask = rows
-            # Without the columns that only longer rows of the rollout need.
-            before, length = int(asked_mask.sum(dim=1).max()), max(1, int(said_mask.sum(dim=1).max()))
-            ids = torch.cat([asked[:, asked.shape[1] - before :], said[:, :length]], dim=1)
-            mask = torch.cat([asked_mask[:, asked.shape[1] - before :], said_mask[:, :length]], dim=1)
+        for prompts, prompt_mask, responses, response_mask in zip(*columns, strict=True):
+            # Leave out the padding that only longer rows of the rollout need.
+            first = prompts.shape[1] - int(prompt_mask.sum(dim=1).max())
+            length = max(1, int(response_mask.sum(dim=1).max()))
+            ids = torch.cat([prompts[:, first:], responses[:, :length]], dim=1)
+            mask = torch.cat([prompt_mask[:, first:], response_mask[:, :length]], dim=1)
             with self.accelerator.autocast():
                 pair = model(input_ids=ids, attention_mask=mask, response_length=length)
-            outputs.append([nn.functional.pad(values, (0, said.shape[1] - length)) for values in pair])
+            outputs.append([nn.functional.pad(values, (0, responses.shape[1] - length)) for values in pair])
+
         logps, values = (torch.cat(tensors) for tensors in zip(*outputs, strict=True))
         return logps, values
 
@@ -298,101 +270,52 @@ class PPOTrainer(GRPOTrainer):
         start = self.accelerator.process_index * len(prompts)
         local = by_reward[start : start + len(prompts)]
         for i, name in enumerate(self.reward_func_names):
-            # TRL writes a function's None, no opinion, as NaN; NaN itself `named_failures` has refused.
+            # TRL turns a function's None (no opinion) into NaN. A NaN of its own, `named_failures` has already refused.
             abstains = not isinstance(self.reward_funcs[i], nn.Module)
             values = [None if abstains and math.isnan(value) else value for value in local[:, i].tolist()]
             check_scores(name, values, prompts, responses)
-            self._log_reward(name, self._of_all(local[:, i]))
+            in_all_processes = self._processes.rows(local[:, i], self.model.training)
+            mode = "train" if self.model.training else "eval"
+            add_metrics(self._metrics[mode], reward_metrics(name, in_all_processes))
             self._logs["rewards"][name].extend(by_reward[:, i].tolist())
+
         scores = rl_math.weighted_scores(local, self.reward_weights.to(local.device))
-        if (unscored := scores.isnan()).any():
+        unscored = scores.isnan()
+        if unscored.any():
             at = int(unscored.nonzero()[0, 0])
             raise RewardError(
                 f"none of the rewards {self.reward_func_names} has an opinion (all are None) on the response {responses[at]!r} "
                 f"to {prompts[at]!r}: leave such prompts out, or add a reward that scores every response"
             )
         if self.args.missing_eos_penalty is not None:
-            # Of responses that would have ended but for their own limit, drawn below the longest, none is punished.
+            # Only responses that reached the longest limit: `_ended` is from before the cut at a drawn, shorter one.
             endless = [not ended for ended in self._ended]
             scores = scores - self.args.missing_eos_penalty * torch.tensor(endless, device=scores.device)
         return scores
 
-    def _log_reward(self, name: str, values: list[float]) -> None:
-        """A reward's scores, and the share of responses on which it has no opinion, where there are any."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        answered = [value for value in values if not math.isnan(value)]
-        if answered:
-            metrics[f"rewards/{name}"] += answered
-        if len(answered) < len(values):
-            metrics[f"abstained/{name}"].append(1 - len(answered) / len(values))
-
-    def _of_all(self, values: Any) -> list:
-        """What each response of all processes has; in an evaluation without those that only fill up its last batch."""
-        if self.model.training:
-            return gather_object(values) if isinstance(values, list) else self.accelerator.gather(values).tolist()
-        found = self.accelerator.gather_for_metrics(values, use_gather_object=isinstance(values, list))
-        return found if isinstance(found, list) else found.tolist()
-
-    def _sum_over_processes(self, value: Tensor) -> Tensor:
-        return self.accelerator.reduce(value, reduction="sum")
-
-    def _token_means(self, mask: Tensor, *values: Tensor) -> list[float]:
-        """Mean of each of some (B, T) over the real tokens of all processes."""
-        sums = [(value.double() * mask).sum() for value in (torch.ones_like(values[0]), *values)]
-        count, *totals = self._sum_over_processes(torch.stack(sums)).tolist()
-        return [total / max(count, 1) for total in totals]
-
     def _log_rollout(
         self, mode: str, prompts: list, responses: list, scores: Tensor, batch: dict[str, Tensor], ref_logps: Tensor
     ) -> None:
-        """Record the rollout's metrics, and adapt the KL coefficient."""
-        mask, logps = batch["completion_mask"], batch["old_logps"]
-        kls = self._of_all(((logps - ref_logps) * mask).sum(dim=1))
-        kl = sum(kls) / len(kls)
-        metrics = self._metrics[mode]
-        metrics["reward"] += self._of_all(scores)
-        metrics["kl"] += kls
-        metrics["entropy"].append(self._token_means(mask, -logps)[0])
-        metrics["kl_coef"].append(self.kl_controller.coef)
-        returns, errors = batch["returns"], batch["returns"] - batch["old_values"]
-        mean, square, error, squared_error = self._token_means(mask, returns, returns**2, errors, errors**2)
-        metrics["explained_variance"].append(1 - (squared_error - error**2) / max(square - mean**2, 1e-8))
-        # Of all processes, in the order of their rewards.
+        """Record the rollout's metrics, adapt the KL coefficient, and stop a run that diverges."""
+        training = mode == "train"
+        metrics = rollout_metrics(self._processes, batch, ref_logps, scores, responses, training)
+        add_metrics(self._metrics[mode], metrics | {"kl_coef": [self.kl_controller.coef]})
+
+        # TRL's table of responses: those of all processes, in the order of their rewards.
         self._logs["prompt"].extend(gather_object(prompts))
         self._logs["completion"].extend(gather_object(responses))
-        self._logs["advantages"].extend(self.accelerator.gather((batch["advantages"] * mask).sum(dim=1)).tolist())
-        self._flush_pending(mode, len(prompts))
-        every = self._of_all(responses)
-        metrics["distinct"].append(len(set(map(str, every))) / len(every))
-        if mode == "train":
-            self.kl_controller.update(kl, len(every))
-            self._stop_in_vain(kl, metrics["distinct"][-1])
+        advantages = (batch["advantages"] * batch["completion_mask"]).sum(dim=1)
+        self._logs["advantages"].extend(self.accelerator.gather(advantages).tolist())
+        columns, means = take_pending(self, len(prompts))
+        for name, values in columns.items():
+            self._logs["extra"][name].extend(values)
+        add_metrics(self._metrics[mode], {name: [mean] for name, mean in means.items()})
 
-    def _flush_pending(self, mode: str, count: int) -> None:
-        """What rewards told TRL's `log_metric` and `log_extra`, of all processes, in one order on all of them."""
-        for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
-            values = self._pending_extra_logs.get(column, [None] * count)
-            self._logs["extra"][column].extend(gather_object(values))
-        for name in sorted(set(gather_object(list(self._pending_metrics)))):
-            values = self._pending_metrics.get(name, [])
-            told = torch.tensor([sum(values), len(values)], dtype=torch.float64, device=self.accelerator.device)
-            total, number = self._sum_over_processes(told).tolist()
-            self._metrics[mode][name].append(total / number)
-        self._pending_extra_logs.clear()
-        self._pending_metrics.clear()
-
-    def _stop_in_vain(self, kl: float, distinct: float) -> None:
-        """Warn of a policy that runs away or collapses, and stop it at the limits of the config."""
-        limit = self.args.kl_limit
-        remedy = "raise kl_coef, lower learning_rate, or normalize the reward; checkpoints from before are good"
-        if limit is not None and kl > limit:
-            raise TrainingError(f"KL is {kl:.1f} nats per response, above kl_limit {limit:g}: {remedy}")
-        if distinct < self.args.min_distinct:
-            raise TrainingError(f"{distinct:.0%} of the responses differ, below min_distinct: {remedy}")
-        if limit is not None and kl > limit / 2:
-            logger.warning("KL is %.1f nats per response and stops the run at %g: %s", kl, limit, remedy)
-        if distinct < _COLLAPSED:
-            logger.warning("only %.0f%% of the responses differ: %s", 100 * distinct, remedy)
+        if training:
+            episodes = len(metrics["kl"])
+            kl = sum(metrics["kl"]) / episodes
+            self.kl_controller.update(kl, episodes)
+            check_progress(self.args, kl, metrics["distinct"][0])
 
     # --- update ------------------------------------------------------------------------------------------------------
 
@@ -402,10 +325,12 @@ class PPOTrainer(GRPOTrainer):
         logps, values = self._actor_critic(model, inputs)
         policy, clipped = rl_math.policy_loss(logps, inputs["old_logps"], inputs["advantages"], self.args.cliprange)
         value = rl_math.value_loss(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
+
         mode = "train" if self.model.training else "eval"
-        means = self._token_means(mask, policy.detach(), value.detach(), clipped.float())
+        means = self._processes.token_means(mask, policy.detach(), value.detach(), clipped.float())
         for name, mean in zip(("policy_loss", "value_loss", "clip_fraction"), means, strict=True):
             self._metrics[mode][name].append(mean)
+
         # The rollout's tokens, scaled to one optimizer step's share: each token weighs the same in every minibatch and
         # on every process (DDP averages gradients over processes, hence the division by their number).
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
@@ -413,175 +338,26 @@ class PPOTrainer(GRPOTrainer):
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return ((policy + self.args.vf_coef * value) * mask).sum() / tokens
 
-    # --- the run, and its checkpoints -----------------------------------------------------------------------------------
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """Train; True goes on from the newest complete checkpoint in `output_dir`, or begins where there is none.
-
-        On the CPU a resumed run ends with the adapter of an uninterrupted one, bit for bit, wherever it was cut.
-
-        Raises:
-            DatasetError: Fewer prompts than one rollout takes.
-            OutputError: Another run is training into `output_dir`, or a checkpoint cannot be written.
-            TrainingError: The run would go on in vain.
-        """
-        self._check_prompts(self.train_dataset)
-        folder = str(self.args.output_dir)
-        checkpoint: Any = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = last_checkpoint(folder)
-        with only_run_in(folder) if self.args.should_save else nullcontext(), self._interruptible():
-            return super().train(checkpoint and str(checkpoint), trial, ignore_keys_for_eval)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; in the middle of a training the random numbers of the training go on as if it had not been."""
-        if not self.is_in_train:
-            return super().evaluate(*args, **kwargs)
-        with first_step.same_random_numbers():
-            return super().evaluate(*args, **kwargs)
-
-    def _check_prompts(self, dataset: Any) -> None:
-        needed = int(self.args.generation_batch_size or 0) // int(self.num_generations or 1)
-        if hasattr(dataset, "__len__") and len(dataset) < needed:
-            raise DatasetError(
-                f"{len(dataset)} prompts are fewer than one rollout of {needed} needs: add some, or lower "
-                "generation_batch_size"
-            )
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C saves a checkpoint after the step and stops; the second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        interrupt = Interrupt(self.accelerator)
-        self.add_callback(interrupt)
-        before = signal.signal(signal.SIGINT, interrupt.handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-            self.remove_callback(interrupt)
-        if interrupt.asked:
-            self.accelerator.print(f"stopped at step {self.state.global_step}; resume_from_checkpoint=True goes on")
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        # A step with such a gradient would make every weight NaN. (fp16's scaler skips these steps itself.)
-        if not self.args.fp16 and not math.isfinite(norm):
-            raise TrainingError(
-                f"the gradient is {float(norm)} at step {self.state.global_step + 1}: the step is not taken, and "
-                "checkpoints before it are good; lower learning_rate, or normalize the reward"
-            )
-        return norm
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        """TRL's sampler draws each epoch from the last one's state, which a resumed run has not got."""
-        s: Any = super()._get_train_sampler(dataset)
-        return EpochSampler(s.data_source, s.mini_repeat_count, s.batch_size, s.repeat_count, s.shuffle, s.seed)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        run = super()._get_output_dir(trial)
-        return str(Path(run) / _PARTIAL) if self._saving else run
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """TRL's and Trainer's files and ours, written elsewhere and renamed when all processes are done."""
-        run = Path(self._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-            self._save_rollout(run / _PARTIAL / name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                finish_checkpoint(run / _PARTIAL / name, run / name)
-                best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                self.state.best_model_checkpoint = str(best) if best.is_dir() else None
-                rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
-        except OSError as error:
-            raise OutputError(f"cannot write {run / name}: {error.strerror or error}; earlier ones are good") from error
-        finally:
-            self._saving = False
-            if self.args.should_save:
-                shutil.rmtree(run / _PARTIAL, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+    # --- checkpoints ----------------------------------------------------------------------------------------------------
 
     def _save_rollout(self, folder: Path) -> None:
-        """The critic, the KL controller, and this process's rows of the rollout that is being gone through."""
-        save_file(
-            {key: value.detach().cpu().contiguous().clone() for key, value in (self._rollout or {}).items()},
-            folder / _ROLLOUT.format(self.accelerator.process_index),
-        )
+        """The critic, the KL controller, and this process's rows of the rollout in progress."""
+        save_rollout(folder, self._rollout, self.accelerator.process_index)
         if self.args.should_save:
-            head = {key: value.detach().cpu().contiguous() for key, value in self._value_head.state_dict().items()}
-            save_file(head, folder / _VALUE_HEAD)
-            state = {"kl_coef": self.kl_controller.coef, "step": self._step, "value_start": self._value_head.start}
-            state["processes"] = self.accelerator.num_processes
-            (folder / _STATE).write_text(json.dumps(state))
+            head = self._value_head
+            state = PPOState(self.kl_controller.coef, self._step, head.start, self.accelerator.num_processes)
+            save_state(folder, state, head.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
-        self._value_head.load_state_dict(load_file(folder / _VALUE_HEAD))
-        state = json.loads((folder / _STATE).read_text())
-        self.kl_controller.coef, self._step = state["kl_coef"], state["step"]
-        self._value_head.start, self._first_rollout = state["value_start"], False
-        now = self.accelerator.num_processes
-        if (before := state.get("processes", now)) != now:
-            raise SettingsError(
-                f"{folder} was written by {before} processes, each with its part of a rollout, and {now} would go on: resume "
-                f"with --num_processes {before}"
-            )
-        # safetensors takes no device "cpu:0", which is what a process of several on a CPU has.
-        rollout = load_file(folder / _ROLLOUT.format(self.accelerator.process_index))
-        self._rollout = {key: value.to(self.accelerator.device) for key, value in rollout.items()} or None
-        # The rows are as the epoch in progress has them, and its later minibatches follow from that.
+        state, value_head = load_state(folder, self.accelerator.num_processes)
+        self._value_head.load_state_dict(value_head)
+        self._value_head.start, self._first_rollout = state.value_start, False
+        self.kl_controller.coef, self._step = state.kl_coef, state.step
+
+        # safetensors loads to no device called "cpu:0", which is the device of a CPU process among several.
+        rollout = load_rollout(folder, self.accelerator.process_index)
+        self._rollout = rollout and {name: value.to(self.accelerator.device) for name, value in rollout.items()}
+        # The rows are in the order of the epoch in progress; the minibatches of later epochs follow from them.
         self._buffered_inputs = self._rows_of_passes(self._rollout) if self._rollout else None
-
-
-class EpochSampler(RepeatSampler):
-    """TRL's RepeatSampler, with an order for each epoch that depends on the seed and the epoch only."""
-
-    def set_epoch(self, epoch: int) -> None:
-        if self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + epoch)
-
-
-def hide_value_head(generation: Any) -> None:
-    """Leave the critic out of the weights that TRL's `VLLMGeneration` hands to vLLM, which knows no such parameter."""
-    every = generation._iter_named_params
-    generation._iter_named_params = lambda: (pair for pair in every() if not pair[0].startswith("value_head."))
-
-
-def reset_adapter(model: PeftModel, seed: int) -> None:
-    """Draw a fresh LoRA adapter's weights anew from `seed`: A as PEFT initializes it, B zero.
-
-    Adapters that will share a soup should share their start (Ramé et al. 2023, section 2.2), while each run keeps its
-    own seed for data and sampling.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            seed
-        )  # the CPU's alone: torch.manual_seed would seed every GPU's sampling too
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                for name in module.active_adapters:
-                    _reset(module, name)
-
-
-def _reset(module: LoraLayer, name: str) -> None:
-    """Reset one adapter's factors on the CPU, so that every device starts from the same numbers."""
-    factors = [kind[name] for kind in (module.lora_A, module.lora_B) if name in kind]
-    parameters = [parameter for factor in factors for parameter in factor.parameters()]
-    parameters += [kind[name] for kind in (module.lora_embedding_A, module.lora_embedding_B) if name in kind]
-    devices = [parameter.device for parameter in parameters]
-    for parameter in parameters:
-        parameter.data = parameter.data.cpu()
-    module.reset_lora_parameters(name, init_lora_weights=True)
-    for parameter, device in zip(parameters, devices, strict=True):
-        parameter.data = parameter.data.to(device)

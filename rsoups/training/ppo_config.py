@@ -19,7 +19,7 @@ _HARMLESS = {
     "compile_config",
     "prefill_chunk_size",
 }
-# Where launchers tell the number of processes: torch's and accelerate's, and MPI's, in accelerate's order.
+# Environment variables in which launchers (torch, accelerate, MPI) set the number of processes, in accelerate's order.
 _WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 
 
@@ -224,20 +224,23 @@ class PPOConfig(GRPOConfig):
         self.per_device_train_batch_size = self.shares.per_device
         self.gradient_accumulation_steps = self.shares.accumulation
         self.generation_batch_size, self.steps_per_generation = self.shares.rollout, None
-        # TRL refuses one response per prompt, which only GRPO's group baseline needs more of. Its check that groups
-        # fill the rollout holds for any number of responses once the whole rollout counts as one group.
+        # TRL refuses one response per prompt: GRPO's baseline is the mean of a prompt's responses. PPO's baseline is the
+        # critic, so one is enough. During TRL's own __post_init__ the whole rollout therefore counts as one group, which
+        # always passes TRL's checks (at least two responses, groups that fill the rollout); then the number comes back.
+        # num_generations_eval is set before, because TRL takes num_generations for it where it is unset.
         if responses == 1:
             self.num_generations_eval = self.num_generations_eval or 1
             self.num_generations = self.generation_batch_size
-        self.beta = self.kl_coef or 1e-8  # not 0: makes TRL keep the reference of a continued adapter
+        # TRL keeps a frozen copy of a continued adapter as the reference only if beta is not 0.
+        self.beta = self.kl_coef or 1e-8
         super().__post_init__()
         self.num_generations = responses
         if self.world_size != self.shares.processes:
             raise SettingsError(
-                f"the launcher told of {self.shares.processes} processes, and {self.world_size} are there: start the run "
-                "with accelerate launch or torchrun"
+                f"the environment announces {self.shares.processes} processes, but {self.world_size} are running: start "
+                "the run with accelerate launch or torchrun"
             )
-        # In TRL's words a step is a forward and backward pass of one process.
+        # TRL counts forward and backward passes of one process as steps.
         self.steps_per_generation = self.shares.steps * self.shares.accumulation
 
     def _check(self) -> None:

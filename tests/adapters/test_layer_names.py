@@ -25,7 +25,7 @@ from transformers import (
 import rsoups
 from rsoups.adapters.adapter import read_adapter
 from rsoups.adapters.layer_names import PREFIX
-from rsoups.soups.inspect import inspect_adapters
+from rsoups.versions.inspect import inspect_adapters
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 TEXT |= {"num_key_value_heads": 2, "initializer_range": 0.2}

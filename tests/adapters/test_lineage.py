@@ -17,9 +17,9 @@ from rsoups.adapters.layer_names import PREFIX
 from rsoups.adapters.lineage import command, fingerprint, history_of, log, manifest_of, settings_of, write_manifest
 from rsoups.cli.main import main
 from rsoups.fronts.barriers import barriers
-from rsoups.soups.compare import compare, diff
-from rsoups.soups.conflicts import merge_conflicts
-from rsoups.soups.versions import locate, patch, revert, verify
+from rsoups.versions.compare import compare, diff
+from rsoups.versions.inspect import inspect_adapters
+from rsoups.versions.rebuild import locate, patch, revert, verify
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def test_a_soup_made_with_its_base_is_made_again_with_it(here, capsys):
     parts = {"helpful": "helpful", "headed": "headed"}
     rsoups.interpolate(parts, [0.25, 0.75], base="base", allow_base_mismatch=True).save_pretrained("blended")
     capsys.readouterr()
-    assert main(["verify", "blended"]) == 2 and "pass base=" in capsys.readouterr().err
+    assert main(["verify", "blended"]) == 2 and "pass --base" in capsys.readouterr().err
     assert "bit for bit" in verify("blended", base="base")
     assert main(["verify", "blended", "--base", "base"]) == 0
     soup = rsoups.Soup.from_pretrained("blended")
@@ -294,9 +294,9 @@ def test_a_patch_of_a_truncated_soup_has_the_soup_as_its_ingredient(here):
 
 def test_conflicts_are_told_with_their_remedy(here, capsys):
     adapters = {name: read_adapter(name) for name in ("helpful", "harmless")}
-    (text,) = merge_conflicts(adapters)
+    (text,) = inspect_adapters(adapters).conflicts()
     assert "different initializations" in text and "use exact or svd" in text and "Permutation alignment" in text
-    assert merge_conflicts({"a": adapters["helpful"], "b": adapters["helpful"]}) == []
+    assert inspect_adapters({"a": adapters["helpful"], "b": adapters["helpful"]}).conflicts() == []
     assert main(["inspect", "helpful", "harmless"]) == 0 and "conflict: helpful and harmless" in capsys.readouterr().out
 
 

@@ -147,8 +147,8 @@ def test_the_kl_of_iterated_soups_counts_up_to_any_end_token(base, monkeypatch):
     evaluator = object.__new__(iterate.Evaluator)
     evaluator.training = SimpleNamespace(max_completion_length=10, temperature=1.3, seed=0, chat_template_kwargs=QUIET)
     evaluator.tokenizer = AutoTokenizer.from_pretrained(base)
-    ids, seen, logits = evaluator.sample(model, CHAT)
-    found = evaluator.divergence(logits, evaluator.logits(start, *seen), ids)
+    ids, inputs = evaluator.sample(model, CHAT)
+    found = iterate.divergence(evaluator.logits(model, *inputs), evaluator.logits(start, *inputs), ids)
 
     lengths = []
     for prompt, row, kl in zip(CHAT, ids.tolist(), found, strict=True):

@@ -194,7 +194,7 @@ def test_votes_are_blind_written_and_followed(tasting):
     assert len(lines) == 12 and set(lines[0]) == {"prompt", "a", "b", "choice"}
     assert set(lines[0]["a"]) == {"lambdas", "response"} and lines[0]["prompt"] == "w5"
     assert tasting.suggestion.point.lambdas == {"a": 0, "b": 1} and tasting.suggestion.share > 0.5
-    with pytest.raises(rsoups.RsoupsError, match="choice is one of"):
+    with pytest.raises(rsoups.RsoupsError, match="choice must be one of"):
         tasting.vote(asked, "c")
 
 

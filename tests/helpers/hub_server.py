@@ -96,7 +96,7 @@ class HubServer(ThreadingHTTPServer):
 
 WORKER = """
 import contextlib, io, json, os, sys, time, traceback
-import rsoups.cli.main, rsoups.hub.push
+import rsoups.cli.main, rsoups.soups.share
 sleep = time.sleep
 for line in sys.stdin:
     asked = json.loads(line)

@@ -19,15 +19,14 @@ from tiny import tiny_adapter, tiny_llama
 import rsoups
 from rsoups.adapters.lineage import write_manifest
 from rsoups.cli.main import main
-from rsoups.hub.card import soup_card
 from rsoups.hub.licenses import strictest
-from rsoups.hub.push import push_adapter
-from rsoups.hub.upload import _retried
+from rsoups.hub.push import push as push_folder
+from rsoups.hub.upload import retried
 
 REQUEST = httpx2.Request("POST", "https://huggingface.co/api/models/x/commit/main")
 PUSH = """
-import ast, sys, rsoups, rsoups.hub.push
-rsoups.hub.push.time.sleep = lambda seconds: print(f"waited {seconds:g}")
+import ast, sys, time, rsoups
+time.sleep = lambda seconds: print(f"waited {seconds:g}")
 soup = rsoups.interpolate({"helpful": sys.argv[1], "harmless": sys.argv[2]}, [0.3, 0.7])
 try:
     print(soup.push_to_hub("someone/soup", **ast.literal_eval(sys.argv[3])))
@@ -165,7 +164,7 @@ def test_busy_hubs_and_conflicts_are_tried_again(hub, two):
 )
 def test_a_hub_cannot_make_anyone_wait_for_ever(monkeypatch, told, waited):
     slept, answers = [], [429, 200]
-    monkeypatch.setattr("rsoups.hub.push.time.sleep", slept.append)
+    monkeypatch.setattr("time.sleep", slept.append)
 
     def call():
         if (status := answers.pop(0)) == 200:
@@ -173,15 +172,15 @@ def test_a_hub_cannot_make_anyone_wait_for_ever(monkeypatch, told, waited):
         response = httpx2.Response(status, headers=[(b"Retry-After", told.encode("latin-1"))], request=REQUEST)
         raise HfHubHTTPError("busy", response=response)
 
-    assert _retried("someone/soup", None, call) == "done" and slept == [waited]
+    assert retried("someone/soup", None, call) == "done" and slept == [waited]
 
 
 def test_a_commit_is_made_on_the_head_that_was_looked_at(hub, two, tmp_path):
     """Someone else pushes between the look and the commit: ours is refused, and made on theirs."""
     code = """
-import sys, rsoups, rsoups.hub.push
+import sys, time, rsoups
 from huggingface_hub import CommitOperationAdd, HfApi
-rsoups.hub.push.time.sleep = lambda seconds: print(f"waited {seconds:g}")
+time.sleep = lambda seconds: print(f"waited {seconds:g}")
 look, raced = HfApi.model_info, []
 def then_someone_else_pushes(api, repo_id, **more):
     found = look(api, repo_id, **more)
@@ -202,7 +201,9 @@ def test_the_license_is_that_of_the_revision(hub, two, tmp_path):
     for license in ("mit", "apache-2.0"):
         push(hub, two, license=license)
     first, second = (commit["oid"] for commit in hub.history("someone/soup"))
-    code = "import sys; from rsoups.hub.card import _stated; print([_stated('someone/soup', r) for r in sys.argv[1:]])"
+    code = (
+        "import sys; from rsoups.hub.licenses import _stated; print([_stated('someone/soup', r) for r in sys.argv[1:]])"
+    )
     assert python(hub, tmp_path, code, first, second) == "['mit', 'apache-2.0']"
 
 
@@ -221,8 +222,8 @@ def test_giving_up_says_so(hub, two):
 def test_a_connection_that_is_cut_in_an_upload_is_gone_on_with(hub, two, tmp_path):
     """Two soups' weights: one of the uploads is cut; the other one is not sent again."""
     code = """
-import sys, rsoups, rsoups.hub.push
-rsoups.hub.push.time.sleep = lambda seconds: None
+import sys, time, rsoups
+time.sleep = lambda seconds: None
 soups = rsoups.interpolate(sys.argv[1:], [[0.25, 0.75], [0.5, 0.5]])
 print(rsoups.push_front("someone/front", soups))
 """
@@ -248,10 +249,10 @@ def test_a_connection_that_is_cut_in_the_commit_publishes_nothing_or_all(hub, tw
 def test_concurrent_pushes_lose_nothing(hub, two, tmp_path):
     """Four at once to one repository: every soup is a commit, one after the other, and all are there in the end."""
     code = """
-import sys, time, rsoups, rsoups.hub.push
+import sys, time, rsoups
 from concurrent.futures import ThreadPoolExecutor
 sleep = time.sleep
-rsoups.hub.push.time.sleep = lambda seconds: sleep(0.05 * seconds)
+time.sleep = lambda seconds: sleep(0.05 * seconds)
 soups = rsoups.interpolate(sys.argv[1:], [[w, 1 - w] for w in (0.2, 0.4, 0.6, 0.8)])
 with ThreadPoolExecutor(4) as pool:
     print(*pool.map(lambda soup: rsoups.push_front("someone/front", [soup]), soups), sep="\\n")
@@ -347,6 +348,8 @@ def test_names_that_lead_out_of_their_folder_are_never_written(hub, two, tmp_pat
 
 
 def test_a_folder_that_is_no_soup_is_told(hub, two, tmp_path):
+    with pytest.raises(rsoups.AdapterError, match="no folder"):
+        push_folder("someone/adapter", "someone/soup")
     assert "holds no lineage.json" in cli(hub, tmp_path, "push", two[0], "someone/soup", expect=2)
     with pytest.raises(rsoups.LineageError, match=r"interpolate\(\[.*\], \[1.0\]\)"):
         rsoups.Soup.from_pretrained(two[0])
@@ -354,6 +357,35 @@ def test_a_folder_that_is_no_soup_is_told(hub, two, tmp_path):
         rsoups.interpolate(two).push_to_hub("name")
     with pytest.raises(rsoups.HubError, match="one soup at each λ"):
         rsoups.push_front("a/b", rsoups.interpolate(two, [[0.5, 0.5]] * 2))
+
+
+def test_a_folder_of_soups_is_a_front(two, tmp_path, hub):
+    """The subfolders are one repository with one card, if their soups have the same ingredients."""
+    for first in (0.25, 0.5):
+        soup = rsoups.interpolate({"a": two[0], "b": two[1]}, [first, 1 - first])
+        soup.save_pretrained(tmp_path / "front" / f"at-{first}")
+    out = push_folder(tmp_path / "front", "someone/front", dry_run=tmp_path / "dry")
+    rows = [line for line in (tmp_path / "dry" / "README.md").read_text("utf-8").splitlines() if "](./" in line]
+    assert rows == ["| [at-0.5](./at-0.5) | 0.5 | 0.5 |", "| [at-0.25](./at-0.25) | 0.25 | 0.75 |"]
+    assert rsoups.Soup.from_pretrained(f"{out}/at-0.25").lambdas == (0.25, 0.75)
+
+    rsoups.interpolate({"b": two[1], "a": two[0]}, [0.1, 0.9]).save_pretrained(tmp_path / "front" / "other")
+    assert "the same ingredients" in cli(hub, tmp_path, "push", "front", "someone/front", "--dry-run", expect=2)
+
+
+def test_what_does_not_belong_together_is_not_published(two, tmp_path, front):
+    """A front beside an adapter; a manifest beside other weights, of an adapter and of a soup."""
+    write_manifest(two[0], "sft", base={"model": "some/base"}, recipe="sft.py", config={}, data={})
+    with pytest.raises(rsoups.HubError, match=r"holds no soup\.json: front= belongs"):
+        push_folder(two[0], "someone/a", front=front, dry_run=tmp_path / "dry")
+    rsoups.interpolate(two, [0.3, 0.7]).save_pretrained(tmp_path / "soup")
+    rsoups.interpolate(two, [0.2, 0.8]).save_pretrained(tmp_path / "other")
+    weights = "adapter_model.safetensors"
+    for mine, theirs in ((two[0], two[1]), (tmp_path / "soup", tmp_path / "other")):
+        (mine / weights).write_bytes((theirs / weights).read_bytes())
+        with pytest.raises(rsoups.LineageError, match="its manifest is that of"):
+            push_folder(mine, "someone/a", dry_run=tmp_path / "dry")
+    assert not (tmp_path / "dry").exists()
 
 
 def test_a_soup_that_was_read_is_the_soup_that_was_saved(two, tmp_path):
@@ -396,9 +428,14 @@ def test_a_soup_json_that_is_none_is_refused(two, tmp_path, field, value):
         rsoups.Soup.from_pretrained(tmp_path / "soup")
 
 
+def card_of(soup, folder, **options):
+    soup.push_to_hub("someone/soup", dry_run=folder, **options)
+    return (folder / "README.md").read_text("utf-8")
+
+
 def test_the_card_is_true(two, tmp_path):
     soup = rsoups.interpolate({"helpful": two[0], "harmless": two[1]}, [0.3, 0.7])
-    text = soup_card(soup, "someone/soup")
+    text = card_of(soup, tmp_path / "dry")
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["library_name"] == "peft" and {"rewarded-soups", "lora", "merge"} <= set(metadata["tags"])
     assert "base_model" not in metadata  # it was made from a config, and has no name on the Hub
@@ -409,7 +446,7 @@ def test_the_card_is_true(two, tmp_path):
         config = json.loads((folder / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = "huggyllama/llama-7b"
         (folder / "adapter_config.json").write_text(json.dumps(config))
-    metadata = yaml.safe_load(soup_card(rsoups.interpolate(two), "someone/soup", license="other").split("---")[1])
+    metadata = yaml.safe_load(card_of(rsoups.interpolate(two), tmp_path / "dry", license="other").split("---")[1])
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("huggyllama/llama-7b", "adapter")
     assert metadata["license"] == "other"
 
@@ -457,7 +494,7 @@ def test_no_path_of_a_disk_is_published(secret, tmp_path, what):
         "soup": lambda **more: soup.push_to_hub("someone/x", **more),
         "made here": lambda **more: here.push_to_hub("someone/x", **more),
         "front": lambda **more: rsoups.push_front("someone/x", [here], **more),
-        "adapter": lambda **more: push_adapter(secret / "a", "someone/x", **more),
+        "adapter": lambda **more: push_folder(secret / "a", "someone/x", **more),
     }[what]
     with pytest.warns(UserWarning, match="published as 'mybase', which nobody else can load"):
         push(dry_run=tmp_path / "warned")
@@ -512,7 +549,7 @@ def test_licenses_are_not_guessed(two, tmp_path):
         config["base_model_name_or_path"] = "rsoups/tiny-llama"
         (folder / "adapter_config.json").write_text(json.dumps(config))
         (folder / "README.md").write_text("---\nlicense: mit\n---\n# A card\n")
-    text = soup_card(rsoups.interpolate(two), "someone/soup")
+    text = card_of(rsoups.interpolate(two), tmp_path / "dry")
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["license"] == "apache-2.0" and "base_model" not in metadata  # the embedded base is not on the Hub
 

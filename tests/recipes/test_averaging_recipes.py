@@ -21,6 +21,7 @@ from rsoups.common.assets import resolve
 from rsoups.common.files import read_jsonl
 from rsoups.data.datasets import load_rows
 from rsoups.data.tasks import TASKS
+from rsoups.training.run_arguments import parse
 
 BASE = "rsoups/tiny-llama"
 
@@ -111,8 +112,7 @@ def out(tmp_path, members):
 def test_from_runs_to_the_report_of_diwa(diwa, monkeypatch, out):
     flags = ["--prompts", 4, "--validation", 3, "--samples", 2, "--starts", "runs/a", "runs/b", "runs/c"]
     jobs = run_diwa(diwa, monkeypatch, out, *flags)
-    parse = __import__("ppo_reward").parse
-    drawn = [parse([*flags, "--output_dir", "x"])[:2] for _, _, flags in jobs]
+    drawn = [parse([*run.flags, "--output_dir", "x"])[:2] for run in jobs]
     assert [script.adapter_name_or_path for script, _ in drawn] == ["runs/a", "runs/b", "runs/c"]
     assert [training.seed for _, training in drawn] == [0, 1, 2]
     assert all(script.reward == ["coverage"] and 5e-4 <= t.learning_rate <= 1.4e-3 for script, t in drawn)
@@ -214,7 +214,7 @@ def test_from_runs_to_the_report_of_warm(warm, monkeypatch, tmp_path):
     ((runs, recipe),) = jobs
     assert recipe == "reward_model.py"
     parser = TrlParser((__import__("reward_model").ScriptArguments, RewardConfig, ModelConfig))
-    parsed = [parser.parse_args_and_config([*flags, "--output_dir", "x"]) for _, _, flags in runs]
+    parsed = [parser.parse_args_and_config([*run.flags, "--output_dir", "x"]) for run in runs]
     assert [training.seed for _, training, _ in parsed] == [0, 1]
     assert {model.model_name_or_path for *_, model in parsed} == {"rsoups/coverage"}
     assert {script.dataset for script, *_ in parsed} == {str(out / "train.jsonl")}

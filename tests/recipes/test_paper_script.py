@@ -9,7 +9,7 @@ from front_records import record
 from places import RECIPES
 
 from rsoups.fronts.front import Front
-from rsoups.hub.card import Evaluation
+from rsoups.hub.evaluation import Evaluation
 
 SCRIPT = RECIPES / "paper.sh"
 # Instead of the launcher: a line for each call, and what tells that a run is finished. FAIL: a word at which it is "killed".

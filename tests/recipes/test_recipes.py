@@ -50,7 +50,7 @@ def test_flags_override_the_file():
 
 
 def test_ones_own_base_needs_no_word_about_bf16_where_no_gpu_has_it(monkeypatch):
-    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("rsoups.training.run_arguments.is_torch_bf16_gpu_available", lambda: False)
     _, training, _ = parse_ppo("--model_name_or_path", "mine")
     assert (training.bf16, training.learning_rate, training.mini_batch_size) == (False, 3e-4, 32)
     assert parse_ppo("--model_name_or_path", "mine", "--use_cpu", "true")[1].bf16 is True
@@ -100,7 +100,7 @@ def test_responses_begin_with_tokens_of_a_reference(tmp_path):
 
     def made(*more):
         script, training, _ = recipe["parse"](["--config", str(CONFIGS / "embedded.yaml"), *flags, *more])
-        return recipe["prompts"](script, training, tokenizer, 100)[0]["prompt"]
+        return recipe["read_prompts"](script, training, tokenizer, 100)[0]["prompt"]
 
     starts = [text.partition("### Response: ")[2] for text in made()]
     whole = "a dog runs home in the rain today."
@@ -108,7 +108,7 @@ def test_responses_begin_with_tokens_of_a_reference(tmp_path):
         starts[0]
     )
     assert made() == made() != made("--seed", "1")
-    with pytest.raises(SystemExit, match="takes two numbers"):
+    with pytest.raises(rsoups.SettingsError, match="takes two numbers"):
         made("--prefix_tokens", "3")
 
 
@@ -123,7 +123,7 @@ def test_references_stay_with_their_prompts(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama"))
     for more, start in (([], ("", "")), (["--prefix_tokens", "2", "2"], ("a dog", "a cat"))):
         script, training, _ = recipe["parse"](["--config", str(CONFIGS / "embedded.yaml"), *flags, *more])
-        train, held_out = recipe["prompts"](script, training, tokenizer, 20, ["n"])
+        train, held_out = recipe["read_prompts"](script, training, tokenizer, 20, ["n"])
         asked = train.pop(recipe["ASKED"], train["prompt"])  # what lineage.json marks: no dropped row, no prefix
         assert asked == ["dog 0", "cat 2"] and held_out.pop(recipe["ASKED"], asked[:1]) == asked[:1]
         assert train == {
@@ -151,7 +151,7 @@ def bomb(tmp_path):
 
 def test_a_config_file_cannot_allow_pickles(tmp_path):
     (tmp_path / "mine.yaml").write_text((CONFIGS / "embedded.yaml").read_text() + "convert_pickles: true\n")
-    with pytest.raises(SystemExit, match="pass --convert_pickles on the command line"):
+    with pytest.raises(rsoups.SettingsError, match="pass --convert_pickles on the command line"):
         parse_ppo("--config", str(tmp_path / "mine.yaml"))
     assert parse_ppo("--convert_pickles")[0].convert_pickles is True
 

@@ -13,7 +13,7 @@ from matplotlib.path import Path
 
 import rsoups
 from rsoups import Front, write_report
-from rsoups.fronts.comparison import outlines
+from rsoups.fronts.attainment import outlines
 from rsoups.reports.plots import draw_chord, draw_front
 
 VOID = {"meta", "input", "br", "img", "path", "circle"}
@@ -80,7 +80,7 @@ def test_every_mark_and_chart_tells_what_it_shows(two_rewards):
     assert page.tags.count("title") - 1 == sum(role == "img" for role in page.all("role")) > 30
     front = next(label for label in labels if label.startswith("b against a, higher is better"))
     assert "base" in front and "λ 1 / 0" in front
-    assert any(re.fullmatch(r"λ 0.5 / 0.5\na \S+ \[.*\]\nless the chord 0.100 \[0.100, 0.100\]", x) for x in labels)
+    assert any(re.fullmatch(r"λ 0.5 / 0.5\na \S+ \[.*\]\nminus the chord 0.100 \[0.100, 0.100\]", x) for x in labels)
     assert any(label.startswith("base\n") and label.endswith("beaten by another point") for label in labels)
 
 

@@ -13,7 +13,7 @@ from transformers import MixtralForCausalLM
 import rsoups
 from rsoups.adapters.adapter import read_adapter
 from rsoups.adapters.layer_names import PREFIX
-from rsoups.soups.inspect import inspect_adapters
+from rsoups.versions.inspect import inspect_adapters
 
 pytestmark = [
     pytest.mark.filterwarnings(

@@ -95,6 +95,7 @@ def test_factors_too(tmp_path):
         merged_equals_alone(live, tiny_llama, folders, rows[0])
     soup = live.to_soup(rows[0])
     assert soup.method == "factors" and soup.lambdas == (0.2, 0.3, 0.5)
+    assert repr(live) == "LiveSoup(0, 1, 2; factors, 4 layers of LlamaForCausalLM '')"
 
 
 def pretrained(tmp_path):

@@ -121,6 +121,16 @@ def test_one_hot_gives_the_adapters_own_tensors(two, method):
         assert soup.config.r == 4 and soup.config.lora_alpha == 8
 
 
+def test_a_soup_tells_what_it_is_in_one_line(two, tmp_path):
+    soup = rsoups.interpolate({"helpful": two[0], "<b>": two[1]}, [0.3, 0.7], method="svd", rank=3)
+    assert repr(soup) == f"Soup(0.3 helpful, 0.7 <b>; svd, rank 3, error {soup.svd_error:.2%}, of no recorded base)"
+    page = soup._repr_html_()
+    assert "<td>helpful</td><td>0.3</td><td>a</td>" in page and "<td>&lt;b&gt;</td><td>0.7</td>" in page
+    soup.save_pretrained(tmp_path / "soup")
+    again = rsoups.Soup.from_pretrained(tmp_path / "soup")
+    assert (repr(again), again._repr_html_()) == (repr(soup), page)
+
+
 def test_the_same_adapter_twice_is_itself(two):
     soup = rsoups.interpolate([two[0], two[0]], [0.4, 0.6])
     original = load_file(two[0] / "adapter_model.safetensors")

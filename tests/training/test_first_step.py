@@ -20,7 +20,7 @@ from transformers import (
 from rsoups import PPOTrainer, SettingsError, TrainingError
 from rsoups.generation.decoding import encode
 from rsoups.training.actor_critic import ValueHead, add_actor_critic_forward
-from rsoups.training.ppo import reset_adapter
+from rsoups.training.policy import reset_adapter
 
 SIZE = len(tiny_tokenizer(WORDS))
 SMALL = {"vocab_size": SIZE, "hidden_size": 16, "num_attention_heads": 2, "pad_token_id": 0, "eos_token_id": 2}

@@ -16,9 +16,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from rsoups import DatasetError, PPOTrainer, RewardError, SettingsError, TrainingError
 from rsoups.data.prompts import question_of
-from rsoups.training.actor_critic import _token_logps, add_actor_critic_forward
+from rsoups.training.actor_critic import _token_logps, add_actor_critic_forward, hide_value_head
 from rsoups.training.checkpoints import last_checkpoint
-from rsoups.training.ppo import hide_value_head
 from rsoups.training.trl_rewards import reward_function
 
 

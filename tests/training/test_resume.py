@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_partial_one(tmp_path,
         real(folder)
 
     monkeypatch.setattr(run, "_save_rollout", full)
-    with pytest.raises(OutputError, match="checkpoint-3: No space left on device; earlier ones are good"):
+    with pytest.raises(OutputError, match="checkpoint-3: No space left on device; earlier ones are valid"):
         run.train()
     assert {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} == {"checkpoint-1", "checkpoint-2"}
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"

@@ -36,7 +36,7 @@ def llama7b():
     ],
 )
 def test_the_memory_of_llama_7b_is_that_of_the_table(tmp_path, llama7b, settings, longest, name, size):
-    args = config(tmp_path, **BARE, max_completion_length=32, bf16=True, **settings)
+    args = config(tmp_path, **BARE, mini_batch_size=4, max_completion_length=32, bf16=True, **settings)
     reward = type("Reward", (), {})()
     reward._model = torch.nn.Linear(1000, 435_000, bias=False, device="meta", dtype=torch.bfloat16)  # 0.87 GB
     parts = memory(llama7b, [reward], args, longest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,20 +14,19 @@ from torch import Tensor
 from rsoups.adapters.adapter import Adapter, read_adapter
 from rsoups.adapters.lineage import Manifest, manifest_of, parents_of
 from rsoups.common.errors import LineageError
-
-_LAYER = re.compile(r"(.*?\.\d+)\.")
-ALL_LAYERS = "all layers"
+from rsoups.versions.inspect import ALL_LAYERS, layer_of
 
 
 @dataclass
 class Change:
-    """From one Δ to another, of a layer or of all: sums over its weights.
+    """Sums over the weights of a layer, or of all layers, for two changes Δ and Δ'.
 
     Attributes:
-        one, other: Squared norms.
+        one, other: Squared norms of Δ and Δ'.
         product: ⟨Δ, Δ'⟩.
         difference: ‖Δ' - Δ‖².
-        conflicts, weights: Weights whose change has opposite signs in the two, of all weights.
+        conflicts: Number of weights where Δ and Δ' have opposite signs.
+        weights: Number of weights.
     """
 
     one: float = 0.0
@@ -39,6 +37,7 @@ class Change:
     weights: int = 0
 
     def add(self, a: Tensor, b: Tensor) -> None:
+        """Add the weights of a module."""
         self.one += float(a.square().sum())
         self.other += float(b.square().sum())
         self.product += float((a * b).sum())
@@ -53,28 +52,35 @@ class Change:
 
     @property
     def cosine(self) -> float:
+        """Cosine of Δ and Δ'; NaN if one of them is 0."""
         norms = math.sqrt(self.one * self.other)
         return self.product / norms if norms else math.nan
 
     @property
     def conflict(self) -> float:
-        """Share of the weights that the two move in opposite directions."""
+        """Share of the weights that Δ and Δ' move in opposite directions."""
         return self.conflicts / self.weights if self.weights else 0.0
 
 
 @dataclass
 class Difference:
-    """Between two adapters or soups: by layer, and in what they were made of."""
+    """How two adapters or soups differ.
+
+    Attributes:
+        layers: The change of each layer, and of all of them under `ALL_LAYERS`.
+        ingredients: Lines about ingredients, λ and method that differ.
+    """
 
     layers: dict[str, Change] = field(default_factory=dict)
     ingredients: list[str] = field(default_factory=list)
 
     @property
     def overall(self) -> Change:
+        """The change over all layers."""
         return self.layers[ALL_LAYERS]
 
     def to_text(self) -> str:
-        """A table of the layers, and what was changed among the ingredients."""
+        """A table of the layers, then the ingredients that differ."""
         width = max(map(len, self.layers))
         lines = [f"{'':{width}}      ‖Δ‖     ‖Δ'‖   change   cosine  opposite signs"]
         for layer, change in self.layers.items():
@@ -86,46 +92,47 @@ class Difference:
 
 
 def diff(one: str | Path, other: str | Path) -> Difference:
-    """How an adapter or a soup differs from another one of its base.
+    """Tell how two adapters or soups of one base differ.
 
     Args:
         one, other: Folders or Hub ids.
 
     Raises:
         AdapterError: As `read_adapter`.
-        LineageError: Modules of other shapes: they are of different bases.
+        LineageError: A module has two shapes, so the bases differ.
     """
     return Difference(compare(read_adapter(one), read_adapter(other)), _changed(manifest_of(one), manifest_of(other)))
 
 
 def compare(one: Adapter, other: Adapter) -> dict[str, Change]:
-    """By layer, and of all of them under the last key. Δ is made module by module, in float64."""
-    found: dict[str, Change] = {}
+    """Return the change of each layer, and of all of them under `ALL_LAYERS`. Δ is made module by module, in float64."""
+    changes: dict[str, Change] = {}
     total = Change()
     for path, a, b in _deltas(one, other):
-        match = _LAYER.match(path)
-        for change in (found.setdefault(match[1] if match else path, Change()), total):
-            change.add(a, b)
-    return found | {ALL_LAYERS: total}
+        changes.setdefault(layer_of(path), Change()).add(a, b)
+        total.add(a, b)
+    return changes | {ALL_LAYERS: total}
 
 
 def _deltas(one: Adapter, other: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Δ of each module in both, and the whole parameters; zeros where only one of them has it."""
+    """Δ of each module, and the whole parameters, in both; zeros where only one of them has it."""
     readers: dict[str, Callable[[Adapter, str], Tensor | None]] = dict.fromkeys([*one.modules, *other.modules], _delta)
     readers |= dict.fromkeys([*one.full, *other.full], _whole)
     for path, read in readers.items():
         a, b = read(one, path), read(other, path)
-        if a is not None and b is not None and a.shape != b.shape:
+        a = torch.zeros_like(b) if a is None and b is not None else a
+        b = torch.zeros_like(a) if b is None and a is not None else b
+        assert a is not None and b is not None
+        if a.shape != b.shape:
             raise LineageError(
-                f"{path} is {tuple(a.shape)} in {one.source} and {tuple(b.shape)} in {other.source}: of different bases"
+                f"{path} is {tuple(a.shape)} in {one.source} and {tuple(b.shape)} in {other.source}: the bases differ"
             )
-        there = a if a is not None else b
-        assert there is not None
-        yield path, torch.zeros_like(there) if a is None else a, torch.zeros_like(there) if b is None else b
+        yield path, a, b
 
 
 def _delta(adapter: Adapter, path: str) -> Tensor | None:
-    if (module := adapter.modules.get(path)) is None:
+    module = adapter.modules.get(path)
+    if module is None:
         return None
     factors = module.factors(adapter.tensor(module.A).double(), adapter.tensor(module.B).double())
     return module.scaling * torch.stack([b @ a for a, b in factors])
@@ -136,9 +143,11 @@ def _whole(adapter: Adapter, name: str) -> Tensor | None:
 
 
 def _changed(one: Manifest | None, other: Manifest | None) -> list[str]:
-    """Ingredients (or parents) that only one has, whose weights differ, or whose λ does."""
+    """Lines about ingredients (or parents) that only one has, whose weights differ, or whose λ does."""
     if one is None or other is None:
-        return [f"{which} has no manifest" for which, m in (("the first", one), ("the second", other)) if m is None]
+        manifests = {"the first": one, "the second": other}
+        return [f"{name} has no manifest" for name, manifest in manifests.items() if manifest is None]
+
     first, second = ({p["name"]: p for p in parents_of(manifest)} for manifest in (one, other))
     lines = [f"- {name} {_weight(first[name])}".rstrip() for name in first if name not in second]
     lines += [f"+ {name} {_weight(second[name])}".rstrip() for name in second if name not in first]

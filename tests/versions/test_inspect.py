@@ -8,7 +8,7 @@ from dense import dense, one_start
 from tiny import tiny_adapter
 
 from rsoups.adapters.adapter import read_adapter
-from rsoups.soups.inspect import inspect_adapters
+from rsoups.versions.inspect import inspect_adapters
 
 
 def test_norms_and_cosines_are_those_of_the_dense_changes(tmp_path):

@@ -1,0 +1,96 @@
+"""The policy that a run trains: a base with a fresh LoRA adapter, or with an adapter that exists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from trl import ModelConfig, get_quantization_config
+
+from rsoups.adapters.adapter import read_adapter
+from rsoups.bases.load import load_base
+from rsoups.bases.names import check_base
+from rsoups.common.assets import resolve
+
+
+def load_policy(
+    model: ModelConfig,
+    adapter: str | None = None,
+    *,
+    allow_base_mismatch: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[Any, LoraConfig | None]:
+    """Load the base, and the adapter to train on where there is one.
+
+    Args:
+        model: Base, its revision, dtype and quantization, and a fresh LoRA's settings.
+        adapter: Folder or Hub id of an adapter to train on.
+        allow_base_mismatch: Accept an adapter that names another base.
+        trust_remote_code: Run Python code that comes with the base.
+
+    Returns:
+        The base and a fresh LoRA's config; or a PeftModel of the base with the adapter, and None.
+
+    Raises:
+        AdapterError: The adapter cannot be read, or is of another base.
+    """
+    base = load_base(
+        str(model.model_name_or_path),
+        trust_remote_code=trust_remote_code,
+        revision=model.model_revision,
+        dtype=model.dtype,
+        attn_implementation=model.attn_implementation,
+        quantization_config=get_quantization_config(model),
+    )
+    if adapter is None:
+        return base, LoraConfig(
+            task_type="CAUSAL_LM",
+            r=model.lora_r,
+            lora_alpha=model.lora_alpha,
+            lora_dropout=model.lora_dropout,
+            target_modules=model.lora_target_modules or "all-linear",
+            use_rslora=model.use_rslora,
+        )
+
+    # read_adapter first: PEFT would open a pickle, and train on an adapter that no soup can hold.
+    start = read_adapter(resolve(adapter))
+    check_base([(adapter, start.config)], model.model_name_or_path, allow_base_mismatch, model.model_revision)
+    return PeftModel.from_pretrained(base, str(start.folder), is_trainable=True, config=start.config), None
+
+
+def name_base(policy: Any, model: ModelConfig) -> None:
+    """Let the adapter's config name its base as the user did, not by a path of this machine."""
+    config = policy.peft_config["default"]
+    config.base_model_name_or_path = model.model_name_or_path
+    config.revision = model.model_revision
+
+
+def reset_adapter(model: PeftModel, seed: int) -> None:
+    """Draw a fresh LoRA adapter's weights anew from `seed`: A as PEFT initializes it, B zero.
+
+    Adapters that will share a soup should share their start (Ramé et al. 2023, section 2.2), while each run keeps its
+    own seed for data and sampling.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # The CPU's generator alone: torch.manual_seed would seed every GPU's sampling too.
+        torch.default_generator.manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                for name in module.active_adapters:
+                    _reset(module, name)
+
+
+def _reset(module: LoraLayer, name: str) -> None:
+    """Reset one adapter's factors on the CPU, so that every device starts from the same numbers."""
+    factors = [kind[name] for kind in (module.lora_A, module.lora_B) if name in kind]
+    parameters = [parameter for factor in factors for parameter in factor.parameters()]
+    parameters += [kind[name] for kind in (module.lora_embedding_A, module.lora_embedding_B) if name in kind]
+
+    devices = [parameter.device for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.cpu()
+    module.reset_lora_parameters(name, init_lora_weights=True)
+    for parameter, device in zip(parameters, devices, strict=True):
+        parameter.data = parameter.data.to(device)

@@ -1,0 +1,1 @@
+"""Soups as software: inspect, compare, verify, patch and revert them."""
