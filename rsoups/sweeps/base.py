@@ -39,10 +39,7 @@ class Base:
         """Load the weights, once, on this process's GPU if there is one."""
         if isinstance(self._base, str):
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            # Embedded models are stored in half precision to be small, and compute in float32.
-            embedded = resolve(self._base) != self._base
-            dtype = torch.float32 if embedded or device == "cpu" else torch.bfloat16
-            self._base = torch.nn.Module.to(load_base(self._base, dtype=dtype), device)
+            self._base = torch.nn.Module.to(load_base(self._base, device=device), device)
         return self._base
 
     @property

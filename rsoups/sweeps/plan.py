@@ -26,9 +26,8 @@ from rsoups.data.training_data import chat_template_of, check_trained, manifests
 from rsoups.fronts.grids import simplex
 from rsoups.fronts.points import BASE, SOUP, is_number
 from rsoups.generation.decoding import Prompt, encode
-from rsoups.rewards.averaged import AveragedScores
-from rsoups.rewards.classifier import Reward
-from rsoups.rewards.functions import FunctionReward
+from rsoups.rewards.functions import as_reward
+from rsoups.rewards.interface import LoadedReward
 from rsoups.soups.interpolation import opened
 from rsoups.soups.lambdas import weights_of
 from rsoups.soups.live import LiveSoup
@@ -115,7 +114,7 @@ class Plan:
     adapters: dict[str, Adapter]
     others: dict[str, Adapter]
     lambdas: list[list[float]]
-    rewards: Mapping[str, Any]
+    rewards: dict[str, LoadedReward]
     table: PromptTable
     settings: SweepSettings
     notes: dict[str, Any]
@@ -200,8 +199,7 @@ def plan_of(
     }
     if template:
         entries["chat_template_kwargs"] = template
-    known = (Reward, AveragedScores, FunctionReward)
-    named = {name: one if isinstance(one, known) else FunctionReward(one, name) for name, one in rewards.items()}
+    named = {name: as_reward(reward, name) for name, reward in rewards.items()}
     return Plan(base_model, ingredients, dict(others), grid, named, table, settings, entries)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rsoups.common.errors import OutputError
-from rsoups.common.files import write_whole
+from rsoups.common.files import read_jsonl, write_whole
 from rsoups.fronts.points import model_key
 
 # Settings that all records of one file share. The others tell where something came from, and may change.
@@ -163,13 +163,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
     end = data.rfind(b"\n") + 1
     if end < len(data):
         os.truncate(path, end)
+    return read_jsonl(path, OutputError, _check)
 
-    records = []
-    for number, line in enumerate(data[:end].decode("utf-8").split("\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-            hash(key_of(record))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise OutputError(f"{path}, line {number} is not a record: remove the line, and run again") from None
-        records.append(record)
-    return records
+
+def _check(where: str, record: Any) -> None:
+    try:
+        hash(key_of(record))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise OutputError(f"{where}: not a record; remove the line, and run again") from None

@@ -15,14 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from rsoups.common.errors import RewardError, RsoupsError
 from rsoups.common.files import read_jsonl
 from rsoups.fronts.grids import largest_gap
 from rsoups.fronts.reading import mean_score
-from rsoups.generation.decoding import Prompt
-from rsoups.rewards.averaged import AveragedScores
-from rsoups.rewards.classifier import Reward
-from rsoups.rewards.functions import check_scores
 from rsoups.sweeps.generator import Generator
 from rsoups.sweeps.items import Answer, Item, Model, Nats
 from rsoups.sweeps.places import places_of
@@ -132,11 +127,8 @@ class Worker:
         generator = self._generator = self._generator or self._open()
         # Reward models on the same cores are not run beside generation: the threads wait for one another, and a sweep takes a
         # third longer. Functions are run beside it, since they may wait for a judge.
-        here: list[str] = []
-        beside: list[str] = []
-        for name, reward in self._plan.rewards.items():
-            on_cores = generator.on_cpu and isinstance(reward, (Reward, AveragedScores))
-            (here if on_cores else beside).append(name)
+        here = [name for name, reward in self._plan.rewards.items() if generator.on_cpu and reward.is_model]
+        beside = [name for name in self._plan.rewards if name not in here]
 
         waiting: deque[_Batch] = deque()
         shown = self._progress and self._processes.is_main
@@ -189,7 +181,7 @@ class Worker:
         prompts = [table.prompts[place] for place in places]
         columns = {name: [column[place] for place in places] for name, column in table.columns.items()}
         for name in names:
-            scores = _scores(name, self._plan.rewards[name], prompts, list(texts), columns)
+            scores = self._plan.rewards[name](prompts, list(texts), **columns)
             for response, score in zip(responses, scores, strict=True):
                 self._scores[response][name] = score
 
@@ -222,19 +214,3 @@ class Worker:
 
 def _key(item: Item) -> Key:
     return item.model.key, json.dumps(item.prompt), item.sample
-
-
-def _scores(
-    name: str, reward: Any, prompts: list[Prompt], responses: list[str], columns: dict[str, list[Any]]
-) -> list[float]:
-    try:
-        scores = list(reward(prompts, responses, **columns))
-    except RsoupsError:
-        raise
-    except Exception as error:
-        raise RewardError(
-            f"reward {name!r} raised {type(error).__name__}: {error}; the batch begins with prompt {prompts[0]!r}, response "
-            f"{responses[0]!r}"
-        ) from error
-    check_scores(name, scores, prompts, responses)
-    return scores

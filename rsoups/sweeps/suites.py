@@ -29,7 +29,7 @@ from rsoups.data.datasets import load_rows
 from rsoups.data.tasks import TASKS, Task, columns_of, find_task
 from rsoups.fronts.front import Front
 from rsoups.fronts.selection import Limit, parse_limit
-from rsoups.rewards.functions import check_columns, columns_read
+from rsoups.rewards.interface import check_columns, columns_read
 from rsoups.rewards.load import load_reward
 from rsoups.sweeps.settings import SweepSettings
 from rsoups.sweeps.sweep import sweep
