@@ -76,7 +76,7 @@ def stream(
 
     def generate() -> None:
         try:  # λ and inference mode are of the thread that generates
-            with live._at(torch.tensor(rows)), torch.inference_mode():
+            with live.at_weights(torch.tensor(rows)), torch.inference_mode():
                 live.model.generate(**inputs, **settings)
         except Exception as error:
             steps.queue.put(error)

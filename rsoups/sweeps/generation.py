@@ -71,7 +71,7 @@ class Base:
     def _itself(self) -> AbstractContextManager[PreTrainedModel]:
         """A context in which the loaded base is itself: of a live soup, not merged by another thread."""
         if isinstance(live := self._base, LiveSoup):
-            return live._at(torch.zeros(1, len(live.names)))
+            return live.at_weights(torch.zeros(1, len(live.names)))
         return nullcontext(self._base)
 
     def generator(

@@ -53,12 +53,12 @@ class LivePlaces:
                     if any(row) and self.can_merge and tokens >= MERGED_TOKENS:
                         stack.enter_context(live.merged(row, extrapolate=True))
                     elif any(row):
-                        stack.enter_context(live._at(torch.tensor([row])))
+                        stack.enter_context(live.at_weights(torch.tensor([row])))
             else:
                 for live in lives:
                     rows = torch.tensor(self._rows(live, models))
                     if rows.any():
-                        stack.enter_context(live._at(rows))
+                        stack.enter_context(live.at_weights(rows))
                         kept.append(live)
 
             def keep(rows: Tensor) -> None:

@@ -212,7 +212,7 @@ def _ingredients(live: LiveSoup | None, adapters: Mapping[str, Any] | None) -> d
     if live is not None:
         if adapters is not None and list(adapters) != live.names:
             raise LambdasError(f"the LiveSoup is of {live.names}, the adapters are {list(adapters)}: leave them out")
-        return dict(live._adapters)
+        return dict(live.adapters)
     if not adapters:
         raise LambdasError("no adapters to sweep between")
     return {name: _read(source) for name, source in adapters.items()}
