@@ -175,7 +175,7 @@ class Soup:
 
     @property
     def lineage(self) -> dict[str, Any]:
-        """What soup.json holds: base, ingredients with their hashes, λ and own manifests, method, rank, error, versions."""
+        """The content of soup.json: base, ingredients with their hashes, λ and own manifests, method, rank, error, versions."""
         if self._manifest is not None:
             return self._manifest
         parents = [(adapter.source, adapter.revision, adapter.sha256) for adapter in self._adapters.values()]

@@ -97,7 +97,7 @@ def locate(soup: Soup, given: Mapping[str, str | Path] | None = None) -> dict[st
 
 
 def _recorded_place(ingredient: Ingredient) -> str | Path:
-    """Where a manifest says that an ingredient is: it may come from anyone, so a path leads only down from here."""
+    """The place of an ingredient by the manifest, which may come from anyone: a path must lead down from here."""
     remedy = f"say --ingredient {ingredient.name}=FOLDER"
     if ingredient.revision:
         source = pinned(ingredient.source, ingredient.revision)
