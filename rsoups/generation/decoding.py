@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,6 @@ class Decoder:
         """A response's text, without special tokens."""
         return str(self._tokenizer.decode(said.ids, skip_special_tokens=True))
 
-    @torch.inference_mode()
     def __call__(
         self,
         prompts: Sequence[Sequence[int]],
@@ -81,7 +80,23 @@ class Decoder:
         keep: Callable[[Tensor], None] | None = None,
         models: Sequence[int] | None = None,
     ) -> list[Said]:
-        """Respond.
+        """Respond; arguments as of `steps`."""
+        *_, (chosen, logps) = self.steps(prompts, uniforms, members, keep, models)
+        return [
+            Said([token for token in row if token >= 0], logp)
+            for row, logp in zip(chosen.tolist(), logps.tolist(), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def steps(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Tensor | None = None,
+        members: int = 1,
+        keep: Callable[[Tensor], None] | None = None,
+        models: Sequence[int] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Respond token by token.
 
         Args:
             prompts: Tokens of each of B prompts.
@@ -90,6 +105,9 @@ class Decoder:
                 other, whose next-token distributions are averaged.
             keep: Where rows are of different models: told which of the rows that it had the batch goes on with.
             models: A number for the model of each prompt, where they differ.
+
+        Yields:
+            Tokens (B, max_new_tokens) so far, -1 where there is none, and their Σ log p (B,): the same two tensors each time.
         """
         cache, shared = self._beginning(prompts, members, keep, models)
         ids, mask = self._padded([prompt[shared:] for prompt in prompts])
@@ -107,6 +125,7 @@ class Decoder:
             tokens, logp = self._choose(out.logits[:, -1].float(), own, members)
             chosen[at[going], step] = tokens[going]
             logps[at[going]] += logp[going]
+            yield chosen, logps
             going &= ~torch.isin(tokens, self._ends)
             left = int(going.sum())
             if not left:
@@ -119,10 +138,6 @@ class Decoder:
                 if keep is not None:
                     keep(rows)
                 at, ids, mask, going = at[going], ids[rows], mask[rows], going[going]
-        return [
-            Said([token for token in row if token >= 0], logp)
-            for row, logp in zip(chosen.tolist(), logps.tolist(), strict=True)
-        ]
 
     def _beginning(
         self,
