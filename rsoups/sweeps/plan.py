@@ -207,7 +207,7 @@ def _ingredients(live: LiveSoup | None, adapters: Mapping[str, Any] | None) -> d
     if live is not None:
         if adapters is not None and list(adapters) != live.names:
             raise LambdasError(f"adapters are {list(adapters)}, but the LiveSoup holds {live.names}: leave them out")
-        return dict(live._adapters)
+        return dict(live.adapters)
     if not adapters:
         raise LambdasError("no adapters to sweep between: pass at least one by name")
     return opened(adapters)
