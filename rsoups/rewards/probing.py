@@ -309,7 +309,8 @@ def sample_of(
         temperature, max_new_tokens, seed, device, template: As for `texts_of_policy`.
 
     Raises:
-        DatasetError: Too few rows, a missing file or column, no usable row, or a policy that cannot be loaded.
+        DatasetError: Too few rows, a missing file or column, or no usable row.
+        CheckpointError: A policy that cannot be loaded.
     """
     _check_rows(rows)
     split = split or ("all" if is_table(task, dataset) else "test")
