@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rsoups.common.errors import DatasetError
+from rsoups.common.errors import DatasetError, did_you_mean
 from rsoups.data.prompts import first_sentence, format_prompt, messages_of, one_line, prompt_of, shown
 
 _FIELD = re.compile(r"\{(\w+)\}")  # in templates
@@ -117,7 +117,10 @@ def find_task(name: str, dataset: str | None = None, template: str | None = None
     if name in TASKS:
         return TASKS[name]
     if name != "custom" or not dataset:
-        raise DatasetError(f"--task is one of {[*TASKS, 'custom']}, and custom needs a --dataset; got {name!r}")
+        known = [*TASKS, "custom"]
+        raise DatasetError(
+            f"--task is one of {known}, and custom needs a --dataset; got {name!r}.{did_you_mean(name, known)}"
+        )
     return custom_task(dataset, template)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,6 @@ class Decoder:
         """Return a response's text, without special tokens."""
         return str(self._tokenizer.decode(said.ids, skip_special_tokens=True))
 
-    @torch.inference_mode()
     def __call__(
         self,
         prompts: Sequence[Sequence[int]],
@@ -82,7 +81,23 @@ class Decoder:
         keep: Callable[[Tensor], None] | None = None,
         models: Sequence[int] | None = None,
     ) -> list[Said]:
-        """Return a response to each prompt.
+        """Return a response to each prompt; arguments as for `steps`."""
+        *_, (chosen, logps) = self.steps(prompts, uniforms, members, keep, models)
+        return [
+            Said([token for token in row if token >= 0], logp)
+            for row, logp in zip(chosen.tolist(), logps.tolist(), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def steps(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Tensor | None = None,
+        members: int = 1,
+        keep: Callable[[Tensor], None] | None = None,
+        models: Sequence[int] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Respond token by token.
 
         Args:
             prompts: Tokens of each of B prompts.
@@ -92,6 +107,9 @@ class Decoder:
             keep: Function that gets the places of the rows that stay whenever others leave the batch, so that it can set each
                 row's λ; needed where rows belong to different models.
             models: Number of the model of each prompt, where they differ.
+
+        Yields:
+            Tokens (B, max_new_tokens) so far, -1 where there is none, and their Σ log p (B,): the same two tensors each time.
         """
         cache, shared = self._beginning(prompts, members, keep, models)
         ids, mask = self._padded([prompt[shared:] for prompt in prompts])
@@ -111,6 +129,7 @@ class Decoder:
             tokens, logp = self._choose(out.logits[:, -1].float(), own, members)
             chosen[at[going], step] = tokens[going]
             logps[at[going]] += logp[going]
+            yield chosen, logps
             going &= ~torch.isin(tokens, self._ends)
             left = int(going.sum())
             if not left:
@@ -124,11 +143,6 @@ class Decoder:
                 if keep is not None:
                     keep(rows)
                 at, ids, mask, going = at[going], ids[rows], mask[rows], going[going]
-
-        return [
-            Said([token for token in row if token >= 0], logp)
-            for row, logp in zip(chosen.tolist(), logps.tolist(), strict=True)
-        ]
 
     def _beginning(
         self,

@@ -9,7 +9,6 @@ import torch
 from transformers import GenerationConfig
 
 from rsoups.bases.load import load_base, load_tokenizer
-from rsoups.common.assets import resolve
 from rsoups.generation.decoding import Prompt, encode, ends_of
 from rsoups.generation.sampling import fast_sampling
 
@@ -96,10 +95,7 @@ def texts_of_policy(
         CheckpointError: The policy cannot be loaded.
         DatasetError: A prompt that `encode` refuses.
     """
-    embedded = resolve(policy) != policy  # its weights are stored in half precision to be small
-    tokenizer = load_tokenizer(policy)
-    model = load_base(policy, dtype="float32" if embedded else "auto")
-
+    tokenizer, model = load_tokenizer(policy), load_base(policy, device=device)
     settings: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
     ids = respond(model.eval().to(device), tokenizer, prompts, template=template, **settings)
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]

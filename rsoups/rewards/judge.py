@@ -177,7 +177,7 @@ class _Local:
     def __init__(self, card: JudgeCard, device: str, trust_remote_code: bool):
         self._name, self._settings, self.counts = card.name, card.settings, Counts()
         model, dtype = card.settings.model, card.settings.dtype
-        options = {"revision": card.settings.revision, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"revision": card.settings.revision, "trust_remote_code": trust_remote_code}
         try:
             self._tokenizer = load_tokenizer(model, **options)
             loaded = load_base(model, dtype="float32" if dtype == "auto" else dtype, **options)  # as a classifier does

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rsoups.common.assets import shipped
-from rsoups.common.errors import RewardError
+from rsoups.common.errors import RewardError, did_you_mean
+from rsoups.common.files import is_hub_name
 from rsoups.rewards.cards import RewardCard, of_fields, read_fields
 from rsoups.rewards.classifier import AveragedScores, Reward
 from rsoups.rewards.functions import FunctionCard, FunctionReward, as_reward, imported
 from rsoups.rewards.interface import LoadedReward
 from rsoups.rewards.judge import Judge, JudgeCard
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +65,7 @@ def load_reward(
 
     if callable(source):
         return as_reward(source)
-    if path.is_dir() or _HUB_ID.fullmatch(text):
+    if path.is_dir() or is_hub_name(text):
         logger.info("%s is no card: scored as tokenizer(question, response), logits[0]", text)
         return Reward(RewardCard(name=path.name, model=text), device, trust_remote_code)
     module, separator, name = text.partition(":")
@@ -75,7 +73,7 @@ def load_reward(
         return FunctionReward(imported(module, name), name)
     raise RewardError(
         f"no reward {text!r}; shipped cards: {sorted(shipped_cards)}, or give a YAML card, a classifier's Hub id or "
-        "module:function"
+        f"module:function.{did_you_mean(text, shipped_cards)}"
     )
 
 
@@ -104,4 +102,4 @@ def models_of(source: str) -> list[tuple[str, str | None]]:
     if path.is_file():
         card = read_card(path)
         return card.sources if isinstance(card, RewardCard) else []
-    return [(source, None)] if path.is_dir() or _HUB_ID.fullmatch(source) else []
+    return [(source, None)] if path.is_dir() or is_hub_name(source) else []

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from rsoups.common.errors import RewardError
+from rsoups.common.errors import DatasetError, RewardError
 from rsoups.common.files import read_jsonl
 
 __all__ = ["bleu", "cider", "meteor", "rouge_l"]  # what a card may name
@@ -91,7 +91,7 @@ def cider(corpus: str, column: str = "references") -> MetricReward:
     scorer = library("pycocoevalcap.cider.cider_scorer")
     try:
         rows = [row[column] for row in read_jsonl(corpus) if row.get(column)]
-    except OSError as error:
+    except DatasetError as error:
         raise RewardError(f"cider: cannot read the reference set {corpus!r}: {error}") from None
     if not rows:
         raise RewardError(f"cider: no row of {corpus!r} has texts in a column {column!r}")
