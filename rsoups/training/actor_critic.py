@@ -38,9 +38,9 @@ def add_actor_critic_forward(causal_lm: Any, temperature: float) -> None:
     """Let ``causal_lm(..., response_length=T)`` return ``(log-probabilities, values)``, each (B, T) float32.
 
     Both belong to the last T tokens of `input_ids`; masked tokens get 0. The LM head runs on real response tokens only,
-    in chunks whose logits are recomputed in the backward pass, so the whole batch's logits never exist. A model that changes its
-    logits after the head (soft caps, scales, multipliers) computes them itself; a probe of a few tokens detects that. The code is
-    in ``forward`` so that DDP, FSDP and autocast see one ordinary call. Any other call is untouched.
+    in chunks whose logits are recomputed in the backward pass, so the whole batch's logits never exist. A model that changes
+    its logits after the head (soft caps, scales, multipliers) computes them itself; a probe of a few tokens detects that.
+    The code is in ``forward`` so that DDP, FSDP and autocast see one ordinary call. Any other call is untouched.
     """
     original = causal_lm.forward
     takes_positions = "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters

@@ -89,17 +89,20 @@ def _first_tokens(trainer: Any, prompts: list) -> tuple[list, list, Sampler | No
 
 
 def silence_noise(model: nn.Module) -> None:
-    """Set every dropout, layer dropout and router jitter of a model to 0, of whatever kind it is."""
-    places: list[Any] = list(model.modules())
-    configs = {id(config): config for module in places if (config := getattr(module, "config", None)) is not None}
+    """Set every dropout, layer dropout and router jitter of a model to 0, whether a module or a config holds it.
+
+    Some models read the probability from their config at each forward, and call dropout as a function.
+    """
+    modules: list[Any] = list(model.modules())
+    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
     for config in list(configs.values()):
         configs |= {id(part): part for part in vars(config).values() if hasattr(part, "to_dict")}
-    for place in [*places, *configs.values()]:
-        if isinstance(place, nn.modules.dropout._DropoutNd):
-            place.p = 0.0
-        for name, value in list(vars(place).items()):
+    for holder in [*modules, *configs.values()]:
+        if isinstance(holder, nn.modules.dropout._DropoutNd):
+            holder.p = 0.0
+        for name, value in list(vars(holder).items()):
             if isinstance(value, float) and value > 0 and any(word in name.lower() for word in _NOISE):
-                setattr(place, name, 0.0)
+                setattr(holder, name, 0.0)
 
 
 @contextmanager
@@ -237,6 +240,6 @@ def check_references(kl: float, reference: str) -> None:
     """
     if abs(kl) > _ROUNDING:
         raise TrainingError(
-            f"before the first step the policy is {kl:.3g} nats per token from its reference ({reference}): a fresh adapter must "
-            "change nothing. Look for modules that are trained beside the LoRA, or for dropout"
+            f"before the first step the policy is {kl:.3g} nats per token from its reference ({reference}): a fresh adapter "
+            "must change nothing. Look for modules that are trained beside the LoRA, or for dropout"
         )
