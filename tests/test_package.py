@@ -76,6 +76,16 @@ def test_no_circle_within_a_room(room):
     assert not left, f"these import each other: {left}"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_have_400_lines_at_most_and_functions_60(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            docstring = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
+            assert node.end_lineno - node.lineno + 1 - docstring <= 60, node.name
+
+
 def test_no_recipe_or_benchmark_imports_a_private_name():
     for folder in ("recipes", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):

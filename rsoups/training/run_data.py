@@ -14,7 +14,7 @@ from rsoups.data.datasets import train_and_held_out
 from rsoups.data.prompts import fit_prompts, with_prefixes
 from rsoups.data.tasks import columns_of
 from rsoups.generation.decoding import encode
-from rsoups.rewards.functions import check_columns, columns_read
+from rsoups.rewards.interface import check_columns, columns_read
 from rsoups.training.run_arguments import RunArguments
 from rsoups.training.trl_rewards import PLACE
 

@@ -100,7 +100,7 @@ FIELDS = [
     ({"r": 0}, "r is 0"),
     ({"r": -4}, "r is -4"),
     ({"r": True}, "r is True"),
-    ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0"),
     ({"alpha_pattern": [1]}, "alpha_pattern is"),
     ({"r": 8}, "rank 8"),
     ({"target_modules": ["k_proj"]}, "does not target"),
@@ -116,10 +116,10 @@ FIELDS = [
     ({"layer_replication": [[0, 2]]}, "layer_replication is set"),
     ({"megatron_config": {"a": 1}}, "megatron_config is set"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices is set .* no tensor holds"),
-    ({"trainable_token_indices": ["a"]}, "trainable_token_indices is .*a list of token ids"),
-    ({"target_parameters": "experts"}, "target_parameters is 'experts', must be a list of texts"),
-    ({"ensure_weight_tying": "no"}, "ensure_weight_tying is 'no', must be true or false"),
-    ({"auto_mapping": "Llama"}, "auto_mapping is 'Llama', must be an object"),
+    ({"trainable_token_indices": ["a"]}, "trainable_token_indices.0 is 'a': input should be a valid integer"),
+    ({"target_parameters": "experts"}, "target_parameters is 'experts': input should be a valid (list|array)"),
+    ({"ensure_weight_tying": "no"}, "ensure_weight_tying is 'no': input should be a valid boolean"),
+    ({"auto_mapping": "Llama"}, "auto_mapping is 'Llama': input should be an object"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ({"field_of_tomorrow": 3}, "field_of_tomorrow.*upgrade"),
 ]
@@ -139,7 +139,7 @@ def test_tensors_and_config_must_agree(adapter):
     retouch(adapter, lambda tensors: tensors.update({key: torch.zeros(4, 32, dtype=torch.int8)}))
     refuses(adapter, "q_proj.lora_A.weight is not floating-point")
     retouch(adapter, lambda tensors: tensors.update({key: torch.zeros(4, 32), PREFIX + "stray.weight": torch.zeros(1)}))
-    refuses(adapter, "stray.weight is one that adapter_config.json does not account for")
+    refuses(adapter, "adapter_config.json does not account for tensor .*stray.weight")
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lm_head"])
