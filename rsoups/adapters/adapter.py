@@ -1,8 +1,7 @@
-"""Read and check LoRA adapters: a folder, a Hub id or a live PeftModel in, an `Adapter` out; every refusal is here.
+"""Read and check LoRA adapters from a folder, a Hub id or a live PeftModel.
 
-Only safetensors are read, never a pickle. What cannot be part of an exact soup is refused with the reason, so that
-`rsoups.soups.soup` is left with nothing but the maths. Tensors are read one at a time, so that a soup of many large adapters
-needs no memory for them.
+Only safetensors are read, never a pickle. An adapter that cannot be part of an exact soup is refused here with the reason.
+Tensors are read one at a time, so that a soup of many large adapters needs little memory.
 """
 
 from __future__ import annotations
@@ -35,78 +34,77 @@ from rsoups.common.errors import AdapterError
 from rsoups.common.files import READING, from_hub
 from rsoups.common.pickles import converted, holds_only_pickles, remedy
 
-BASE_EMBEDDING = ".base_layer.weight"  # PEFT saves an adapted embedding's own weights beside its factors
-EMBEDDINGS = tuple(f".{name}.weight" for name in EMBEDDING_LAYER_NAMES)  # saved whole where the vocabulary was resized
-TOKENS = ".token_adapter.trainable_tokens_delta"  # rows of an embedding that were trained alone, as they are afterwards
-
-
+BASE_EMBEDDING = ".base_layer.weight"  # weights of an adapted embedding, which PEFT saves beside its factors
+EMBEDDINGS = tuple(f".{name}.weight" for name in EMBEDDING_LAYER_NAMES)  # PEFT saves them if the vocabulary was resized
+TOKENS = ".token_adapter.trainable_tokens_delta"  # trained rows of an embedding (not their changes)
 _COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
 
 def is_copy(name: str, names: Collection[str]) -> bool:
-    """Whether a tensor is one of those that PEFT writes beside a whole trained one of the same name: a copy, or the base's."""
+    """Whether a tensor is a copy that PEFT writes beside a module that was trained as a whole."""
     return _COPY.sub("", name) != name and _COPY.sub("", name) in names
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One LoRA, checked, its tensors where they are.
+    """A checked LoRA; its tensors are read when they are asked for.
 
     Attributes:
-        source: Where it is read from.
+        source: Folder or Hub id.
         config: PEFT's config.
-        layout: Names, shapes and dtypes of its tensors (on the meta device, without values).
-        revision: The Hub commit, None for a folder.
+        layout: Meta tensor for each name.
+        revision: Commit on the Hub; None for a folder.
     """
 
     source: str
     config: LoraConfig
     layout: dict[str, Tensor]
     _read: Callable[[str, slice], Tensor]
-    _scan: Future[Scan]  # of all values, beside the other work
+    _scan: Future[Scan]
     revision: str | None = None
-    _file: tuple[Path, os.stat_result] | None = None  # of the weights, as it was found
-    _names: Mapping[str, str] = field(default_factory=dict)  # of tensors in the file, where they differ
-    _old_paths: Mapping[str, str] = field(default_factory=dict)  # of modules in the config, where they differ
+    _file: tuple[Path, os.stat_result] | None = None  # of the weights, and its status when it was opened
+    _names: Mapping[str, str] = field(default_factory=dict)  # names of tensors in the file, if they differ
+    _old_paths: Mapping[str, str] = field(default_factory=dict)  # paths of modules in the config, if they differ
 
     @property
     def folder(self) -> Path | None:
-        """Where its files are; None for a live model."""
+        """Folder of the files; None for a live model."""
         return self._file[0].parent if self._file else None
 
     @property
     def sha256(self) -> str:
-        """Of the file's bytes, or of names, shapes and values for a live model."""
+        """SHA-256 of the file, or of names, shapes and values of a live model."""
         return self._scan.result().sha256
 
     def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
         """A tensor, or some rows of it, on the CPU, in the file's type. `check_values` tells whether it is finite.
 
         Raises:
-            AdapterError: The file is not what it was.
+            AdapterError: The file was cut short.
         """
         return self._read(self._names.get(name, name), rows)
 
     def check_values(self) -> None:
-        """Wait until every tensor was read.
+        """Wait until every tensor is read and checked.
 
         Raises:
-            AdapterError: One is not finite, or the file has changed.
+            AdapterError: A tensor is not finite, or the file has changed.
         """
-        if (name := self._scan.result().not_finite) is not None:
+        name = self._scan.result().not_finite
+        if name is not None:
             raise AdapterError(f"{self.source}: tensor {name} holds NaN or infinity: the run that made it diverged")
         self.check_unchanged()
 
     @property
     def largest(self) -> float:
-        """The largest magnitude of all values."""
+        """Largest magnitude of all values."""
         return self._scan.result().largest
 
     def check_unchanged(self) -> None:
-        """Whether all that was read so far is of the file that was opened.
+        """Check that nobody has written to the file since it was opened. (A deleted or replaced file can still be read.)
 
         Raises:
-            AdapterError: It was written to. (One that was deleted or replaced by another is read on as it was.)
+            AdapterError: The file has changed.
         """
         if self._file is None:
             return
@@ -120,26 +118,26 @@ class Adapter:
 
     @cached_property
     def modules(self) -> dict[str, LoraModule]:
-        """The adapted modules by their path in the base."""
+        """Adapted modules by their path in the base."""
         return read_modules(self.source, self.config, self.layout, self._old_paths)
 
     @cached_property
     def full(self) -> list[str]:
-        """Names of whole parameters that were trained beside the LoRA (`modules_to_save`, biases), or saved with it."""
+        """Names of whole parameters: trained ones (`modules_to_save`, biases), and `copies`."""
         return [name for name in self.layout if not FACTOR.fullmatch(name)]
 
     @cached_property
     def copies(self) -> list[str]:
-        """Those of `full` that were saved with it: the base's own embeddings and head, which a LoRA leaves as they are."""
+        """Names of the base's own embeddings and head, which PEFT saved too and training left unchanged."""
         trained = tuple(f"{name}.weight" for name in self.config.modules_to_save or ())
         weights = [name for name in self.full if name.endswith(".weight") and not name.endswith(trained)]
         return [name for name in weights if name.endswith(EMBEDDINGS) or path_of(name) in self.modules]
 
     def renamed(self, names: Mapping[str, str]) -> Adapter:
-        """The adapter with other names of its tensors.
+        """The adapter with other names of tensors.
 
         Args:
-            names: New name -> present name, of all tensors that it should have.
+            names: New name -> present name of each tensor; other tensors are left out.
         """
         if all(new == name for new, name in names.items()) and len(names) == len(self.layout):
             return self
@@ -153,15 +151,15 @@ class Adapter:
 
 
 def read_adapter(source: Any, hold: bool = False) -> Adapter:
-    """Open an adapter and check all but its values, which are being read meanwhile: `Adapter.check_values` waits for that.
+    """Open an adapter and check it. Its values are read in another thread: `Adapter.check_values` waits for them.
 
     Args:
-        source: A folder, a Hub id (``user/name``, ``user/name@revision``, ``user/name/subfolder@revision``), a PeftModel
-            (its active adapter), or a tuple ``(PeftModel, adapter name)``.
-        hold: Keep the tensors that are read, where they will be asked for again and again.
+        source: Folder, Hub id (``user/name``, ``user/name@revision``, ``user/name/subfolder@revision``), PeftModel (its active
+            adapter), or a tuple ``(PeftModel, adapter name)``.
+        hold: Keep the tensors in memory, if they are needed several times.
 
     Raises:
-        AdapterError: Missing, corrupt or contradictory files, or a kind of adapter that no exact soup can hold.
+        AdapterError: Files are missing, corrupt or contradictory, or no exact soup can hold this kind of adapter.
         HubError: The Hub cannot be reached or refuses.
     """
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], PeftModel):
@@ -176,23 +174,24 @@ def read_adapter(source: Any, hold: bool = False) -> Adapter:
 
 
 def checked(adapter: Adapter) -> Adapter:
-    """The adapter with its layers named as transformers names them today, and all checked but its values.
+    """Rename the layers as transformers names them today, and check everything except the values.
 
     Raises:
         AdapterError: As `read_adapter`.
     """
     adapter = adapter.renamed(plain_names(adapter.source, adapter.layout))
-    if (base := recorded_base(adapter.config)) is not None:
+    base = recorded_base(adapter.config)
+    if base is not None:
         adapter = named_as(adapter, base)
     _check(adapter)
     return adapter
 
 
 def named_as(adapter: Adapter, base: Any) -> Adapter:
-    """The adapter with its layers named as those of a model (or of a skeleton of it).
+    """Rename the layers as a model, or a skeleton of it, names them.
 
     Raises:
-        AdapterError: Two names that lead to one.
+        AdapterError: Two tensors would have the same name.
     """
     try:
         names = current_names(base, adapter.layout)
@@ -207,7 +206,7 @@ def _from_model(model: PeftModel, name: str) -> Adapter:
     config = model.peft_config[name]
     check_kind(f"adapter {name!r}", config.peft_type)
     assert isinstance(config, LoraConfig)
-    if config.task_type is None:  # as PEFT does where it saves
+    if config.task_type is None:  # PEFT does the same when it saves
         kind = type(model.get_base_model())
         config = deepcopy(config)
         config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
@@ -218,7 +217,7 @@ def _from_model(model: PeftModel, name: str) -> Adapter:
 
 
 def adapter_of(source: str, config: LoraConfig, tensors: dict[str, Tensor]) -> Adapter:
-    """An adapter whose tensors are in memory."""
+    """An adapter from tensors in memory."""
 
     def scan() -> Scan:
         total, top, not_finite = hashlib.sha256(), 0.0, None
@@ -226,8 +225,10 @@ def adapter_of(source: str, config: LoraConfig, tensors: dict[str, Tensor]) -> A
             tensor = tensors[key].contiguous()
             total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             total.update(tensor.view(-1).view(torch.uint8).numpy().data)
-            top = max(top, found := largest(tensor) if tensor.is_floating_point() else 0.0)
-            not_finite = not_finite or (None if math.isfinite(found) else key)
+            magnitude = largest(tensor) if tensor.is_floating_point() else 0.0
+            top = max(top, magnitude)
+            if not_finite is None and not math.isfinite(magnitude):
+                not_finite = key
         return Scan(total.hexdigest(), top, not_finite)
 
     layout = {key: tensor.to("meta") for key, tensor in tensors.items()}
@@ -244,15 +245,17 @@ def reading(tensors: Mapping[str, Tensor]) -> Callable[[str, slice], Tensor]:
 def _from_files(source: str, hold: bool) -> Adapter:
     folder, revision = Path(source).expanduser(), None
     if not folder.is_dir():
-        if (found := from_hub(source, (CONFIG_FILE, WEIGHTS_FILE))) is None:
+        fetched = from_hub(source, (CONFIG_FILE, WEIGHTS_FILE))
+        if fetched is None:
             raise AdapterError(
                 f"no adapter folder {source!r}, and it is no Hub id (user/name, user/name/subfolder, user/name@revision) either"
             )
-        folder, revision = found
+        folder, revision = fetched
     config = read_config(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
-        if (copy := converted(source)) is None:
+        copy = converted(source)
+        if copy is None:
             why = remedy(source) if holds_only_pickles(source) else "is this the folder of a PEFT adapter?"
             raise AdapterError(f"{source} holds no {WEIGHTS_FILE}: {why}")
         weights = copy / WEIGHTS_FILE
@@ -304,11 +307,10 @@ def _check(adapter: Adapter) -> None:
 
 
 def _check_full(adapter: Adapter) -> None:
-    """Every whole parameter is one that the config accounts for."""
+    """Check that the config accounts for every whole parameter."""
     source, config = adapter.source, adapter.config
-    saved = tuple(
-        f"{name}." for name in config.modules_to_save or ()
-    )  # PEFT takes what ends with a name: "norm" is all norms
+    # PEFT takes every module whose path ends with a name: "norm" means all norms.
+    saved = tuple(f"{name}." for name in config.modules_to_save or ())
     for key in adapter.full:
         accounted = key in adapter.copies or any(name in key for name in saved)
         accounted |= config.bias != "none" and key.endswith(".bias")
@@ -319,19 +321,19 @@ def _check_full(adapter: Adapter) -> None:
                     f"{source}: {key} has {len(adapter.layout[key])} rows, but trainable_token_indices names {len(tokens)}"
                 )
         if not accounted:
-            raise AdapterError(f"{source}: tensor {key} is one that {CONFIG_FILE} does not account for")
+            raise AdapterError(f"{source}: {CONFIG_FILE} does not account for tensor {key}")
 
     if config.trainable_token_indices and not any(key.endswith(TOKENS) for key in adapter.layout):
         raise AdapterError(f"{source}: trainable_token_indices is set in {CONFIG_FILE}, and no tensor holds their rows")
 
 
 def holds_tokens(names: Iterable[str]) -> bool:
-    """Whether there are rows of the base's embeddings or head among an adapter's tensors, as they were trained."""
+    """Whether an adapter has embeddings or a head among its tensors."""
     return any(name.endswith((BASE_EMBEDDING, TOKENS, *EMBEDDINGS)) for name in names)
 
 
 def trained_tokens(config: LoraConfig, path: str) -> list[int] | None:
-    """Ids of the tokens whose rows in the embedding at a path were trained alone; None where it has none."""
+    """Ids of the tokens whose rows of the embedding at `path` were trained; None if there are none."""
     tokens = config.trainable_token_indices
     if isinstance(tokens, dict):
         return next((ids for name, ids in tokens.items() if f".{path}".endswith(f".{name}")), None)

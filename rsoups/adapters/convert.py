@@ -1,7 +1,7 @@
-"""Convert pickled weights to safetensors: the one door for pickles.
+"""Convert pickled weights to safetensors.
 
-Nothing else in rsoups opens a pickle. Here it is opened by torch's weights-only unpickler in a child process without network
-(`rsoups.common.unpickle`), and only tensors come out.
+Nothing else in rsoups opens a pickle. Here a child process without network (`rsoups.common.unpickle`) opens it with torch's
+weights-only unpickler, and writes only tensors.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ _LONGEST_INDEX = 2**26  # bytes
 
 
 def convert(source: str | Path, out: str | Path | None = None, *, say: Callable[[str], None] = print) -> Path:
-    """Write an adapter, a reward model or a whole model from ``.bin`` or ``.pt`` files as safetensors.
+    """Convert the ``.bin`` or ``.pt`` files of an adapter, a reward model or a whole model to safetensors.
 
-    The same bytes come out for the same bytes in. Configs and tokenizers are copied, nothing else. ``lineage.json`` tells the
-    SHA-256 of each original file and of each converted one.
+    Equal files give equal conversions. Only configs and tokenizers are copied. ``lineage.json`` holds the SHA-256 of each
+    original file and of each converted one.
 
     Args:
-        source: A folder, one file, or a Hub id (``user/name``, ``user/name@revision``).
+        source: Folder, one file, or Hub id (``user/name``, ``user/name@revision``).
         out: The new folder. By default a place in the cache (``$HF_HOME/rsoups/converted``), where every command of rsoups
             finds it under the Hub id.
-        say: Is told what is opened, and of which revision, before it is opened.
+        say: Is called with each message: what is opened, and what is written.
 
     Returns:
-        The folder.
+        The new folder.
 
     Raises:
-        CheckpointError: There is no pickle, or one that holds anything but tensors, or that needs too much memory.
-        OutputError: `out` is there already, or cannot be written.
+        CheckpointError: There is no pickle, or it holds something other than tensors, or it needs too much memory.
+        OutputError: `out` exists, or cannot be written.
         HubError: The Hub cannot be reached or refuses.
     """
     found = find_pickles(str(source))
@@ -79,34 +79,31 @@ def convert(source: str | Path, out: str | Path | None = None, *, say: Callable[
 
 
 def conversion_of(source: str, revision: str | None = None) -> dict[str, Any] | None:
-    """What the cache's conversion of a source was made from: ``revision``, and the SHA-256 of ``original`` and ``converted``
-    weights (of several files by their names); None if there is none."""
-    if (folder := converted(source, revision)) is None:
+    """Origin of the conversion of a source in the cache; None if there is none.
+
+    Returns:
+        ``revision``, and the SHA-256 of the ``original`` and the ``converted`` weights (for several files a dict by name).
+    """
+    folder = converted(source, revision)
+    if folder is None:
         return None
     manifest = read_manifest(folder / MANIFEST_FILE)
     (parent,) = parents_of(manifest)
     return {"revision": parent["revision"], "original": parent["sha256"], "converted": manifest["sha256"]}
 
 
-# --- what is written ---------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def _convert_file(pickle: Path, out: Path) -> None:
-    """Open one pickle in a child process, which writes `out`."""
-    # Nothing of the environment that could change what torch does, and no token.
+    """Convert one pickle in a child process."""
+    # The child gets no token, and no variable that could change what torch does.
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "LANG") if name in os.environ}
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent.parent), *sys.path]))
     with tempfile.TemporaryDirectory(prefix="rsoups-") as home:
+        command = [sys.executable, "-W", "ignore", "-m", "rsoups.common.unpickle"]
         child = subprocess.run(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-m",
-                "rsoups.common.unpickle",
-                str(pickle.resolve()),
-                str(out.resolve()),
-            ],
+            [*command, str(pickle.resolve()), str(out.resolve())],
             env=kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HOME": home, "PYTHONDONTWRITEBYTECODE": "1"},
             cwd=home,
             stdin=subprocess.DEVNULL,
@@ -129,7 +126,7 @@ def _convert_file(pickle: Path, out: Path) -> None:
 
 
 def _beside(folder: Path) -> Iterator[Path]:
-    """Configs and the tokenizer; never code, pickles or a card."""
+    """Files to copy: configs and the tokenizer, never code, pickles or a card."""
     for pattern in (*CONFIG_FILES, *TOKENIZER_PATTERNS):
         for path in sorted(folder.glob(pattern)):
             if path.is_file() and not path.name.endswith((*PICKLE_SUFFIXES, ".py")):
@@ -137,7 +134,7 @@ def _beside(folder: Path) -> Iterator[Path]:
 
 
 def _write_index(found: Pickles, partial: Path) -> None:
-    """The index of the new files, from their own headers; the old index must tell of the same tensors."""
+    """Write the index of the new files, from their headers; the old index must list the same tensors."""
     from safetensors import safe_open
 
     path = found.folder / PICKLE_INDEX
@@ -147,7 +144,7 @@ def _write_index(found: Pickles, partial: Path) -> None:
         old = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         told = {name: found.pickles[file] for name, file in old.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no index of the files beside it: {error!r}") from None
+        raise CheckpointError(f"{path} is not an index of the files beside it: {error!r}") from None
     weight_map: dict[str, str] = {}
     total = 0
     for new in found.pickles.values():
@@ -161,7 +158,7 @@ def _write_index(found: Pickles, partial: Path) -> None:
 
 
 def _write_lineage(found: Pickles, partial: Path, hashes: dict[str, str]) -> None:
-    """The manifest of the conversion: the original is its parent, with the hashes of the pickles."""
+    """Write the manifest of the conversion: its parent is the original, with the hashes of the pickles."""
     config: dict[str, Any] = {}
     if (partial / "adapter_config.json").is_file():
         try:

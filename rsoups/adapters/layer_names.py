@@ -1,7 +1,7 @@
-"""One naming of layers: prefixes of wrappers are stripped, old layer names become those that transformers has today.
+"""Rename layers: strip the prefixes of wrappers, and replace old layer names by those that transformers has today.
 
-PEFT converts an adapter's names when it loads it onto a base; two adapters of one base can therefore carry unlike names. Here
-the same conversion is done on names alone, on a skeleton of the base without weights.
+PEFT converts an adapter's names when it loads it, so adapters of one base may have different names. Here the same conversion
+is done on names alone, with a skeleton of the base without weights.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ _PART = re.compile(r"\.(lora_|base_layer\.|token_adapter\.).*")  # what follows 
 
 
 def plain_names(source: str, names: Iterable[str]) -> dict[str, str]:
-    """The name that PEFT would have given each tensor, and its name in the file.
+    """Map the name that PEFT would have given each tensor to its name in the file.
 
     Copies that PEFT (0.21) writes beside a module that was trained as a whole are left out.
 
     Raises:
-        AdapterError: A name that PEFT reads nothing of, or two names of one tensor.
+        AdapterError: PEFT would ignore a name, or two names mean one tensor.
     """
     names = list(names)
     text = "\n".join(names)
@@ -87,7 +87,7 @@ def plain_names(source: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def _without_base_layers(source: str, names: dict[str, str]) -> dict[str, str]:
-    """Whole parameters of adapted modules by the base's names: `written_name` undoes it."""
+    """Give whole parameters of adapted modules the base's names; `written_name` undoes it."""
     found: dict[str, str] = {}
     for name, there in names.items():
         plain = _WHOLE.sub(r"\1", name)
@@ -117,16 +117,16 @@ def _plain(name: str) -> str:
 
 
 def path_of(name: str) -> str:
-    """The module's path in the base that a tensor of an adapter belongs to."""
+    """Path in the base of the module that an adapter's tensor belongs to."""
     path = name.removeprefix(PREFIX)
     return _PART.sub("", path) if _PART.search(path) else path.rpartition(".")[0]
 
 
 def current_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Names as layers are called in a model, and the given names: old ones are converted as transformers does on loading.
+    """Map names in a model to the given names. Old names are converted as transformers does when it loads.
 
     Raises:
-        AdapterError: Two names lead to one.
+        AdapterError: Two names become one.
     """
     renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
     known = {without_numbers(path) for path, _ in model.named_modules()}
@@ -143,8 +143,7 @@ def current_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str
 def as_loaded(
     base: PreTrainedModel, config: LoraConfig, layout: Mapping[str, Tensor]
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """A config and the tensors beside it (their values too, where they are not on the meta device) as PEFT has them once it
-    has converted them for a base.
+    """Convert a config and its tensors for a base, as PEFT does when it loads.
 
     Raises:
         AdapterError: PEFT cannot convert them.
@@ -158,24 +157,23 @@ def as_loaded(
 
 
 def without_numbers(path: str) -> str:
-    """A path that is the same for all layers and experts."""
+    """A path with # for each number: the same for all layers and experts."""
     return re.sub(r"\d+", "#", path)
 
 
 def recorded_base(config: LoraConfig) -> PreTrainedModel | None:
-    """A skeleton of the base that an adapter names, as far as this machine knows it; None where it does not, and where the
-    names of its layers never changed."""
+    """A skeleton of the base that an adapter names; None if the base is not known here, or its layers never had other names."""
     name, base = _recorded(config)
     return skeleton(name, base, only_renamed=True)
 
 
 def tells_class(config: LoraConfig) -> bool:
-    """Whether an adapter tells the class of its base, or the base is on this disk."""
+    """Whether the class of the base is known, from the adapter or from the base on this disk."""
     return _class(_recorded(config)[0]) is not None
 
 
 def _recorded(config: LoraConfig) -> tuple[str, Any]:
-    """Name of the base's class, "" where it is not known, and its config, None where it is not on this disk."""
+    """Name of the base's class ("" if unknown), and its config (None if it is not on this disk)."""
     mapping = config.auto_mapping or {}
     base = _local_config(config.base_model_name_or_path, config.revision)
     if str(mapping.get("parent_library", "")).startswith("transformers.models."):
@@ -184,7 +182,7 @@ def _recorded(config: LoraConfig) -> tuple[str, Any]:
 
 
 def _local_config(name: str | None, revision: str | None) -> Any:
-    """The config of a base that is on this disk, or in the Hub's cache."""
+    """Config of a base on this disk or in the Hub's cache."""
     try:
         path = Path(name or "", "config.json")
         if name and path.is_file():
@@ -200,15 +198,15 @@ def _read(name: str, revision: str | None, written: int) -> Any:
 
 
 def skeleton(name: str, config: Any, only_renamed: bool = False) -> PreTrainedModel | None:
-    """A model of transformers on the meta device, without weights.
+    """Build a model of transformers on the meta device, without weights.
 
     Args:
-        name: Name of its class.
-        config: Its config; that of the class by default where it is another one's.
-        only_renamed: Make none of a class whose layers never had other names.
+        name: Name of the class.
+        config: Config of the model. If it is of another class, the class's default config is used.
+        only_renamed: Return None for a class whose layers never had other names.
 
     Returns:
-        The model; None where transformers has no such class.
+        The model; None if transformers has no such class.
     """
     if (kind := _class(name)) is None:
         return None
@@ -220,7 +218,7 @@ def skeleton(name: str, config: Any, only_renamed: bool = False) -> PreTrainedMo
 
 
 def _class(name: str) -> Any:
-    """A class of models in transformers, None where it has no such."""
+    """A class of models in transformers; None if there is none."""
     kind = getattr(transformers, name, None) if name.isidentifier() else None
     return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class else None
 
@@ -237,7 +235,7 @@ def _built(kind: Any, config: str) -> PreTrainedModel | None:
     try:
         with _quiet(), torch.device("meta"):
             return kind(kind.config_class.from_dict(json.loads(config)) if config else kind.config_class())
-    except Exception:  # whatever an unusual config leads to: then the base is not known
+    except Exception:  # an unusual config can cause any error; then the base counts as unknown
         return None
 
 

@@ -1,4 +1,4 @@
-"""Pair the factors of an adapter into modules, and check them against each other and the config."""
+"""Pair the factors of an adapter, and check them against each other and the config."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _DEFINED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 @dataclass(frozen=True)
 class LoraModule:
-    """The change of one module, Δ = scaling · B @ A, as the adapter's file describes it.
+    """The change of one module, Δ = scaling · B @ A.
 
     Attributes:
-        A: Name of a tensor of shape (r, in) or, of a convolution, (r, in / groups, ...).
-        B: Name of a tensor of shape (out, r) or (out, r, 1, ...).
+        A: Name of a tensor of shape (r, in), or (r, in / groups, ...) for a convolution.
+        B: Name of a tensor of shape (out, r), or (out, r, 1, ...).
         rank: r.
-        shape: Of the base's weight as far as the factors tell it: (out, in, ...).
+        shape: Shape of the base's weight: (out, in, ...).
         scaling: alpha / r, or alpha / √r for rsLoRA.
-        bias: Name of what `lora_bias` adds (times `scaling`), shape (out,), or None.
-        embedding: Whether A and B are those of an embedding.
-        experts: How many weights of this shape one parameter holds, each with its own change. Then A is (experts · r, in),
-            one expert below the other, and B (out, r · experts), one direction beside the other.
-        parameter: Its name in the module, where PEFT's `target_parameters` names it; "" where several would do.
+        bias: Name of the bias that `lora_bias` adds (times `scaling`), shape (out,), or None.
+        embedding: Whether the module is an embedding.
+        experts: Number of weights of this shape in one parameter, each with its own change. Then A is (experts · r, in), one
+            expert below the other, and B is (out, r · experts), with the experts of each rank side by side.
+        parameter: Name of the parameter in the module, if PEFT's `target_parameters` names it; "" if several are possible.
     """
 
     A: str
@@ -50,7 +50,7 @@ class LoraModule:
     parameter: str | None = None
 
     def factors(self, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The (r, in) and (out, r) of each expert, of all that a convolution multiplies flattened."""
+        """A (r, in) and B (out, r) of each expert; dimensions of a convolution are flattened into `in`."""
         a, b = a.flatten(1), b.flatten(1)
         if self.experts == 1:
             return [(a, b)]
@@ -63,13 +63,16 @@ def read_modules(
     """Pair the factors, and check them against each other and the config.
 
     Args:
-        source: Where they are from, for errors.
-        config: The config.
-        layout: Tensors, of which shapes are looked at.
-        old_paths: The names that the config may have for modules, where they were renamed.
+        source: Name of the adapter, for errors.
+        config: Config of the adapter.
+        layout: Tensors by name; only shapes are used.
+        old_paths: Paths that the config may use for modules that were renamed.
+
+    Returns:
+        The modules by their path in the base.
 
     Raises:
-        AdapterError: A factor without its other, or one that the config does not tell of.
+        AdapterError: A factor is missing, or the config does not target a module, or has other ranks.
     """
     parts: dict[str, dict[str, str]] = {}
     for key in layout:
@@ -91,7 +94,7 @@ def read_modules(
 
 
 class _Told(NamedTuple):
-    """What the config tells of a module."""
+    """Settings of one module in the config."""
 
     rank: int
     alpha: float
@@ -133,7 +136,7 @@ def _patterns(config: LoraConfig) -> tuple[tuple[Any, int], tuple[Any, int]]:
 
 
 def _parameters(config: LoraConfig, path: str, wrappers: int) -> list[str]:
-    """Names of the parameters that the wrapper at a path may be of; none of a module that is targeted as a whole."""
+    """Names of the parameters that the wrapper at `path` may hold; none if the whole module is targeted."""
     module = unwrapped(path)
     if not config.target_parameters or (path == module and wrappers == 1 and _is_plain(config, path)):
         return []
@@ -156,7 +159,7 @@ def _is_plain(config: LoraConfig, path: str) -> bool:
 
 
 def unwrapped(path: str) -> str:
-    """The path of the module whose parameters are wrapped."""
+    """Path of the module whose parameters are wrapped."""
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     return path
@@ -189,7 +192,7 @@ def _module(
 
 
 def _check_experts(source: str, modules: Mapping[str, LoraModule]) -> None:
-    """All parameters of a module are of equally many experts, or they were taken for one another."""
+    """Refuse parameters of one module with different numbers of experts: they were mistaken for one another."""
     counts: dict[str, int] = {}
     for path, module in modules.items():
         if module.parameter is not None and counts.setdefault(unwrapped(path), module.experts) != module.experts:

@@ -1,4 +1,4 @@
-"""Adapters beside each other: in one naming of layers, of one base, and such that PEFT can hold their soup in one adapter."""
+"""Check that adapters are of one base, and that PEFT can hold their soup in one adapter."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from rsoups.common.errors import AdapterError
 
 
 def in_one_naming(adapters: Mapping[str, Adapter], base: Any = None) -> dict[str, Adapter]:
-    """Adapters of one base, their layers named as that base names them.
+    """Rename the layers of adapters of one base as the base names them.
 
     Args:
-        adapters: By name.
-        base: The loaded base or a skeleton of it; by default what one of the adapters records.
+        adapters: Adapters by name.
+        base: The loaded base or a skeleton of it; by default a skeleton of the base that an adapter names.
     """
     if base is None:
         base = next((found for a in adapters.values() if (found := recorded_base(a.config)) is not None), None)
@@ -33,10 +33,10 @@ def in_one_naming(adapters: Mapping[str, Adapter], base: Any = None) -> dict[str
 
 
 def fused(adapter: Adapter, base: Any) -> Adapter:
-    """The adapter with the factors of single experts fused, as PEFT fuses them when it loads them on a base.
+    """Fuse the factors of single experts, as PEFT does when it loads an adapter.
 
     Raises:
-        AdapterError: PEFT cannot.
+        AdapterError: PEFT cannot fuse them.
     """
     if not any(EXPERT.search(path) for path in adapter.modules):
         return adapter
@@ -49,7 +49,7 @@ def fused(adapter: Adapter, base: Any) -> Adapter:
 
 
 def _need_fusing(adapters: Iterable[Adapter]) -> bool:
-    """Whether adapters of single experts stand beside fused ones, or beside those of other experts."""
+    """Whether some adapters have factors of single experts, and others have fused factors or other experts."""
     adapters = list(adapters)
     targets = {frozenset(filter(EXPERT.search, adapter.modules)) for adapter in adapters} - {frozenset()}
     return len(targets) > 1 or (bool(targets) and any(map(_parameters_of, adapters)))
@@ -59,13 +59,13 @@ def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = Fa
     """Refuse adapters that are not of one base.
 
     Args:
-        adapters: In one naming, as `in_one_naming` gives them.
-        allow_base_mismatch: Take bases of other names.
-        with_base: Whether the base is at hand, for whole parameters that not all of them hold.
+        adapters: Adapters as `in_one_naming` returns them.
+        allow_base_mismatch: Accept bases of different names.
+        with_base: Whether the base is available, for whole parameters that only some of the adapters have.
 
     Raises:
-        AdapterError: Bases of other names, revisions or shapes; whole parameters that not all of them hold; what PEFT cannot
-            hold in one adapter.
+        AdapterError: The bases differ in name, revision or shape, only some adapters have a whole parameter, or PEFT cannot
+            hold the soup in one adapter.
     """
     adapters = list(adapters)
     if not allow_base_mismatch:
@@ -83,10 +83,10 @@ def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = Fa
 
 
 def check_one_base(adapters: Iterable[Adapter]) -> None:
-    """Refuse adapters that name different bases, or revisions of one.
+    """Refuse adapters that name different bases or revisions.
 
     Raises:
-        AdapterError: Two names or revisions.
+        AdapterError: The names or the revisions differ.
     """
     first, *others = adapters
     same = {"base_model_name_or_path": same_base, "revision": lambda one, two: not one or not two or one == two}
@@ -128,7 +128,7 @@ def _size(module: LoraModule) -> tuple[int, ...]:
 
 
 def _parameters_of(adapter: Adapter) -> dict[str, set[str]]:
-    """Names of the adapted parameters of each module of which they, not the module, are targeted."""
+    """Names of the adapted parameters by module, for modules that are not targeted as a whole."""
     found: dict[str, set[str]] = {}
     for path, module in adapter.modules.items():
         if module.parameter is not None:
@@ -138,7 +138,7 @@ def _parameters_of(adapter: Adapter) -> dict[str, set[str]]:
 
 
 def _check_one_naming(one: Adapter, other: Adapter) -> None:
-    """Refuse names that may be the old and the new ones of the same layers, where nothing tells the base."""
+    """Refuse names that may be old and new names of the same layers, if the base is unknown."""
     if one.modules.keys() == other.modules.keys():
         return
     ours, theirs = _by_place(one), _by_place(other)
@@ -156,7 +156,7 @@ def _check_one_naming(one: Adapter, other: Adapter) -> None:
 
 
 def _by_place(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes of modules in layers, by the path to all layers, and then by a layer's number and the names after it."""
+    """Shapes of modules in layers, by the path above the layers, then by the rest of the path."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, module in adapter.modules.items():
         if match := re.fullmatch(r"(.*?)(\.\d+\..*)", path):

@@ -1,4 +1,4 @@
-"""A base's own files on the disk: the names of its tensors, its config as it is written, its tokenizer."""
+"""Files of a base on the disk: tensors, config and tokenizer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _UNLIKE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # a
 
 
 def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """Files of a folder by patterns of their names: data by their endings, and none that a link leads to elsewhere."""
+    """Data files of a folder that match patterns; links to other folders are left out."""
     homes = {folder.resolve()}
     if folder.parent.name == "snapshots":  # the Hub's cache keeps the contents there
         homes.add(folder.parent.parent.resolve() / "blobs")
@@ -42,7 +42,7 @@ def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def copy_files(folder: Path, patterns: tuple[str, ...], out: Path) -> bool:
-    """Copy `files_like`, without the paths of a disk in their settings. Returns whether there were any."""
+    """Copy `files_like`, and remove paths of this disk from the tokenizer's settings. Return whether there were any."""
     paths = files_like(folder, patterns)
     for path in paths:
         shutil.copyfile(path, out / path.name)
@@ -61,7 +61,7 @@ def copy_files(folder: Path, patterns: tuple[str, ...], out: Path) -> bool:
 
 
 def tokenizer_folder(source: str) -> Path | None:
-    """Where a model's or an adapter's tokenizer is: its folder, or the Hub's cache. None where it has none."""
+    """Folder of the tokenizer of a model or an adapter; None if it has none."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         try:
@@ -75,10 +75,10 @@ def tokenizer_folder(source: str) -> Path | None:
 
 
 def check_vocabularies(sources: Iterable[str]) -> None:
-    """Refuse adapters whose tokenizers give the same ids to unlike tokens, as far as they bring tokenizers.
+    """Refuse adapters whose tokenizers differ; adapters without a tokenizer are not checked.
 
     Raises:
-        AdapterError: Two vocabularies that differ.
+        AdapterError: Two vocabularies differ.
     """
     known: dict[str, dict[str, int]] = {}
     for source in sources:
@@ -101,7 +101,7 @@ def check_vocabularies(sources: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """The files that a loaded model was read from, as far as they are on this disk; none where it was made from a config."""
+    """Files on this disk that a loaded model was read from; none if it was made from a config."""
 
     source: str
     revision: str | None
@@ -121,7 +121,7 @@ class BaseFiles:
         return Path(found) if isinstance(found, str) else None
 
     def tensors(self) -> dict[str, Path]:
-        """The file of each tensor, by the tensor's name."""
+        """File of each tensor, by the tensor's name."""
         if (index := self.path("model.safetensors.index.json")) is not None:
             files = json.loads(index.read_text("utf-8"))["weight_map"]
             return {key: found for key, name in files.items() if (found := self.path(name)) is not None}
@@ -131,20 +131,22 @@ class BaseFiles:
             return dict.fromkeys(file.keys(), one)
 
     def read(self, names: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
-        """Some tensors by their names."""
+        """Read tensors, one at a time."""
         for name, path in names.items():
             with safe_open(path, "pt") as file:
                 yield name, file.get_tensor(name)
 
     def architectures(self) -> list[str] | None:
-        """What config.json says; None where there is none."""
+        """`architectures` in config.json; None if there is no file."""
         path = self.path("config.json")
         return json.loads(path.read_text("utf-8")).get("architectures") if path is not None else None
 
     def config(self, config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
-        """A changed config as the base's own config.json has it: its fields in its words, but for those that are changed.
+        """A changed config in the words of the base's own config.json, which older versions of transformers can read.
 
-        Older versions of transformers read the words of their time only.
+        Args:
+            config: Changed config.
+            dtype: Name of the type of the weights.
         """
         after = _plain(config)
         path = self.path("config.json")

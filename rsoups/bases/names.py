@@ -1,4 +1,4 @@
-"""Names of bases: whether two of them are one base, and what others are told of a base that is a folder of this disk."""
+"""Names of bases: compare them, and find the name under which a base is published."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ OVERRIDE = "If they are the same weights, pass allow_base_mismatch=True (on the 
 
 
 def same_base(one: str | None, other: str | None) -> bool:
-    """Whether two names can be of one base; a missing name says nothing.
+    """Whether two names can mean one base; a missing name can mean any.
 
-    Hub ids are compared as they are, two folders of this disk by what they hold. Any other folder is on another machine: it is
-    the same base where the last part of its path is the same.
+    Hub ids are compared as texts, and folders of this disk by their files. A folder that is not on this disk is on another
+    machine: it is the same base if the last part of its path is the same.
     """
     one, other = (_MOVED.get(name or "", name) for name in (one, other))
     if not one or not other or one == other:
@@ -42,7 +42,7 @@ def _place(name: str) -> Path:
 
 
 def _hold_the_same(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same weights, as far as some bytes from all over the files tell."""
+    """Whether two folders hold the same weights, judged by samples of bytes from all over the files."""
     ours, theirs = ({path.name: path for path in sorted(folder.glob("*.safetensors"))} for folder in (one, other))
     return bool(ours) and ours.keys() == theirs.keys() and all(_some(ours[n]) == _some(theirs[n]) for n in ours)
 
@@ -58,28 +58,28 @@ def _some(path: Path) -> list[bytes]:
 
 
 def is_on_hub(name: str | None) -> bool:
-    """Whether a name is ``user/name``, and no folder of this disk. (One without a user is what is left of a folder's path.)"""
+    """Whether a name is ``user/name``, and not a folder of this disk. (A name without a user is the rest of a path.)"""
     return bool(name) and str(name).count("/") == 1 and embedded_name(str(name)) is None and not is_local(str(name))
 
 
 def is_local(name: str) -> bool:
-    """Whether a base is a folder of this disk, and no embedded one."""
+    """Whether a base is a folder of this disk, and not an embedded one."""
     return embedded_name(name) is None and (is_disk_path(name) or Path(name).expanduser().is_dir())
 
 
 def check_base(
     named: Iterable[tuple[str, Any]], base: Any, allow_base_mismatch: bool = False, revision: str | None = None
 ) -> None:
-    """Refuse a base that is not the one which adapters were trained on, as far as their names tell.
+    """Refuse a base whose name is not the name of the base that adapters were trained on.
 
     Args:
-        named: (Where an adapter is from, its PEFT config) of each.
-        base: Name of the base that is to be used, or the loaded base itself.
-        allow_base_mismatch: Accept it all the same.
-        revision: The base's, where it is known.
+        named: Source and PEFT config of each adapter.
+        base: Name of the base to use, or the loaded base.
+        allow_base_mismatch: Accept any base.
+        revision: Revision of the base, if known.
 
     Raises:
-        AdapterError: Another name, or another revision of the same name.
+        AdapterError: The name differs, or the revision.
     """
     if allow_base_mismatch:
         return
@@ -95,7 +95,7 @@ def check_base(
 
 
 def public_name(name: str | None, given: str | None = None) -> str | None:
-    """What others are told of a base: `given`, or its `short_name`, with a warning where nobody else can load that."""
+    """Name to publish for a base: `given`, or its `short_name`; a warning if nobody else can load it."""
     if given or not name:
         return given or name
     told = short_name(name)
@@ -109,7 +109,7 @@ def public_name(name: str | None, given: str | None = None) -> str | None:
 
 
 def short_name(name: str | None) -> str | None:
-    """A base's name without the path of a folder."""
+    """Name of a base without the path of a folder."""
     if not name or not is_local(name):
         return embedded_name(name or "") or name
     return published(name if is_disk_path(name) else str(Path(name).resolve()))

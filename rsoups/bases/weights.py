@@ -1,4 +1,4 @@
-"""Whole parameters of a base, read one at a time: what an adapter's own are compared and blended with."""
+"""Read parameters of a base, one at a time, to compare and blend an adapter's whole parameters with them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class BaseWeights:
     """A base by folder, Hub id or ``rsoups/...``, or a loaded one; its tensors are read when they are asked for.
 
     Attributes:
-        source: Its name, for errors.
+        source: Name of the base, for errors.
         model: The loaded base, or a skeleton of it on the meta device.
     """
 
@@ -40,7 +40,7 @@ class BaseWeights:
         """Open a base.
 
         Raises:
-            CheckpointError: Its config cannot be read, or transformers has no class for it.
+            CheckpointError: The config cannot be read, or transformers has no class for it.
         """
         if isinstance(base, PeftModel):
             base = base.get_base_model()
@@ -58,11 +58,11 @@ class BaseWeights:
         self.model = model
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter, by its name in the loaded base.
+        """Read a parameter, by its name in the loaded base.
 
         Raises:
-            AdapterError: The base does not have it, or holds it quantized.
-            CheckpointError: Its file cannot be read.
+            AdapterError: The base does not have the parameter, or it is quantized.
+            CheckpointError: The file cannot be read.
         """
         tensor = self._loaded(name) if self.loaded else self._stored(name)
         if tensor is None:
@@ -93,7 +93,7 @@ class BaseWeights:
 
     @cached_property
     def _places(self) -> dict[str, tuple[TensorFile, str]]:
-        """Where each parameter is, by its name in the loaded base."""
+        """File and stored name of each parameter, by its name in the loaded base."""
         renamings = [one for one in get_model_conversion_mapping(self.model) if isinstance(one, WeightRenaming)]
         state = self.model.state_dict()
         found = {}
@@ -120,11 +120,11 @@ class BaseWeights:
             raise CheckpointError(f"cannot read the safetensors of {self.source!r}: {error}") from None
 
     def like(self, names: Iterable[str], config: LoraConfig) -> Adapter:
-        """The base's own values of whole parameters of an adapter, by the adapter's names.
+        """The base's values of an adapter's whole parameters, as an adapter.
 
         Args:
-            names: Names of the tensors.
-            config: The adapter's config, which tells the tokens of single rows.
+            names: Names of the adapter's tensors.
+            config: Config of the adapter, with the tokens of single rows.
         """
         tensors = {name: self._own(name, config) for name in names}
 
@@ -148,14 +148,14 @@ class BaseWeights:
 
 
 def of_one_base(adapters: Mapping[str, Adapter], base: BaseWeights | None = None) -> dict[str, Adapter]:
-    """Adapters in one naming, without copies of the base's own embeddings and head that not all of them hold.
+    """Rename the layers of adapters alike, and leave out copies of the base's embeddings and head that only some have.
 
     Args:
-        adapters: By name.
-        base: The base; by default what of it is on this disk, as the adapters name it.
+        adapters: Adapters by name.
+        base: The base; by default the base that the adapters name, if it is on this disk.
 
     Raises:
-        AdapterError: Names that lead to one.
+        AdapterError: Two tensors would have the same name.
     """
     named = in_one_naming(adapters, base.model if base else None)
     some = {
@@ -180,7 +180,7 @@ def _is_own(tensor: Tensor, name: str, base: BaseWeights) -> bool:
 
 
 def _named_base(adapters: Iterable[Adapter]) -> BaseWeights | None:
-    """The base that adapters name, where it is on this disk as a folder."""
+    """The base that adapters name, if it is a folder of this disk."""
     for adapter in adapters:
         name = adapter.config.base_model_name_or_path
         try:

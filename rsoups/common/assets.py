@@ -1,4 +1,4 @@
-"""Resolve names of assets, reward cards and recipes to paths."""
+"""Resolve names of embedded assets, and find what ships with rsoups."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _IN_THE_WHEEL = {"rewards": "assets/cards", "recipes": "recipes"}
 
 
 def shipped(folder: str) -> Path:
-    """A folder that a checkout holds at its top level (`rewards`, `recipes`) and the wheel inside the package."""
-    # The package's folder `rewards` is code; the wheel has the cards among the assets.
+    """Path of `rewards` or `recipes`: at the top of a checkout, inside the package of the wheel."""
+    # `rewards` inside the package is code, so the wheel has the cards among the assets.
     inside = _PACKAGE / _IN_THE_WHEEL[folder]
     return inside if inside.is_dir() else _PACKAGE.parent / folder
 
 
 def resolve(name: str) -> str:
-    """The local folder or file behind ``rsoups/<asset>``; any other name (a path, a Hub id) comes back unchanged."""
+    """The local folder of ``rsoups/<asset>``; any other name (a path, a Hub id) is returned unchanged."""
     if not name.startswith(_PREFIX):
         return name
     asset = name.removeprefix(_PREFIX)
@@ -34,7 +34,7 @@ def resolve(name: str) -> str:
 
 
 def embedded_name(name: str) -> str | None:
-    """``rsoups/<asset>`` of an embedded asset, by that name or by its folder; None of any other name."""
+    """``rsoups/<asset>`` for that name or for the asset's folder; None for any other name."""
     if name.startswith(_PREFIX):
         return name
     folder = Path(name)
@@ -42,30 +42,34 @@ def embedded_name(name: str) -> str | None:
 
 
 def need(package: str, extra: str) -> None:
-    """Refuse work that needs a package of an extra which is not installed, before any of it is done.
+    """Refuse work that needs a missing package, before the work starts.
+
+    Args:
+        package: Name of the package.
+        extra: Extra of rsoups that installs it.
 
     Raises:
-        SettingsError: It is not installed; the command that installs it is told.
+        SettingsError: The package is not installed.
     """
     if find_spec(package) is None:
         raise SettingsError(f"this needs the package {package}, which is not installed: pip install 'rsoups[{extra}]'")
 
 
 def asset(name: str) -> str:
-    """A text that ships: a page, a style sheet, a script."""
+    """Text of a file that ships with rsoups: a page, a style sheet, a script."""
     return (_PACKAGE / "assets" / name).read_text(encoding="utf-8")
 
 
 def named_sources(given: Sequence[str], kind: str, error: type[RsoupsError] = AdapterError) -> dict[str, str]:
-    """``NAME=SOURCE`` texts as a dict, none of them lost.
+    """Read ``NAME=SOURCE`` texts.
 
     Args:
-        given: A bare source is named by its last part, and by more of its path where others end alike.
-        kind: What they are, for the error.
-        error: Its type.
+        given: Texts. A source without a name is named by the last part of its path, or by more parts if others end alike.
+        kind: Name of what the sources are, for the error.
+        error: Class of the error.
 
     Raises:
-        RsoupsError: Two have one name, or a name or a source is empty.
+        RsoupsError: `error`: two sources have one name, or a name or a source is empty.
     """
     pairs = [_pair(text) for text in given]
     bare = [source for name, source in pairs if name is None]
@@ -83,13 +87,13 @@ def named_sources(given: Sequence[str], kind: str, error: type[RsoupsError] = Ad
 
 
 def _pair(text: str) -> tuple[str | None, str]:
-    """Name and source; the name is None where the text is a source alone."""
+    """Name and source; the name is None if the text is only a source."""
     name, separator, source = text.partition("=")
     return (None, text) if not separator or Path(text).exists() else (name.strip(), source)
 
 
 def _short_name(source: str, among: Sequence[str]) -> str:
-    """The last parts of a path, as many as tell it from the others, without a table's ending."""
+    """The last parts of a path, as many as are needed to tell it from the others, without a table's ending."""
     parts = Path(source).parts
     for count in range(1, len(parts) + 1):
         if sum(Path(other).parts[-count:] == parts[-count:] for other in among) == 1:

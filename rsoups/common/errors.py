@@ -9,10 +9,10 @@ RsoupsError
 ├── DatasetError          prompts and datasets (also a ValueError)
 ├── FrontError            records and fronts (also a ValueError)
 ├── VotesError            choices between generations (also a ValueError)
-├── TrainingError         a run that would go on in vain: not finite, or run away from its reference
+├── TrainingError         a run that diverged: values are not finite, or far from the reference
 ├── OutputError           an output folder that is in use or cannot be written
-├── LineageError          a manifest that is none, a soup that is not what its manifest says (also a ValueError)
-├── SuiteError            a test suite that is none, or that a soup does not pass (also a ValueError)
+├── LineageError          an invalid manifest, or a soup that differs from its manifest (also a ValueError)
+├── SuiteError            an invalid test suite, or one that a soup fails (also a ValueError)
 ├── ServerError           a server that generates responses
 └── HubError              publishing to or reading from the Hub
 """
@@ -27,7 +27,7 @@ from difflib import get_close_matches
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """A context for scripts: an error that rsoups raises on purpose is one line on stderr, and exit code 2."""
+    """A context for scripts: a `RsoupsError` becomes one line on stderr, and exit code 2."""
     try:
         yield
     except RsoupsError as error:
@@ -50,7 +50,7 @@ class AdapterError(RsoupsError, ValueError):
 
 
 class CheckpointError(RsoupsError, ValueError):
-    """Full weights that cannot be read, or do not add up with others."""
+    """Full weights that cannot be read, or cannot be added to others."""
 
 
 class LambdasError(RsoupsError, ValueError):
@@ -70,7 +70,7 @@ class DatasetError(RsoupsError, ValueError):
 
 
 class FrontError(RsoupsError, ValueError):
-    """Records that no front can be made of."""
+    """Records that do not make a front."""
 
 
 class VotesError(RsoupsError, ValueError):
@@ -78,7 +78,7 @@ class VotesError(RsoupsError, ValueError):
 
 
 class TrainingError(RsoupsError):
-    """A training run that was stopped because it would go on in vain; its last checkpoint is good."""
+    """A training run that was stopped because it diverged; the last checkpoint is usable."""
 
 
 class OutputError(RsoupsError):
@@ -86,11 +86,11 @@ class OutputError(RsoupsError):
 
 
 class LineageError(RsoupsError, ValueError):
-    """A manifest that cannot be read, ingredients that are not found, or a soup that is not what its manifest says."""
+    """A manifest that cannot be read, ingredients that are missing, or a soup that differs from its manifest."""
 
 
 class SuiteError(RsoupsError, ValueError):
-    """A test suite that cannot be read, or that a model does not pass."""
+    """A test suite that cannot be read, or that a model fails."""
 
 
 class ServerError(RsoupsError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -33,7 +33,7 @@ def validated(kind: type[T], data: Any, where: str, refusal: type[RsoupsError]) 
     # As JSON: only then does pydantic's strict mode take objects for dataclasses, and lists for tuples.
     text = json.dumps(data, default=str)
     try:
-        return _adapter(kind).validate_json(text)  # type: ignore[arg-type]
+        return cast(T, _adapter(cast(Any, kind)).validate_json(text))
     except ValidationError as error:
         raise refusal(f"{where}: {problems_of(error, data)}") from None
 
