@@ -24,9 +24,8 @@ from rsoups.common.errors import in_one_line
 from rsoups.data.datasets import load_rows
 from rsoups.data.prompts import template_kwargs
 from rsoups.data.tasks import TASKS, Task, columns_of, find_task
-from rsoups.rewards.functions import check_columns, columns_read
-from rsoups.rewards.load import rewards_by_name
-from rsoups.rewards.probing import answers
+from rsoups.generation.respond import texts_of_policy
+from rsoups.rewards.interface import check_columns, columns_read, rewards_by_name
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESPONSE = "response that is scored"  # key of a row, beside the dataset's columns
@@ -44,7 +43,7 @@ def of_people(rows: list[dict], task: Task, compared: bool) -> list[dict]:
 
 def of_policy(rows: list[dict], task: Task, policy: str, **settings) -> list[dict]:
     """A sample of the policy as the response of each row, as a sweep would draw it."""
-    said = answers(policy, [row["prompt"] for row in rows], device=DEVICE, **settings)
+    said = texts_of_policy(policy, [row["prompt"] for row in rows], device=DEVICE, **settings)
     return [row | {RESPONSE: task.cut(text)} for row, text in zip(rows, said, strict=True)]
 
 

@@ -26,8 +26,7 @@ from rsoups.data.datasets import is_table, load_rows
 from rsoups.data.prompts import template_kwargs
 from rsoups.data.tasks import TASKS, columns_of, find_task
 from rsoups.fronts.grids import edges
-from rsoups.rewards.functions import check_columns, columns_read
-from rsoups.rewards.load import rewards_by_name
+from rsoups.rewards.interface import check_columns, columns_read, rewards_by_name
 
 
 @dataclass

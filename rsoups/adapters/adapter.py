@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,7 @@ from rsoups.adapters.filenames import CONFIG_FILE, WEIGHTS_FILE
 from rsoups.adapters.layer_names import PREFIX as PREFIX
 from rsoups.adapters.layer_names import current_names, path_of, plain_names, recorded_base
 from rsoups.adapters.lora_modules import FACTOR, LoraModule, read_modules
-from rsoups.adapters.tensor_files import Scan, TensorFile, largest, rows_of_pieces
+from rsoups.adapters.tensor_files import Scan, TensorFile, largest
 from rsoups.common.errors import AdapterError
 from rsoups.common.files import READING, from_hub
 from rsoups.common.pickles import converted, holds_only_pickles, remedy
@@ -38,7 +38,6 @@ from rsoups.common.pickles import converted, holds_only_pickles, remedy
 BASE_EMBEDDING = ".base_layer.weight"  # PEFT saves an adapted embedding's own weights beside its factors
 EMBEDDINGS = tuple(f".{name}.weight" for name in EMBEDDING_LAYER_NAMES)  # saved whole where the vocabulary was resized
 TOKENS = ".token_adapter.trainable_tokens_delta"  # rows of an embedding that were trained alone, as they are afterwards
-_Read = Callable[[str, slice], Tensor]  # some rows of a tensor, or with slice(None) all of it
 
 
 _COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
@@ -63,7 +62,7 @@ class Adapter:
     source: str
     config: LoraConfig
     layout: dict[str, Tensor]
-    _read: _Read
+    _read: Callable[[str, slice], Tensor]
     _scan: Future[Scan]  # of all values, beside the other work
     revision: str | None = None
     _file: tuple[Path, os.stat_result] | None = None  # of the weights, as it was found
@@ -80,27 +79,13 @@ class Adapter:
         """Of the file's bytes, or of names, shapes and values for a live model."""
         return self._scan.result().sha256
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in the file's dtype, as it is: `check_values` looks whether it is finite.
+    def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """A tensor, or some rows of it, on the CPU, in the file's type. `check_values` tells whether it is finite.
 
         Raises:
             AdapterError: The file is not what it was.
         """
-        return self._read(self._names.get(name, name), slice(None))
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of a tensor, as `tensor` gives it."""
-        return self._read(self._names.get(name, name), slice(start, stop))
-
-    def pieces(self, name: str, rows: int | None = None) -> Iterator[Tensor]:
-        """One tensor as `tensor` gives it, some rows at a time, as many as `rows_of_pieces` says by default."""
-        shape = self.layout[name].shape
-        rows = rows or rows_of_pieces(shape)
-        if not shape or rows >= shape[0]:
-            yield self.tensor(name).view(shape or (1,))
-            return
-        for start in range(0, shape[0], rows):
-            yield self.rows(name, start, min(start + rows, shape[0]))
+        return self._read(self._names.get(name, name), rows)
 
     def check_values(self) -> None:
         """Wait until every tensor was read.
@@ -247,11 +232,13 @@ def adapter_of(source: str, config: LoraConfig, tensors: dict[str, Tensor]) -> A
 
     layout = {key: tensor.to("meta") for key, tensor in tensors.items()}
 
-    def read(name: str, rows: slice) -> Tensor:
-        return tensors[name] if rows == slice(None) else tensors[name][rows]
-
-    adapter = Adapter(source, config, layout, read, READING.submit(scan))
+    adapter = Adapter(source, config, layout, reading(tensors), READING.submit(scan))
     return adapter.renamed(plain_names(source, layout))
+
+
+def reading(tensors: Mapping[str, Tensor]) -> Callable[[str, slice], Tensor]:
+    """A function that reads tensors, or some rows of them, from memory."""
+    return lambda name, rows: tensors[name] if rows == slice(None) else tensors[name][rows]
 
 
 def _from_files(source: str, hold: bool) -> Adapter:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 from rsoups.adapters.filenames import CONFIG_FILE
 from rsoups.common.errors import AdapterError
+from rsoups.common.schema import validated
 
 _LONGEST_CONFIG = 2**24  # bytes; real ones have a few thousand
 
@@ -33,16 +34,50 @@ _REFUSED = {
 # Initializations that subtract the adapter's start from the base: B·A is then not the change from the published base.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal", "mica")
 
+_WholeNumber = Annotated[float, Field(gt=0, multiple_of=1)]
+_Tokens = list[NonNegativeInt]
+
+
+class _Fields(BaseModel):
+    """Types of the fields that PEFT acts on. PEFT takes any: the text "false" would switch rsLoRA on."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    r: _WholeNumber = 8
+    rank_pattern: dict[str, _WholeNumber] | None = None
+    lora_alpha: float = 8
+    alpha_pattern: dict[str, float] | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    layers_pattern: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    trainable_token_indices: _Tokens | dict[str, _Tokens] | None = None
+    bias: Literal["none", "all", "lora_only"] | None = None
+    init_lora_weights: bool | str | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    use_qalora: bool | None = None
+    lora_bias: bool | None = None
+    fan_in_fan_out: bool | None = None
+    inference_mode: bool | None = None
+    ensure_weight_tying: bool | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    auto_mapping: dict[str, str] | None = None
+
 
 def read_config(path: Path) -> LoraConfig:
-    """PEFT's config of an adapter.
+    """Read an adapter's config.
 
     Raises:
-        AdapterError: No file, no JSON, another kind of adapter, or a field that PEFT would misread.
+        AdapterError: There is no file, it is not JSON, it is of another kind of adapter, or PEFT would misread a field.
     """
     try:
         if path.stat().st_size > _LONGEST_CONFIG:
-            raise AdapterError(f"{path} has {path.stat().st_size} bytes: that is no adapter's config")
+            raise AdapterError(f"{path} has {path.stat().st_size} bytes: real configs have a few thousand")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{path.parent} holds no {CONFIG_FILE}: {_hint(path.parent)}") from None
@@ -50,12 +85,14 @@ def read_config(path: Path) -> LoraConfig:
         raise AdapterError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(data, dict):
         raise AdapterError(f"{path} holds a {type(data).__name__}, not an object of fields")
+
     check_kind(str(path), data.get("peft_type"))
     known = {field.name for field in fields(LoraConfig)}
-    if unknown := sorted(key for key in set(data) - known if data[key]):
+    unknown = sorted(key for key in set(data) - known if data[key])
+    if unknown:
         raise AdapterError(f"{path}: unknown field(s) {unknown}, perhaps of a newer PEFT: upgrade rsoups and PEFT")
-    _check_numbers(path, data)
-    _check_types(path, data)
+
+    validated(_Fields, data, str(path), AdapterError)
     try:
         return LoraConfig(**{key: value for key, value in data.items() if key in known})
     except (TypeError, ValueError, AttributeError) as error:
@@ -63,7 +100,7 @@ def read_config(path: Path) -> LoraConfig:
 
 
 def _hint(folder: Path) -> str:
-    """Where the adapters are: PEFT saves one that is not called "default" in a folder of its name."""
+    """Folders of adapters inside: PEFT saves an adapter that is not called "default" in a folder of its name."""
     try:
         inside = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG_FILE}"))
     except OSError:
@@ -78,85 +115,12 @@ def check_kind(where: str, peft_type: Any) -> None:
         raise AdapterError(f"{where}: peft_type is {kind!r}; a soup can be made of LORA adapters only")
 
 
-def _check_numbers(path: Path, data: dict[str, Any]) -> None:
-    """Ranks are whole numbers above 0 and alphas are finite; PEFT loads an alpha of NaN without a word."""
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
-
-    ranks = {"r": data.get("r", 8)}
-    alphas = {"lora_alpha": data.get("lora_alpha", 8)}
-    for field, into in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        pattern = data.get(field) or {}
-        if not isinstance(pattern, dict):
-            raise AdapterError(f"{path}: {field} is {pattern!r}, must be an object of module names and numbers")
-        into.update({f"{field}[{key!r}]": value for key, value in pattern.items()})
-    for field, value in ranks.items():
-        if not is_number(value) or value != int(value) or value <= 0:
-            raise AdapterError(f"{path}: {field} is {value!r}, must be a whole number above 0")
-    for field, value in alphas.items():
-        if not is_number(value):
-            raise AdapterError(f"{path}: {field} is {value!r}, must be a finite number")
-
-
-def _check_types(path: Path, data: dict[str, Any]) -> None:
-    """PEFT takes any type for a field and acts on it: the text "false" would switch rsLoRA on."""
-
-    def texts(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    def mapping(value: Any) -> bool:
-        return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
-
-    def token_ids(value: Any) -> bool:
-        return isinstance(value, list) and all(whole(item) and item >= 0 for item in value)
-
-    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
-        **dict.fromkeys(
-            (
-                "use_rslora",
-                "lora_bias",
-                "fan_in_fan_out",
-                "use_dora",
-                "use_qalora",
-                "inference_mode",
-                "ensure_weight_tying",
-            ),
-            (lambda value: isinstance(value, bool), "true or false"),
-        ),
-        **dict.fromkeys(
-            ("target_modules", "exclude_modules", "layers_pattern"),
-            (lambda value: isinstance(value, str) or texts(value), "a text or a list of texts"),
-        ),
-        **dict.fromkeys(("modules_to_save", "target_parameters"), (texts, "a list of texts")),
-        "trainable_token_indices": (
-            lambda value: token_ids(value) or (isinstance(value, dict) and all(map(token_ids, value.values()))),
-            "a list of token ids, or lists by the names of modules",
-        ),
-        "layers_to_transform": (
-            lambda value: whole(value) or (isinstance(value, list) and all(map(whole, value))),
-            "a whole number or a list of them",
-        ),
-        "auto_mapping": (mapping, "an object of texts"),
-        "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-        "init_lora_weights": (lambda value: isinstance(value, (bool, str)), "true, false or a text"),
-        **dict.fromkeys(
-            ("base_model_name_or_path", "revision", "task_type"), (lambda value: isinstance(value, str), "a text")
-        ),
-    }
-    for field, (fits, wanted) in kinds.items():
-        if data.get(field) is not None and not fits(data[field]):
-            raise AdapterError(f"{path}: {field} is {data[field]!r}, must be {wanted}")
-
-
 def check_linear(source: str, config: LoraConfig) -> None:
     """Refuse an adapter whose change is not θ0 + s·B·A."""
     for field, reason in _REFUSED.items():
         if getattr(config, field, None):
             raise AdapterError(f"{source}: {field} is set, and {reason}: it cannot be part of a soup")
+
     start = config.init_lora_weights
     if isinstance(start, str) and start.lower().startswith(_RESIDUAL):
         raise AdapterError(
@@ -166,7 +130,7 @@ def check_linear(source: str, config: LoraConfig) -> None:
 
 
 def by_pattern(pattern: Any, path: str, default: int) -> int:
-    """A module's rank or alpha, found as PEFT finds it."""
+    """A module's rank or alpha, by PEFT's rule for patterns."""
     if not pattern:
         return default
     return pattern.get(get_pattern_key(list(pattern), path), default)
@@ -176,6 +140,6 @@ def for_inference(config: LoraConfig) -> LoraConfig:
     """A copy of a config as PEFT publishes it."""
     config = deepcopy(config)
     config.inference_mode = True
-    config.ensure_weight_tying = False  # of an adapter that no tied layer shares (`read_adapter` refuses others)
-    config.init_lora_weights = True  # whatever it was drawn from, its values are in the file
+    config.ensure_weight_tying = False  # `read_adapter` refuses adapters that tied layers share
+    config.init_lora_weights = True  # the values are in the file, so how they were drawn no longer matters
     return config

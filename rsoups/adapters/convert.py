@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rsoups.adapters.filenames import MANIFEST_FILE
-from rsoups.adapters.lineage import parents_of, published, read_manifest, write_manifest
+from rsoups.adapters.lineage import parents_of, read_manifest, write_manifest
 from rsoups.common.errors import CheckpointError, OutputError
 from rsoups.common.files import sha256_of, whole_folder
 from rsoups.common.pickles import (
@@ -31,6 +31,7 @@ from rsoups.common.pickles import (
     find_pickles,
     place_in_cache,
 )
+from rsoups.common.published import published
 
 _LONGEST_INDEX = 2**26  # bytes
 

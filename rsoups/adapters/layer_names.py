@@ -29,6 +29,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging
 
 from rsoups.common.errors import AdapterError
+from rsoups.common.files import is_hub_name
 
 PREFIX = "base_model.model."
 # torch.compile, FSDP (of torch and fairscale), activation checkpointing, Lightning, Opacus: anywhere in a name.
@@ -188,7 +189,7 @@ def _local_config(name: str | None, revision: str | None) -> Any:
         path = Path(name or "", "config.json")
         if name and path.is_file():
             return _read(name, revision, path.stat().st_mtime_ns)
-        return _read(name, revision, 0) if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+        return _read(name, revision, 0) if name and is_hub_name(name) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,57 +1,53 @@
-"""Manifests: what made an adapter. Beside each is ``lineage.json``, written by its recipe, or ``soup.json`` of a soup.
+"""Manifests: what an adapter was made from.
+
+A recipe writes ``lineage.json`` beside its adapter; a soup has ``soup.json``:
 
     {"kind": "ppo", "sha256": ..., "base": {...}, "parents": [{"name", "source", "revision", "sha256"}, ...],
      "recipe", "command", "config", "seed", "data", "rewards", "versions", "history": {sha256: manifest, ...}}
 
-A soup's parents are called ingredients, each with its ``lambda``. `history` holds the manifests of all ancestors by the hash of
-their weights, each once however often it is one, so that a soup of soups of soups still tells where it came from.
+The parents of a soup are called ingredients, each with its ``lambda``. `history` holds the manifests of all ancestors by the
+hash of their weights, each once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-import shlex
-import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
-from pathlib import Path, PureWindowsPath
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rsoups.adapters.filenames import MANIFEST_FILE, SOUP_FILE, WEIGHTS_FILE
 from rsoups.common.errors import HubError, LineageError
 from rsoups.common.files import from_hub, sha256_of, write_whole
+from rsoups.common.published import command, published, scrubbed
+from rsoups.common.schema import validated
 
 _LONGEST = 2**24  # bytes of a manifest; real ones have some thousands
-_DEEPEST = 1000  # generations that a tree is followed through
 _WHOLE = "full weights"  # the method of `interpolate_checkpoints`
 SOUP_METHODS = ("exact", "factors", "svd")  # of a soup of adapters
-# Settings that change nothing about what is trained.
-_UNTOLD = {"output_dir", "logging_dir", "run_name", "report_to", "resume", "resume_from_checkpoint", "seed", "config"}
-_UNTOLD |= {
-    "accelerator_config",
-    "debug",
-    "disable_tqdm",
-    "logging_steps",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private_repo",
-}
+# Settings that do not change what is trained.
+_LEFT_OUT = set(
+    "output_dir logging_dir run_name report_to resume resume_from_checkpoint seed config accelerator_config debug "
+    "disable_tqdm logging_steps push_to_hub hub_model_id hub_private_repo".split()
+)
 Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Ingredient:
-    """Where one adapter of a soup came from.
+    """Origin of one adapter of a soup.
 
     Attributes:
-        name: The key or the folder's name it was given under.
-        source: Hub id or folder; of an absolute path only the last part, so that publishing tells no one's disk.
+        name: Name that the caller gave, or the folder's name.
+        source: Hub id or folder; only the last part of an absolute path.
         revision: Hub commit, or None.
-        sha256: Of its weights.
+        sha256: SHA-256 of the weights file.
     """
 
     name: str
@@ -60,98 +56,101 @@ class Ingredient:
     sha256: str
 
 
+_Number = Annotated[float, Field(gt=-1e6, lt=1e6)]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Parent(_Fields):
+    name: str
+    source: str
+    revision: str | None
+    sha256: str | dict[str, str]
+    weight: _Number = Field(0.0, alias="lambda")
+
+
+class _Base(_Fields):
+    lineage: _Manifest | None = None
+
+
+class _Manifest(_Fields):
+    """Types of the fields of a manifest that rsoups reads: the file may come from anyone."""
+
+    kind: Any = None
+    method: Any = None
+    base: _Base | None = None
+    ingredients: list[_Parent] = []
+    parents: list[_Parent] = []
+    config: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    rewards: list[dict[str, Any]] | None = None
+    results: dict[str, Any] | None = None
+    versions: dict[str, Any] | None = None
+    svd_error: _Number | None = None
+    factors_distance: _Number | None = None
+    history: dict[str, _Manifest] = {}
+
+    @model_validator(mode="after")
+    def _one_hash(self) -> _Manifest:
+        is_whole = self.method == _WHOLE or self.kind == "conversion"
+        for parent in [*self.ingredients, *self.parents]:
+            if not is_whole and not isinstance(parent.sha256, str):
+                raise ValueError(f"sha256 of {parent.name} is not a text; only whole models have one for each file")
+        return self
+
+
 def manifest_of(source: str | Path) -> Manifest | None:
-    """The manifest of an adapter or a soup; None where it has none, or no folder (a live model).
+    """The manifest of an adapter or a soup; None if there is none.
 
     Args:
-        source: A folder or a Hub id, as `read_adapter` takes it.
+        source: Folder or Hub id, as `read_adapter` takes it.
 
     Raises:
-        LineageError: A manifest that is none.
+        LineageError: The manifest is invalid.
         HubError: The Hub cannot be reached or refuses.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        if (found := from_hub(str(source), (MANIFEST_FILE, SOUP_FILE))) is None:
+        fetched = from_hub(str(source), (MANIFEST_FILE, SOUP_FILE))
+        if fetched is None:
             return None
-        folder = found[0]
+        folder = fetched[0]
     for name in (SOUP_FILE, MANIFEST_FILE):
         if (folder / name).is_file():
             return read_manifest(folder / name)
+
+    # A folder of pickled weights has no manifest; their conversion in the cache has one.
     from rsoups.common.pickles import converted
 
-    copy = converted(str(source))  # of pickled weights, whose own folder tells nothing
+    copy = converted(str(source))
     return read_manifest(copy / MANIFEST_FILE) if copy else None
 
 
 def read_manifest(path: Path) -> Manifest:
-    """A manifest, checked as far as this module and its callers rely on it: it may come from anyone.
+    """Read and check a manifest.
 
     Raises:
-        LineageError: Not JSON, or a field of another type; file and field are named.
+        LineageError: It is not JSON, or a field has a wrong type.
     """
     try:
         if path.stat().st_size > _LONGEST:
-            raise LineageError(f"{path} has {path.stat().st_size} bytes: that is no manifest")
+            raise LineageError(f"{path} has {path.stat().st_size} bytes: real manifests have a few thousand")
         data = json.loads(path.read_text(encoding="utf-8"))
-        _check(str(path), data)
     except LineageError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise LineageError(f"{path} is not valid JSON ({error})") from None
-    history = data.setdefault("history", {})
-    if not isinstance(history, dict):
-        raise LineageError(
-            f"{path}: history is {type(history).__name__}, must be an object of manifests by their hashes"
-        )
-    for key, manifest in history.items():
-        _check(f"{path}, history of {key[:12]}", manifest)
+
+    validated(_Manifest, data, str(path), LineageError)
+    data.setdefault("history", {})
     return data
 
 
-def _check(where: str, data: Any) -> None:
-    if not isinstance(data, dict):
-        raise LineageError(f"{where} holds {type(data).__name__}, not an object of fields")
-    for field in ("base", "config", "versions", "data", "results"):
-        if data.get(field) is not None and not isinstance(data[field], dict):
-            raise LineageError(f"{where}: {field} is {data[field]!r}, must be an object")
-    rewards = data.get("rewards") or []
-    if not isinstance(rewards, list) or not all(isinstance(reward, dict) for reward in rewards):
-        raise LineageError(f"{where}: rewards are {rewards!r}, must be a list of objects")
-    if "lineage" in (data.get("base") or {}):
-        _check(f"{where}, base", data["base"]["lineage"])
-    for field in ("svd_error", "factors_distance"):
-        if data.get(field) is not None and not _is_number(data[field]):
-            raise LineageError(f"{where}: {field} is {data[field]!r}, must be a number")
-    for parent in _listed(where, data):
-        texts = [parent.get(field) for field in ("name", "source")]
-        hashes = parent.get("sha256")  # of a whole model one for each file
-        several = data.get("method") == _WHOLE or data.get("kind") == "conversion"
-        texts += list(hashes.values()) if isinstance(hashes, dict) and several else [hashes]
-        if not all(isinstance(text, str) for text in texts) or not isinstance(
-            parent.get("revision"), (str, type(None))
-        ):
-            raise LineageError(
-                f"{where}: an ingredient or parent has name, source, sha256 and revision; got {parent!r}"
-            )
-        if not _is_number(parent.get("lambda", 0.0)):
-            raise LineageError(f"{where}: λ of {parent['name']} is {parent['lambda']!r}, must be a finite number")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
-
-
-def _listed(where: str, data: Manifest) -> list[dict[str, Any]]:
-    parents = data.get("ingredients", data.get("parents", []))
-    if not isinstance(parents, list) or not all(isinstance(parent, dict) for parent in parents):
-        raise LineageError(f"{where}: ingredients (or parents) are {parents!r}, must be a list of objects")
-    return parents
-
-
 def parents_of(manifest: Manifest) -> list[dict[str, Any]]:
-    """Ingredients of a soup, or what a run was trained on from."""
-    return _listed("a manifest", manifest)
+    """Ingredients of a soup, or the adapter that training started from."""
+    return manifest.get("ingredients", manifest.get("parents")) or []
 
 
 def soup_ingredients(source: str | Path, manifest: Manifest) -> list[dict[str, Any]]:
@@ -174,9 +173,12 @@ def soup_ingredients(source: str | Path, manifest: Manifest) -> list[dict[str, A
 
 
 def history_of(parents: Iterable[tuple[str, str | None, Any]]) -> dict[str, Manifest]:
-    """Manifests by the hash of the weights: of the parents, each (source, revision, sha256), and of theirs.
+    """Manifests of parents and of all their ancestors, by the hash of the weights.
 
-    A manifest that tells of other weights than those beside it is left out: someone exchanged them.
+    A manifest that names other weights than the file beside it is left out: someone replaced the file.
+
+    Args:
+        parents: Source, revision and SHA-256 of each.
     """
     history: dict[str, Manifest] = {}
     for source, revision, sha256 in parents:
@@ -193,7 +195,7 @@ def history_of(parents: Iterable[tuple[str, str | None, Any]]) -> dict[str, Mani
 
 
 def pinned(source: str, revision: str | None) -> str:
-    """A Hub id with its commit; a folder as it is."""
+    """A Hub id with its commit; a folder unchanged."""
     return f"{source.partition('@')[0]}@{revision}" if revision else source
 
 
@@ -210,22 +212,23 @@ def write_manifest(
     seed: int | None = None,
     results: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``lineage.json`` beside a run's adapter, all or nothing.
+    """Write ``lineage.json`` beside an adapter, atomically.
 
     Args:
-        folder: Of the adapter. A whole model's has a hash for each file of its weights.
+        folder: Folder of the adapter, or of a whole model (then there is a hash for each file of weights).
         kind: ``sft``, ``ppo``, ...
-        base: ``{"model", "revision"}``. A folder with a manifest, of a supervised fine-tuning say, brings it along.
-        recipe: The script.
-        config: Settings that differ from their defaults, say; what is no JSON is told by its text.
+        base: ``{"model", "revision"}``. If the model is a folder with a manifest, the manifest is included.
+        recipe: Path of the script.
+        config: Settings that differ from their defaults; values that are not JSON become text.
         data: ``{"dataset", "split", "prompts", "sha256", ...}``.
-        parent: (source, revision, sha256) of the adapter that was trained on, or of what was converted (a hash for each file).
-        rewards: Their cards.
-        seed: Of the run.
-        results: ``{"prompts": n, "before": {figure: value}, "after": {...}}`` on held-out prompts, if there were any.
+        parent: Source, revision and SHA-256 (one for each file of a whole model) of the adapter that training started from, or
+            of the converted files.
+        rewards: Cards of the rewards.
+        seed: Seed of the run.
+        results: ``{"prompts": n, "before": {figure: value}, "after": {...}}`` on held-out prompts.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     folder = Path(folder)
     weights = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
@@ -255,153 +258,41 @@ def write_manifest(
 
 
 def settings_of(*arguments: Any) -> dict[str, Any]:
-    """What was set otherwise than by default in some dataclasses of flags; no tokens, no absolute paths."""
-    found = {}
-    for given in arguments:
-        for each in (one for one in fields(given) if one.init):
-            default = each.default_factory() if each.default_factory is not MISSING else each.default
-            value = getattr(given, each.name)
-            if value != default and each.name not in _UNTOLD and "token" not in each.name.split("_"):
-                found[each.name] = scrubbed(value)
-    return found
+    """Values of flags that differ from their defaults, without tokens and absolute paths.
+
+    Args:
+        arguments: Dataclasses of flags.
+    """
+    changed = {}
+    for flags in arguments:
+        for flag in fields(flags):
+            if not flag.init or flag.name in _LEFT_OUT or "token" in flag.name.split("_"):
+                continue
+            default = flag.default_factory() if flag.default_factory is not MISSING else flag.default
+            value = getattr(flags, flag.name)
+            if value != default:
+                changed[flag.name] = scrubbed(value)
+    return changed
 
 
 def fingerprint(texts: Iterable[Any]) -> dict[str, Any]:
-    """How many examples, and the SHA-256 of them in their order: two runs with the same one saw the same data."""
+    """Number and SHA-256 of examples, in their order: equal fingerprints mean equal data."""
     total, count = hashlib.sha256(), 0
     for count, text in enumerate(texts, 1):  # noqa: B007
         total.update(json.dumps(text, ensure_ascii=False).encode() + b"\n")
     return {"rows": count, "sha256": total.hexdigest()}
 
 
-def published(source: str) -> str:
-    """A source as it is told to others, so that no one learns of anyone's disk.
-
-    Of a path that is absolute or leads upwards, the last part, or all from `recipes` on. A Hub id, or a path below the current
-    folder, stays as it is.
-    """
-    if not is_disk_path(source):
-        return source
-    parts = PureWindowsPath(source.removeprefix("file://")).parts  # which takes slashes of both kinds
-    return "/".join(parts[parts.index("recipes") :]) if "recipes" in parts else parts[-1].strip("\\/")
-
-
-def is_disk_path(text: str) -> bool:
-    """Whether a text is a path that tells of a disk: from its root, a home folder, a drive, or upwards from here."""
-    path = text.removeprefix("file://")
-    return bool(_ROOT.match(path)) or ".." in PureWindowsPath(path).parts
-
-
-_ROOT = re.compile(r"/|~[\w.-]*(/|$)|\\\\|[A-Za-z]:[\\/]")
-# A path inside a longer text: after a sign that separates, as in --out=/home/me/x or a=/x,b=../y.
-_PATH_INSIDE = re.compile(
-    r"""(?<![^\s=,;:"'\[({<|])(?:file://)?(?:~[\w.-]*/|/(?!/)|[A-Za-z]:[\\/](?!/)|(?:\./)*\.\./)[^\s=,;:"'\])}>|]+"""
-)
-_TOKEN = re.compile(r"\bhf_\w+|(?<=token=).+")
-
-
-def without_paths(text: str) -> str:
-    """A text, a word of a command say, with `published` for each path in it."""
-    flag, separator, value = text.partition("=")
-    if " " in value and is_disk_path(value):  # where a path with spaces ends is known only of a whole value
-        return f"{flag}{separator}{published(value)}"
-    if " " in text and _ROOT.match(text):
-        return published(text)
-    return _PATH_INSIDE.sub(lambda found: published(found[0]), text)
-
-
-def command() -> str:
-    """The command that is running, without absolute paths and tokens."""
-    program, *words = sys.argv or [""]
-    path = Path(program)
-    head = "rsoups" if path.parts[-2:] == ("rsoups", "cli.py") else published(program)
-    if path.suffix == ".py" and head != "rsoups":
-        head = f"python {head}"
-    told = [_TOKEN.sub("...", without_paths(word)) for word in words]
-    for at, before in enumerate(words[:-1], 1):
-        if before.endswith("token"):
-            told[at] = "..."
-    return f"{head} {shlex.join(told)}".strip()
-
-
-# Texts that a model reads: a slash in them is no path.
-_TEXTS = {"template", "input", "question", "system", "rubric", "prompt", "command"}
-
-
-def scrubbed(value: Any) -> Any:
-    """A manifest, or a part of one, without paths of a disk."""
-    if isinstance(value, dict):
-        return {
-            key: (without_paths(str(each)) if key == "command" else each) if key in _TEXTS else scrubbed(each)
-            for key, each in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [scrubbed(each) for each in value]
-    return published(value) if isinstance(value, str) else value
-
-
 def renamed_base(manifest: Manifest, names: Collection[str | None], told: str | None) -> Manifest:
-    """A manifest that tells another name of its base, and so do those in its history of the same base."""
+    """Rename the base of a manifest, and of the manifests in its history that have the same base.
+
+    Args:
+        manifest: Manifest to change.
+        names: Present names of the base.
+        told: New name.
+    """
     manifests = [manifest, *manifest.get("history", {}).values()]
     for each in manifests:
         if (each.get("base") or {}).get("model") in names:
             each["base"]["model"] = told
     return manifest
-
-
-def log(manifest: Manifest, name: str) -> str:
-    """The tree of a manifest, for people: each model on a line, what it was made from below it, the base at the ends."""
-    lines: list[str] = []
-    seen: set[str] = set()
-    history = manifest.get("history", {})
-
-    def visit(
-        label: str, sha256: Any, data: Manifest | None, lead: str, joint: str, depth: int, base: str = ""
-    ) -> None:
-        short = sha256[:12] if isinstance(sha256, str) else ""
-        again = bool(short) and sha256 in seen and bool(parents_of(data or {}))
-        lines.append(f"{lead}{joint}{label}  {_summary(data)}{'  (above)' if again else ''}  {short}".rstrip())
-        lead += {"": "", "├─ ": "│  ", "└─ ": "   "}[joint]
-        if data is None and base:  # what is made of it says what it is for
-            lines.append(f"{lead}└─ base {base}")
-        if data is None or again or depth > _DEEPEST:
-            return
-        seen.add(str(sha256))
-        parents = parents_of(data)
-        if not parents and (below := (data.get("base") or {}).get("lineage")):
-            visit(f"base {_base(data)}", None, below, lead, "└─ ", depth + 1)
-        elif not parents:
-            lines.append(f"{lead}└─ base {_base(data)}")
-        base_of = _base(data) if (data.get("base") or {}).get("model") else ""
-        for at, parent in enumerate(parents, 1):
-            weight = f"{parent['lambda']:.4g} × " if "lambda" in parent else ""
-            place = parent["source"] + (f"@{parent['revision'][:12]}" if parent["revision"] else "")
-            told = parent["name"] if place.rsplit("/", 1)[-1] == parent["name"] else f"{parent['name']} ({place})"
-            child = history.get(parent["sha256"]) if isinstance(parent["sha256"], str) else None
-            last = at == len(parents)
-            visit(f"{weight}{told}", parent["sha256"], child, lead, "└─ " if last else "├─ ", depth + 1, base_of)
-
-    visit(name, manifest.get("sha256"), manifest, "", "", 0)
-    # Names may come from anyone, and a terminal obeys some characters.
-    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
-
-
-def _base(data: Manifest) -> str:
-    base = data.get("base") or {}
-    return f"{base.get('model') or 'not recorded'}" + (f"@{base['revision']}" if base.get("revision") else "")
-
-
-def _summary(data: Manifest | None) -> str:
-    """A manifest in a few words."""
-    if data is None:
-        return "no manifest"
-    if "ingredients" in data:
-        return f"soup, {data.get('method')}" + (f", rank {data['rank']}" if data.get("rank") else "")
-    config, rewards = data.get("config") or {}, [str(r.get("name")) for r in data.get("rewards") or ()]
-    kind = str(data.get("kind", "adapter"))
-    words = [(kind.upper() if kind.isalpha() else kind) + (f" on {' + '.join(rewards)}" if rewards else "")]
-    words += [f"{config['steps']} steps"] if "steps" in config else []
-    words += [f"KL {config['kl_coef']:g}"] if isinstance(config.get("kl_coef"), (int, float)) else []
-    words += [f"{data['data']['dataset']}"] if (data.get("data") or {}).get("dataset") else []
-    words += [f"seed {data['seed']}"] if data.get("seed") is not None else []
-    return ", ".join(words)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from rsoups.adapters.adapter import TOKENS, Adapter, holds_tokens, named_as, trained_tokens
+from rsoups.adapters.adapter import TOKENS, Adapter, holds_tokens, named_as, reading, trained_tokens
 from rsoups.adapters.layer_names import EXPERT, as_loaded, path_of, recorded_base, tells_class, written_name
 from rsoups.adapters.lineage import pinned
 from rsoups.adapters.lora_modules import LoraModule, unwrapped
@@ -45,7 +45,7 @@ def fused(adapter: Adapter, base: Any) -> Adapter:
     except AdapterError as error:
         raise AdapterError(f"{adapter.source}: {error}") from None
     layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    return replace(adapter, config=config, layout=layout, _read=lambda name, rows: tensors[name][rows], _names={})
+    return replace(adapter, config=config, layout=layout, _read=reading(tensors), _names={})
 
 
 def _need_fusing(adapters: Iterable[Adapter]) -> bool:

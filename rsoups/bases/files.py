@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from rsoups.adapters.lineage import is_disk_path
 from rsoups.common.errors import AdapterError, HubError
 from rsoups.common.files import from_hub
+from rsoups.common.published import is_disk_path
 
 # What goes with a model's weights: configs and the tokenizer, never code or pickles.
 TOKENIZER_FILES: tuple[str, ...] = (

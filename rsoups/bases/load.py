@@ -1,4 +1,4 @@
-"""Load base models, by folder, Hub id or embedded name."""
+"""Load base models by folder, Hub id or embedded name."""
 
 from __future__ import annotations
 
@@ -6,31 +6,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rsoups.common.assets import need, resolve
+from rsoups.common.assets import embedded_name, need, resolve
 from rsoups.common.errors import CheckpointError, HubError, RsoupsError
 
 
 def base_config(name: str, **options: Any) -> Any:
-    """A base's config; errors as of `load_base`."""
+    """Load the config of a base; errors as of `load_base`."""
     from transformers import AutoConfig
 
     with _base_of(name):
         return AutoConfig.from_pretrained(resolve(name), **{"trust_remote_code": False, **options})
 
 
-def load_base(name: str, **options: Any) -> Any:
-    """A causal language model by folder, Hub id or ``rsoups/...``.
+def load_base(name: str, *, dtype: Any = "auto", device: str | None = None, **options: Any) -> Any:
+    """Load a causal language model.
 
     Args:
         name: Folder, Hub id or ``rsoups/...`` of the base.
-        options: For transformers: revision, dtype, ...; with ``trust_remote_code=True`` Python code that comes with it runs.
+        dtype: Type of the weights; by default as `dtype_of` says.
+        device: Device that the model will run on, for `dtype_of`; the model is not moved there.
+        options: Options of transformers, such as revision; with ``trust_remote_code=True`` the base's own Python code runs.
 
     Raises:
-        CheckpointError: It cannot be loaded: there is none, it holds a pickle only, or it asks for code of its own.
+        CheckpointError: There is no such base, it has only pickles, or it requires custom code.
     """
     from transformers import AutoModelForCausalLM
 
-    options = {"trust_remote_code": False, **options}
+    options = {"trust_remote_code": False, "dtype": dtype_of(name, dtype, device), **options}
     if getattr(options.get("quantization_config"), "quant_method", None) == "bitsandbytes":
         need("bitsandbytes", "quantized")
     with _base_of(name, options.get("revision")):
@@ -53,11 +55,36 @@ def load_tokenizer(name: str, **options: Any) -> Any:
             ) from error
 
 
+def dtype_of(name: str, dtype: Any = "auto", device: str | None = None) -> Any:
+    """The type of weights that a model is loaded in: the one rule for all of rsoups.
+
+    A type other than ``auto`` is used as it is. ``auto`` is float32 for an embedded model, because its weights are stored in
+    float16 only to make the package small, and on the CPU, where half precision is slow and coarse. On a GPU it is the type of
+    the checkpoint.
+
+    Args:
+        name: Folder, Hub id or ``rsoups/...`` of the model.
+        dtype: Torch's type or its name; ``auto`` or None to follow the rule.
+        device: Device that the model will run on; by default the GPU if there is one.
+    """
+    import torch
+
+    if dtype not in ("auto", None):
+        return dtype
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.float32 if embedded_name(name) or torch.device(device).type == "cpu" else "auto"
+
+
 def from_safetensors(load: Callable[..., Any], source: str, **options: Any) -> Any:
-    """A model by transformers' own `load`; where it holds only pickles, its conversion in the cache, if there is one.
+    """Load a model from safetensors. If it has only pickles, its conversion in the cache is loaded.
+
+    Args:
+        load: A `from_pretrained` of transformers.
+        source: Folder or Hub id.
+        options: Options of `load`.
 
     Raises:
-        OSError: It cannot be loaded.
+        OSError: The model cannot be loaded.
     """
     from rsoups.common.pickles import converted
 
@@ -83,7 +110,8 @@ def _base_of(name: str, revision: str | None = None) -> Iterator[None]:
             reason = str(error).strip().partition("\n")[0]
             raise CheckpointError(f"cannot load {name!r}: {reason}") from error
         raise CheckpointError(
-            f"{name!r} brings Python code of its own; read it, and allow it with trust_remote_code (in Python: =True)"
+            f"{name!r} requires custom code: review it, then pass trust_remote_code=True (on the command line "
+            "--trust_remote_code)"
         ) from None
 
 

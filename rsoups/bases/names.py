@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from rsoups.adapters.lineage import is_disk_path, published
 from rsoups.common.assets import embedded_name, resolve
 from rsoups.common.errors import AdapterError, DatasetError
+from rsoups.common.published import is_disk_path, published
 
 _SAMPLES, _SAMPLE = 16, 4096  # how many, of how many bytes
 # Repositories that are gone from the Hub, and the ones that hold the same weights.

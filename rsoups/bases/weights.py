@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from rsoups.adapters.adapter import TOKENS, Adapter, trained_tokens
+from rsoups.adapters.adapter import TOKENS, Adapter, reading, trained_tokens
 from rsoups.adapters.layer_names import PREFIX, path_of, skeleton
 from rsoups.adapters.tensor_files import Scan, TensorFile, largest
 from rsoups.bases.compatibility import in_one_naming
@@ -132,7 +132,7 @@ class BaseWeights:
             return Scan("", max((largest(tensor) for tensor in tensors.values()), default=0.0), None)
 
         layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
-        return Adapter(self.source, config, layout, lambda name, rows: tensors[name][rows], READING.submit(scan))
+        return Adapter(self.source, config, layout, reading(tensors), READING.submit(scan))
 
     def _own(self, name: str, config: LoraConfig) -> Tensor:
         path = name.removeprefix(PREFIX)

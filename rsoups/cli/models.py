@@ -81,8 +81,8 @@ def log(source: str) -> None:
     Args:
         source: Folder or Hub id.
     """
-    from rsoups.adapters.lineage import log as tree_of
     from rsoups.adapters.lineage import manifest_of
+    from rsoups.adapters.lineage_tree import log as tree_of
     from rsoups.common.errors import LineageError
 
     manifest = manifest_of(source)

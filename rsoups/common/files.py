@@ -1,8 +1,7 @@
-"""Files and folders: that appear whole or not at all, their lines, their hashes, those of the Hub."""
+"""Atomic writes, JSON lines, hashes, one run per folder, Hub downloads."""
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import hashlib
 import json
@@ -10,24 +9,33 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from rsoups.common.errors import DatasetError, HubError, OutputError, RsoupsError
 
+logger = logging.getLogger(__name__)
+
+# A pool for reading files while the caller does other work.
+READING = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="rsoups-reading")
+
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<subfolder>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?")
+_LOCK = ".rsoups.lock"
 
 
 @contextmanager
 def whole_folder(target: str | Path, marker: str) -> Iterator[Path]:
-    """A context that yields a temporary folder to fill, and gives it its final name when all went well.
+    """A context that yields a temporary folder to fill, and renames it to `target` at the end if nothing failed.
 
     Args:
-        target: Final name. A folder there is replaced if it is empty or holds `marker`, so that nothing else is lost.
-        marker: A file that tells that such a folder is ours.
+        target: Final name. A folder of this name is replaced only if it is empty or holds `marker`.
+        marker: Name of a file that only folders written by rsoups have.
 
     Raises:
         OutputError: `target` holds something else, or cannot be written.
@@ -58,16 +66,16 @@ def check_replaceable(target: Path, marker: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file all or nothing.
+    """Write a text file atomically.
 
     Raises:
-        OutputError: It cannot be written; what was there is as it was.
+        OutputError: The file cannot be written; the old one is unchanged.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")
         sync(partial)
-        partial.rename(path)
+        partial.replace(path)
         sync(path.parent)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
@@ -76,6 +84,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _replace(partial: Path, target: Path) -> None:
+    # A folder cannot be renamed onto one that is not empty.
     old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
     if target.exists():
         target.rename(old)
@@ -90,7 +99,9 @@ def _replace(partial: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or a folder's entries, are on the disk."""
+    if os.name == "nt":  # Windows syncs no folder, and no file that is open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,60 +109,115 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def json_lines(path: str | Path, refusal: type[RsoupsError]) -> Iterator[tuple[int, Any]]:
-    """The values of a JSON-lines file with the numbers of their lines, from 1; empty lines are passed over.
+def read_jsonl(
+    path: str | Path,
+    refusal: type[RsoupsError] = DatasetError,
+    check: Callable[[str, Any], object] | None = None,
+) -> list[Any]:
+    """Values of a JSON-lines file, gzip-compressed if the name ends in ``.gz``; empty lines are skipped.
+
+    Args:
+        path: Name of the file.
+        refusal: Class of the error.
+        check: Is called with ``"<file>, line <number>"`` and each value.
 
     Raises:
-        RsoupsError: Of the given class: the file cannot be read, or a line is not JSON.
+        RsoupsError: `refusal`: the file cannot be read, or a line is not JSON.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        data = Path(path).read_bytes()
+        text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise refusal(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines, which cuts at U+2028 inside a text too
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise refusal(f"{path}, line {number}: not JSON ({error})") from None
+
+    values = []
+    # Not splitlines: it also cuts at U+2028, which a text may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise refusal(f"{where}: not JSON ({error})") from None
+        if check is not None:
+            check(where, value)
+        values.append(value)
+    return values
 
 
-READING = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="rsoups-reading")  # beside the other work
+@contextmanager
+def only_run_in(folder: str | Path) -> Iterator[None]:
+    """A context that keeps other runs out of a folder; the lock of a killed process is free.
+
+    Raises:
+        OutputError: Another process holds the folder.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"another run is writing into {folder}: wait for it, or choose another folder") from None
+    except (OSError, NotImplementedError) as error:  # file systems without locks
+        logger.warning("cannot keep other runs out of %s: %s", folder, error)
+
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # Windows removes no open file
+                Path(lock.lock_file).unlink()
+            lock.release()
 
 
 def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# --- the Hub -----------------------------------------------------------------------------------------------------------
+
+
 def is_hub_id(source: str) -> bool:
-    """Whether a name is of the form ``user/name``, with a subfolder and a revision perhaps, and leads to no other place."""
-    return bool(_HUB_ID.fullmatch(source)) and ".." not in source
+    """Whether a text has the form ``user/name[/subfolder][@revision]``."""
+    return _hub_id(source) is not None
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a text has the form ``user/name``."""
+    match = _hub_id(source)
+    return match is not None and match["repo"] == source
+
+
+def _hub_id(source: str) -> re.Match[str] | None:
+    return None if ".." in source else _HUB_ID.fullmatch(source)
 
 
 def from_hub(source: str, names: Iterable[str]) -> tuple[Path, str] | None:
-    """Files of a Hub repository, fetched or from the cache.
+    """Fetch files of a Hub repository, or find them in the cache.
 
     Args:
         source: ``user/name``, ``user/name@revision``, ``user/name/subfolder@revision``.
-        names: Names or patterns of the files, in the subfolder.
+        names: Names or patterns of the files in the subfolder.
 
     Returns:
-        Their folder and the commit; None where `source` is no Hub id.
+        Folder of the files, and the commit; None if `source` is not a Hub id.
 
     Raises:
         HubError: The Hub cannot be reached or refuses.
     """
-    found = _HUB_ID.fullmatch(source)
-    if not found or ".." in source:
+    match = _hub_id(source)
+    if match is None:
         return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    inside = found["subfolder"].strip("/")
+    inside = match["subfolder"].strip("/")
     wanted = [f"{inside}/{name}" if inside else name for name in names]
     try:
-        folder = Path(snapshot_download(found["repo"], revision=found["revision"], allow_patterns=wanted))
+        folder = Path(snapshot_download(match["repo"], revision=match["revision"], allow_patterns=wanted))
     except LocalEntryNotFoundError:
         raise HubError(f"no folder {source!r}; as a Hub id it is not in the cache and the Hub is not reached") from None
     except HfHubHTTPError as error:
@@ -160,45 +226,47 @@ def from_hub(source: str, names: Iterable[str]) -> tuple[Path, str] | None:
 
 
 def hub_commit(source: str, revision: str | None = None) -> str | None:
-    """The commit of a model's config in the cache, as it was loaded last; None where `source` is no Hub id.
+    """Commit of a model's config in the cache, as last loaded; None if `source` is not a Hub id.
 
     Args:
         source: ``user/name``.
-        revision: A branch, tag or commit; main if None.
+        revision: Branch, tag or commit; main by default.
     """
     from huggingface_hub import try_to_load_from_cache
 
-    if not _HUB_ID.fullmatch(source) or Path(source).is_dir() or source.count("/") != 1:
+    if not is_hub_name(source) or Path(source).is_dir():
         return None
-    found = try_to_load_from_cache(source, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    config = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def hub_files(source: str) -> list[str] | None:
-    """Names of the files of a Hub repository (or of its subfolder), without those of further subfolders.
+    """Names of the files of a Hub repository, or of its subfolder; without those in deeper folders.
+
+    Offline, the files in the cache are listed.
 
     Args:
-        source: As `from_hub` takes it. Without network, the files that the cache has.
+        source: Hub id, as `from_hub` takes it.
 
     Returns:
-        The names; None where `source` is no Hub id.
+        The names; None if `source` is not a Hub id.
 
     Raises:
         HubError: The Hub cannot be reached or refuses.
     """
-    found = _HUB_ID.fullmatch(source)
-    if not found or ".." in source:
+    match = _hub_id(source)
+    if match is None:
         return None
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError
 
-    inside = found["subfolder"].strip("/")
+    inside = match["subfolder"].strip("/")
     if HF_HUB_OFFLINE:
         fetched = from_hub(source, ["*"])
         return sorted(path.name for path in fetched[0].iterdir() if path.is_file()) if fetched else None
     try:
-        paths = HfApi().list_repo_files(found["repo"], revision=found["revision"])
+        paths = HfApi().list_repo_files(match["repo"], revision=match["revision"])
     except HfHubHTTPError as error:
         raise HubError(f"cannot list the files of {source!r} on the Hub: {error}") from None
     except OSError as error:
@@ -206,42 +274,3 @@ def hub_files(source: str) -> list[str] | None:
     start = f"{inside}/" if inside else ""
     names = [path.removeprefix(start) for path in paths if path.startswith(start)]
     return sorted(name for name in names if "/" not in name)
-
-
-logger = logging.getLogger(__name__)
-
-
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file, gzip-compressed where the name ends in ``.gz``."""
-    path = Path(path)
-    rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DatasetError(f"{path}, line {number}: not JSON ({error})") from None
-    return rows
-
-
-@contextmanager
-def only_run_in(folder: str | Path) -> Iterator[None]:
-    """Keep other runs out of a folder for as long as the context lasts; a killed process leaves no lock behind.
-
-    Raises:
-        OutputError: Another process holds the folder.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)  # the folder itself: nothing to leave behind
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"another run is writing into {folder}: wait for it, or choose another folder") from None
-        except OSError as error:  # file systems without locks
-            logging.getLogger(__name__).warning("cannot keep other runs out of %s: %s", folder, error)
-        yield
-    finally:
-        os.close(descriptor)

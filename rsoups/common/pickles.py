@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +18,20 @@ TOKENIZER_PATTERNS: tuple[str, ...] = tuple(
     "tokenizer* vocab* merges.txt special_tokens_map.json added_tokens.json chat_template* *.model sentencepiece*".split()
 )
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# What trainers leave beside weights, in pickles too.
+# Other pickles that trainers write beside the weights.
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states).*")
 
 
 @dataclass(frozen=True)
 class Pickles:
-    """Where pickles are.
+    """Pickled weights of one model or adapter.
 
     Attributes:
-        name: What the user called it, without a revision.
-        revision: The Hub's commit; None for a folder.
-        folder: Where the files are.
-        pickles: Names of the pickles, and of the safetensors that they become.
-        index: Whether an index tells which tensor is in which file.
+        name: Name that the user gave, without the revision.
+        revision: Commit on the Hub; None for a folder.
+        folder: Folder of the files.
+        pickles: File name of each pickle -> name of the safetensors file that it becomes.
+        index: Whether an index names the file of each tensor.
     """
 
     name: str
@@ -44,23 +45,23 @@ class Pickles:
 
 
 def converted(source: str, revision: str | None = None) -> Path | None:
-    """The cached conversion of a Hub id or a folder; None if it was not converted.
+    """The conversion in the cache of a Hub id or a folder; None if there is none.
 
     Args:
         source: ``user/name``, ``user/name@revision``, or a folder.
-        revision: Of the Hub id, where it names none.
+        revision: Revision of a Hub id that names none.
     """
     if not _home().is_dir():
         return None
     try:
         if Path(source).expanduser().is_dir():
             folder = place_in_cache(find_pickles(source, check=False))
-        elif (
-            fetched := from_hub(_pinned(source, revision), CONFIG_FILES)
-        ) is not None:  # small, and it tells the commit
-            folder = _home() / _named(source.partition("@")[0], fetched[1])
         else:
-            return None
+            # The configs are small, and fetching them tells the commit.
+            fetched = from_hub(_pinned(source, revision), CONFIG_FILES)
+            if fetched is None:
+                return None
+            folder = _home() / _named(source.partition("@")[0], fetched[1])
     except (CheckpointError, HubError):
         return None
     return folder if folder.is_dir() else None
@@ -69,11 +70,11 @@ def converted(source: str, revision: str | None = None) -> Path | None:
 def holds_only_pickles(source: str, revision: str | None = None) -> bool:
     """Whether a folder or a Hub repository has pickled weights and no safetensors."""
     names = _names(_pinned(source, revision))
-    return any(map(_is_pickle, names)) and not any(name.endswith(".safetensors") for name in names)
+    return any(map(_is_pickle, names)) and not _has_safetensors(names)
 
 
 def remedy(source: str, revision: str | None = None) -> str:
-    """What to do about a source that holds only pickles: the exact command."""
+    """The command that converts a source that has only pickles, for an error."""
     place = _pinned(source, revision)
     out = f" --out {shlex.quote(f'{Path(source).name}-safetensors')}" if Path(source).is_dir() else ""
     again = ", and give that folder instead" if out else ", once; this name then works everywhere"
@@ -87,45 +88,56 @@ def remedy(source: str, revision: str | None = None) -> str:
 
 
 def find_pickles(source: str, check: bool = True) -> Pickles:
-    """The pickles of a source, fetched.
+    """Find the pickles of a source, and fetch them.
 
     Args:
-        source: As `convert` takes it.
-        check: Refuse a source that has safetensors too.
+        source: Source as `convert` takes it.
+        check: Refuse a source that also has safetensors.
+
+    Raises:
+        CheckpointError: There are no pickles, or several without an index.
+        HubError: The Hub cannot be reached or refuses.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        name = _ADAPTER if (path.parent / "adapter_config.json").is_file() else MODEL_STEM
-        return Pickles(source, None, path.parent, {path.name: f"{name}.safetensors"})
+        stem = _ADAPTER if (path.parent / "adapter_config.json").is_file() else MODEL_STEM
+        return Pickles(source, None, path.parent, {path.name: f"{stem}.safetensors"})
 
     names = _names(source)
-    if check and any(name.endswith(".safetensors") for name in names):
+    if check and _has_safetensors(names):
         raise CheckpointError(f"{source} holds safetensors already: there is nothing to convert")
-    pickles = [name for name in names if _is_pickle(name)]
-    index = PICKLE_INDEX in names and "adapter_model.bin" not in pickles
-    if index:
-        pickles = [name for name in pickles if re.fullmatch(r"pytorch_model-\d+-of-\d+\.bin", name)]
-    elif len(pickles) > 1:
-        pickles = [name for name in ("adapter_model.bin", "pytorch_model.bin") if name in pickles] or pickles
-        pickles = pickles[:1] if pickles[0] in ("adapter_model.bin", "pytorch_model.bin") else pickles
-    if not pickles or (len(pickles) > 1 and not index):
-        kinds = "/".join(PICKLE_SUFFIXES)
-        what = f"several ({', '.join(sorted(pickles))}): name one of the files" if pickles else f"no weights in {kinds}"
-        raise CheckpointError(f"{source} holds {what}")
+    pickles, index = _weights_among(source, names)
 
     folder, revision = path, None
     if not path.is_dir():
         fetched = from_hub(source, [*pickles, *CONFIG_FILES, *TOKENIZER_PATTERNS, *([PICKLE_INDEX] if index else [])])
         assert fetched is not None, "its files were listed"
         folder, revision = fetched
+
+    stem = _ADAPTER if "adapter_config.json" in names else MODEL_STEM
+    new_names = {pickles[0]: f"{stem}.safetensors"}
     if index:
-        new = {
-            name: name.replace("pytorch_model", MODEL_STEM).replace(".bin", ".safetensors") for name in sorted(pickles)
-        }
-    else:
-        stem = _ADAPTER if "adapter_config.json" in names else MODEL_STEM
-        new = {pickles[0]: f"{stem}.safetensors"}
-    return Pickles(source.partition("@")[0] if revision else source, revision, folder, new, index)
+        stems = {name: name.removesuffix(".bin").replace("pytorch_model", MODEL_STEM) for name in sorted(pickles)}
+        new_names = {name: f"{stem}.safetensors" for name, stem in stems.items()}
+    return Pickles(source.partition("@")[0] if revision else source, revision, folder, new_names, index)
+
+
+def _weights_among(source: str, names: list[str]) -> tuple[list[str], bool]:
+    """The pickles of weights among the names of files, and whether an index lists them."""
+    pickles = [name for name in names if _is_pickle(name)]
+    usual: list[str] = [name for name in ("adapter_model.bin", "pytorch_model.bin") if name in pickles]
+    if PICKLE_INDEX in names and "adapter_model.bin" not in pickles:
+        pickles = [name for name in pickles if re.fullmatch(r"pytorch_model-\d+-of-\d+\.bin", name)]
+        if pickles:
+            return pickles, True
+    elif len(pickles) > 1 and usual:
+        return usual[:1], False
+    if len(pickles) == 1:
+        return pickles, False
+
+    several = f"several ({', '.join(sorted(pickles))}): name one of the files"
+    none = f"no weights in {'/'.join(PICKLE_SUFFIXES)}"
+    raise CheckpointError(f"{source} holds {several if pickles else none}")
 
 
 def _names(source: str) -> list[str]:
@@ -133,11 +145,16 @@ def _names(source: str) -> list[str]:
     path = Path(source).expanduser()
     if path.is_dir():
         return sorted(entry.name for entry in path.iterdir() if entry.is_file())
-    if (names := hub_files(source)) is None:
+    names = hub_files(source)
+    if names is None:
         raise CheckpointError(
             f"no folder or file {source!r}, and it is no Hub id (user/name, user/name@revision) either"
         )
     return names
+
+
+def _has_safetensors(names: Iterable[str]) -> bool:
+    return any(name.endswith(".safetensors") for name in names)
 
 
 def _is_pickle(name: str) -> bool:
@@ -154,12 +171,12 @@ def _home() -> Path:
     return Path(HF_HOME) / "rsoups" / "converted"
 
 
-def place_in_cache(found: Pickles) -> Path:
-    """The place in the cache: of a commit, or of a folder's very bytes."""
-    if found.revision:
-        return _home() / _named(found.name, found.revision)
-    hashes = "".join(sha256_of(found.folder / name) for name in found.pickles)
-    return _home() / f"{found.folder.resolve().name}@{hashes[:32]}"
+def place_in_cache(pickles: Pickles) -> Path:
+    """Folder in the cache, named by the commit, or by the bytes of a local folder's pickles."""
+    if pickles.revision:
+        return _home() / _named(pickles.name, pickles.revision)
+    hashes = "".join(sha256_of(pickles.folder / name) for name in pickles.pickles)
+    return _home() / f"{pickles.folder.resolve().name}@{hashes[:32]}"
 
 
 def _named(repository: str, commit: str) -> str:

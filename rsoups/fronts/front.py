@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsoups.common.errors import FrontError
-from rsoups.common.files import json_lines
+from rsoups.common.files import read_jsonl
 from rsoups.fronts import selection
 from rsoups.fronts.advantage import Advantage, advantage
 from rsoups.fronts.attainment import attainment_draws, attainment_surfaces
@@ -61,7 +61,7 @@ class Front:
         Raises:
             FrontError: As `from_records`, no such file, or a line that is not JSON.
         """
-        front = cls.from_records((record for _, record in json_lines(path, FrontError)), seed)
+        front = cls.from_records(read_jsonl(path, FrontError), seed)
         settings = settings_beside(Path(path))
         front.trained_on, front.trained_prompts = trained_on_of(settings), trained_prompts_of(settings)
         return front

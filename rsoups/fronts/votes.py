@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsoups.common.errors import VotesError
-from rsoups.common.files import json_lines
+from rsoups.common.files import read_jsonl
 from rsoups.fronts.grids import simplex
 
 CHOICES = ("a", "b", "tie")
@@ -61,11 +61,7 @@ def read_votes(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         VotesError: No such file, or a line that is not a vote.
     """
-    votes: list[dict[str, Any]] = []
-    for number, vote in json_lines(path, VotesError):
-        check_vote(f"{path}, line {number}", vote)
-        votes.append(vote)
-    return votes
+    return read_jsonl(path, VotesError, check_vote)
 
 
 def fit_votes(

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rsoups.common.errors import DatasetError
 from rsoups.data.prompts import messages_of, shown
-from rsoups.generation.sampling import draw, fast_sampling
+from rsoups.generation.sampling import draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 Prompt = str | list[dict[str, Any]]  # a text, or messages for the tokenizer's chat template
 _DROPPED = 1 / 8  # rows leave a batch when so large a part of it has ended: the cache is copied then
-_RESPONSES = 64  # at a time, of `respond`
 _READ_TOKENS = 1_024  # of a batch, where finished responses are read again: few, for little padding and few logits
 _REMEMBERED = 2**30  # bytes of keys and values of prompts
 _TRIMMED: set[int] = set()  # tokenizers of which it was said
@@ -325,67 +323,11 @@ def trimmed(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int]) 
     return ids
 
 
-@torch.inference_mode()
-def respond(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int = 0,
-    template: Mapping[str, Any] | None = None,
-) -> list[list[int]]:
-    """Tokens of a response to each prompt, the one that ended it included, by transformers' `generate`.
-
-    Sampling is pure, as in a sweep: nothing is inherited from the base's generation_config but the tokens that end a response.
-
-    Args:
-        model: A causal language model (of a PeftModel its base model, with the adapter in it).
-        tokenizer: Its tokenizer.
-        prompts: Texts or messages.
-        temperature, max_new_tokens, seed: Settings of the sampling; temperature 0 is greedy.
-        template: As in `encode`.
-    """
-    ids = [encode(tokenizer, prompt, template) for prompt in prompts]
-    ends = ends_of(model, tokenizer)
-    pad_id = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    pure = GenerationConfig(
-        **(sampling if temperature else {"do_sample": False}),
-        max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad_id,
-    )  # fmt: skip
-
-    said: list[list[int]] = []
-    # `generate` fills what a config leaves open from the model's own, so that is the one to be exchanged.
-    own, model.generation_config = model.generation_config, pure
-    try:
-        torch.manual_seed(seed)
-        for start in range(0, len(ids), _RESPONSES):
-            batch = ids[start : start + _RESPONSES]
-            longest = max(map(len, batch))
-            read = torch.tensor([[pad_id] * (longest - len(one)) + one for one in batch], device=model.device)
-            mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in batch], device=model.device)
-            with fast_sampling(model.device):
-                generate: Any = model.generate
-                whole = generate(input_ids=read, attention_mask=mask)
-            said += [_ended(row, ends) for row in whole[:, longest:].tolist()]
-    finally:
-        model.generation_config = own
-    return said
-
-
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a response: those of the base's generation_config, or the tokenizer's one."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = tokenizer.eos_token_id if ends is None else ends
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-def _ended(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """A response without what pads it after its end."""
-    first = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: first + 1]
 
 
 def seed_of(seed: int, prompt: Prompt, sample: int) -> int:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
 
-from rsoups.adapters.lineage import Manifest, log, parents_of
+from rsoups.adapters.lineage import Manifest, parents_of
+from rsoups.adapters.lineage_tree import log
 from rsoups.bases.names import short_name
 from rsoups.common.assets import asset
 from rsoups.hub.evaluation import Evaluation

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsoups.adapters.filenames import FRONT_FILE, PICTURE_FILE
-from rsoups.adapters.lineage import Manifest, parents_of, scrubbed
+from rsoups.adapters.lineage import Manifest, parents_of
 from rsoups.common.errors import FrontError
+from rsoups.common.published import scrubbed
 from rsoups.data.tasks import TASKS
 from rsoups.fronts.front import Front
 from rsoups.fronts.points import Point

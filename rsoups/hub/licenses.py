@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +9,8 @@ from typing import NamedTuple
 from rsoups.adapters.filenames import CARD_FILE
 from rsoups.bases.names import is_on_hub
 from rsoups.common.assets import resolve
+from rsoups.common.files import is_hub_name
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 EMBEDDED_PREFIX = "rsoups/"  # names of embedded models look like Hub ids, but are not on the Hub
 # Permissive licenses by how much they ask for. Any other license has terms of its own.
 _PERMISSIVE = {"cc0-1.0": 0, "unlicense": 0, "mit": 1, "bsd-2-clause": 1, "bsd-3-clause": 1, "apache-2.0": 2}
@@ -31,7 +30,7 @@ class Terms(NamedTuple):
 
 def on_hub(name: str) -> bool:
     """Whether a name is that of a repository on the Hub, and not of a folder of this disk."""
-    return bool(_HUB_ID.fullmatch(name)) and is_on_hub(name) and not Path(name).exists()
+    return is_hub_name(name) and is_on_hub(name) and not Path(name).exists()
 
 
 def license_of(base: str, ingredients: Sequence[tuple[str, str | None]], given: str | None) -> Terms:

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from rsoups.adapters.adapter import holds_tokens, read_adapter
 from rsoups.adapters.filenames import CARD_FILE, CONFIG_FILE, MANIFEST_FILE, SOUP_FILE, WEIGHTS_FILE
-from rsoups.adapters.lineage import Manifest, manifest_of, parents_of, renamed_base, scrubbed, soup_ingredients
+from rsoups.adapters.lineage import Manifest, manifest_of, parents_of, renamed_base, soup_ingredients
 from rsoups.bases.files import TOKENIZER_FILES, copy_files
 from rsoups.bases.names import public_name, short_name
 from rsoups.common.errors import AdapterError, HubError, LineageError, OutputError
 from rsoups.common.files import from_hub, whole_folder
+from rsoups.common.published import scrubbed
 from rsoups.hub.card import card
 from rsoups.hub.evaluation import Evaluation
 from rsoups.hub.licenses import license_of

@@ -1,4 +1,4 @@
-"""Tensors of a soup that are made piece by piece, when they are asked for, from the ingredients' files.
+"""Tensors of a soup that are made one by one, when they are asked for, from the ingredients' files.
 
 So a soup can be saved without being held in memory.
 """
@@ -6,7 +6,7 @@ So a soup can be saved without being held in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,15 +14,24 @@ import torch
 from torch import Tensor
 
 from rsoups.adapters.adapter import Adapter
-from rsoups.adapters.tensor_files import in_blocks, rows_of_pieces
+
+_PIECE = 2**18  # numbers that are summed at once
 
 
 class Part(NamedTuple):
-    """A tensor of an ingredient, and what multiplies it."""
+    """A tensor of an ingredient, and the factor that it is multiplied by."""
 
     adapter: Adapter
     name: str
     factor: float = 1.0
+
+    def tensor(self, rows: slice = slice(None)) -> Tensor:
+        """The tensor, or some rows of it."""
+        return self.adapter.tensor(self.name, rows)
+
+    def times(self, rows: slice = slice(None)) -> Tensor:
+        """The tensor, or some rows of it, times its factor, in float64."""
+        return self.tensor(rows).to(torch.float64, copy=True).mul_(self.factor)
 
 
 @dataclass(frozen=True)
@@ -32,11 +41,11 @@ class Blend:
     Attributes:
         how: `one_below_another`, `side_by_side` or `summed`.
         parts: Tensors of the ingredients.
-        shape, dtype: Shape and dtype of the result.
+        shape, dtype: Shape and dtype of the soup's tensor.
         experts: Number of groups of rows; each group holds the rows of all parts for one expert.
     """
 
-    how: Callable[[Blend], Iterator[Tensor]]
+    how: Callable[[Blend], Tensor]
     parts: list[Part]
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -44,76 +53,53 @@ class Blend:
 
     @property
     def bound(self) -> float:
-        """A bound on the magnitudes in it, but for rounding."""
+        """No magnitude in the tensor is larger, except by rounding."""
         return math.fsum(abs(part.factor) * part.adapter.largest for part in self.parts)
 
-    def pieces(self) -> Iterator[Tensor]:
-        """The tensor, some rows at a time. Products and sums are in float64, rounded once."""
+    def tensor(self) -> Tensor:
+        """The tensor. Products and sums are in float64, rounded once."""
         return self.how(self)
 
-    def tensor(self) -> Tensor:
-        """The whole tensor."""
-        whole = torch.empty(math.prod(self.shape), dtype=self.dtype)
-        at = 0
-        for piece in self.pieces():
-            whole[at : at + piece.numel()].copy_(piece.reshape(-1))
-            at += piece.numel()
-        return whole.view(self.shape)
+
+def tensor_of(tensor: Blend | Tensor) -> Tensor:
+    """The tensor itself, whether it is made yet or not."""
+    return tensor.tensor() if isinstance(tensor, Blend) else tensor
 
 
-def pieces_of(tensor: Blend | Tensor) -> Iterable[Tensor]:
-    """The tensor, some rows at a time."""
-    return tensor.pieces() if isinstance(tensor, Blend) else (tensor,)
-
-
-def one_below_another(blend: Blend) -> Iterator[Tensor]:
+def one_below_another(blend: Blend) -> Tensor:
     """Rows of all parts, expert by expert; the factors are 1."""
-    for expert in range(blend.experts):
-        for part in blend.parts:
-            if blend.experts == 1:
-                pieces = part.adapter.pieces(part.name)
-            else:
-                rank = part.adapter.layout[part.name].shape[0] // blend.experts
-                pieces = iter([part.adapter.rows(part.name, expert * rank, (expert + 1) * rank)])
-            for piece in pieces:
-                yield piece if piece.dtype == blend.dtype else _computed(blend, [piece], lambda block: block)
+    tensors = [part.tensor().to(blend.dtype) for part in blend.parts]
+    if len(tensors) == 1:
+        return tensors[0]
+    if blend.experts == 1:
+        return torch.cat(tensors)
+    return torch.cat([tensor.unflatten(0, (blend.experts, -1)) for tensor in tensors], dim=1).flatten(0, 1)
 
 
-def side_by_side(blend: Blend) -> Iterator[Tensor]:
+def side_by_side(blend: Blend) -> Tensor:
     """Columns of all parts, times their factors."""
-    widths = [part.adapter.layout[part.name].shape[1] for part in blend.parts]
-    rows = rows_of_pieces((blend.shape[0], sum(widths)))
-    for pieces in zip(*(part.adapter.pieces(part.name, rows) for part in blend.parts), strict=True):
-        out = torch.empty(len(pieces[0]), sum(widths), *blend.shape[2:], dtype=blend.dtype)
-        for columns, piece, part in zip(out.split(widths, dim=1), pieces, blend.parts, strict=True):
-            for target, block in in_blocks(columns, piece):
-                target.copy_(_times(block, part.factor))
-        yield out
+    return torch.cat([part.times().to(blend.dtype) for part in blend.parts], dim=1)
 
 
-def summed(blend: Blend) -> Iterator[Tensor]:
-    """The sum of all parts times their factors; 0 where there are none."""
+def summed(blend: Blend) -> Tensor:
+    """The sum of all parts times their factors; 0 if there are none."""
+    total = torch.zeros(blend.shape, dtype=blend.dtype)
     if not blend.parts:
-        yield torch.zeros(blend.shape, dtype=blend.dtype)
-        return
+        return total
+    if total.numel() <= _PIECE:
+        return _sum(blend.parts, slice(None)).to(blend.dtype)
 
-    def total(*blocks: Tensor) -> Tensor:
-        result = _times(blocks[0], blend.parts[0].factor)
-        for block, part in zip(blocks[1:], blend.parts[1:], strict=True):
-            result.add_(block.double(), alpha=part.factor)
-        return result
-
-    for pieces in zip(*(part.adapter.pieces(part.name) for part in blend.parts), strict=True):
-        yield _computed(blend, pieces, total)
-
-
-def _computed(blend: Blend, pieces: Sequence[Tensor], function: Callable[..., Tensor]) -> Tensor:
-    """A piece of a blend, from the same pieces of its parts."""
-    out = torch.empty(pieces[0].shape, dtype=blend.dtype)
-    for target, *blocks in in_blocks(out, *pieces):
-        target.copy_(function(*blocks))
-    return out
+    # A whole parameter may be as large as an embedding: float64 holds some rows of it at a time.
+    step = max(1, _PIECE // math.prod(blend.shape[1:]))
+    for start in range(0, len(total), step):
+        rows = slice(start, min(start + step, len(total)))
+        total[rows] = _sum(blend.parts, rows)
+    return total
 
 
-def _times(block: Tensor, factor: float) -> Tensor:
-    return block.to(torch.float64, copy=True).mul_(factor)
+def _sum(parts: list[Part], rows: slice) -> Tensor:
+    first, *others = parts
+    total = first.times(rows)
+    for part in others:
+        total.add_(part.tensor(rows).double(), alpha=part.factor)
+    return total

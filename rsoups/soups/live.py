@@ -26,7 +26,7 @@ from rsoups.bases.compatibility import check_compatible, check_one_base
 from rsoups.bases.load import load_base, load_tokenizer
 from rsoups.bases.names import check_base
 from rsoups.bases.weights import BaseWeights, of_one_base
-from rsoups.common.assets import need, resolve
+from rsoups.common.assets import need
 from rsoups.common.errors import AdapterError, LambdasError
 from rsoups.generation.sampling import fast_sampling
 from rsoups.soups.interpolation import interpolate, named_adapters, opened
@@ -165,7 +165,6 @@ class LiveSoup:
         """
         from transformers import BitsAndBytesConfig
 
-        source = resolve(base)
         read = opened(named_adapters(adapters))
         if not allow_base_mismatch:  # before the base is loaded
             check_one_base(read.values())
@@ -179,8 +178,7 @@ class LiveSoup:
             kwargs["quantization_config"] = quantization
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        kwargs.setdefault("dtype", torch.float32 if source != base or device == "cpu" else "auto")
-        model = load_base(base, **kwargs)
+        model = load_base(base, device=device, **kwargs)
         if quantization is None and "device_map" not in kwargs:
             nn.Module.to(model, device)
         tokenizer = load_tokenizer(base, revision=kwargs.get("revision"))

@@ -25,13 +25,13 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D
 
 from rsoups.adapters.filenames import SOUP_FILE
-from rsoups.adapters.lineage import published
 from rsoups.bases.files import PROCESSOR_FILES, TOKENIZER_FILES, BaseFiles, copy_files, tokenizer_folder
 from rsoups.bases.load import from_safetensors, why_not
 from rsoups.bases.names import check_base
 from rsoups.common.assets import resolve
 from rsoups.common.errors import AdapterError
 from rsoups.common.files import check_replaceable, whole_folder
+from rsoups.common.published import published
 from rsoups.soups.attach import output_scale
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from rsoups.adapters.lora_modules import LoraModule
 from rsoups.adapters.tensor_files import is_finite
 from rsoups.bases.weights import BaseWeights
 from rsoups.common.errors import AdapterError, LambdasError
-from rsoups.soups.blends import Blend, Part, one_below_another, pieces_of, side_by_side, summed
+from rsoups.soups.blends import Blend, Part, one_below_another, side_by_side, summed, tensor_of
 from rsoups.soups.config import faithful_config, stacked_config
 from rsoups.soups.lambdas import SUM_TOLERANCE
 
@@ -49,7 +49,7 @@ class Mixture:
             # A blend is made here only where the magnitudes of its parts leave it open.
             if isinstance(tensor, Blend) and tensor.bound <= torch.finfo(tensor.dtype).max:
                 continue
-            if not all(map(is_finite, pieces_of(tensor))):
+            if not is_finite(tensor_of(tensor)):
                 raise AdapterError(f"the soup's tensor {name} does not fit into {tensor.dtype}: choose a wider dtype")
 
 
@@ -175,10 +175,8 @@ def cosines_of_starts(adapters: Sequence[Adapter]) -> list[list[float]]:
         shapes = {i: tuple(adapters[i].layout[name].shape) for i, name in names.items()}
         for shape in set(shapes.values()):
             alike = [i for i in names if shapes[i] == shape]
-            gram = torch.zeros(len(alike), len(alike))
-            for pieces in zip(*(adapters[i].pieces(names[i]) for i in alike), strict=True):
-                rows = torch.stack([piece.flatten().float() for piece in pieces])
-                gram += rows @ rows.T
+            rows = torch.stack([adapters[i].tensor(names[i]).flatten().float() for i in alike])
+            gram = rows @ rows.T
             grid = torch.meshgrid(torch.tensor(alike), torch.tensor(alike), indexing="ij")
             products[grid] += gram
             squares[grid] += gram.diagonal()[:, None]

@@ -25,17 +25,7 @@ from rsoups.adapters import tensor_files
 from rsoups.adapters.adapter import BASE_EMBEDDING, Adapter, holds_tokens, read_adapter
 from rsoups.adapters.filenames import SOUP_FILE, WEIGHTS_FILE
 from rsoups.adapters.layer_names import PREFIX, written_name
-from rsoups.adapters.lineage import (
-    Ingredient,
-    command,
-    history_of,
-    manifest_of,
-    parents_of,
-    pinned,
-    published,
-    scrubbed,
-    soup_ingredients,
-)
+from rsoups.adapters.lineage import Ingredient, history_of, manifest_of, parents_of, pinned, soup_ingredients
 from rsoups.adapters.lora_modules import LoraModule, read_modules
 from rsoups.bases.compatibility import check_compatible
 from rsoups.bases.files import TOKENIZER_FILES, copy_files, tokenizer_folder
@@ -43,8 +33,9 @@ from rsoups.bases.names import check_base, short_name
 from rsoups.bases.weights import BaseWeights, of_one_base
 from rsoups.common.errors import AdapterError, LineageError
 from rsoups.common.files import whole_folder
+from rsoups.common.published import command, published, scrubbed
 from rsoups.soups import attach, methods
-from rsoups.soups.blends import Blend, pieces_of
+from rsoups.soups.blends import Blend, tensor_of
 from rsoups.soups.config import as_written, check_written
 from rsoups.soups.merge import merge
 
@@ -140,7 +131,7 @@ class Soup:
         Raises:
             AdapterError: An ingredient's file was written to since it was opened.
         """
-        state = {key: tensor.tensor() if isinstance(tensor, Blend) else tensor for key, tensor in self.tensors.items()}
+        state = {key: tensor_of(tensor) for key, tensor in self.tensors.items()}
         self._check_unchanged()
         return state
 
@@ -252,7 +243,7 @@ class Soup:
         order = sorted(self.tensors, key=lambda name: (-self.tensors[name].dtype.itemsize, name))  # safetensors' own
         layout = {name: (tensor_files.NAMES[self.tensors[name].dtype], self.tensors[name].shape) for name in order}
         with whole_folder(folder, SOUP_FILE) as partial:
-            _, sha256 = tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: pieces_of(self.tensors[name]))
+            _, sha256 = tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: [tensor_of(self.tensors[name])])
             as_written(self.config).save_pretrained(str(partial))
             manifest = self.lineage | {"sha256": sha256}
             (partial / SOUP_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

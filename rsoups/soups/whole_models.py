@@ -25,13 +25,13 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from rsoups.adapters import tensor_files
 from rsoups.adapters.filenames import SOUP_FILE
 from rsoups.adapters.layer_names import skeleton
-from rsoups.adapters.lineage import published
 from rsoups.bases.files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from rsoups.bases.load import why_not
 from rsoups.common.assets import resolve
 from rsoups.common.errors import CheckpointError, LambdasError
 from rsoups.common.files import from_hub, sha256_of, whole_folder
 from rsoups.common.pickles import converted
+from rsoups.common.published import published
 from rsoups.soups.lambdas import weights_of
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rsoups.adapters.adapter import Adapter
 from rsoups.bases.load import load_base
-from rsoups.common.assets import resolve
 from rsoups.common.errors import AdapterError
 from rsoups.soups.interpolation import interpolate
 from rsoups.soups.live import LiveSoup
@@ -153,6 +152,4 @@ def places_of(
 def load_quietly(name: str) -> PreTrainedModel:
     """A base by folder, Hub id or ``rsoups/...``, on this process's GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    embedded = resolve(name) != name  # stored in half precision to be small, computed with in float32
-    dtype = torch.float32 if embedded or device == "cpu" else torch.bfloat16
-    return torch.nn.Module.to(load_base(name, dtype=dtype), device)
+    return torch.nn.Module.to(load_base(name, device=device), device)

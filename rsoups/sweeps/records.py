@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rsoups.common.errors import OutputError
-from rsoups.common.files import write_whole
+from rsoups.common.files import read_jsonl, write_whole
 
 # Settings that records of one file have in common; the others tell where things came from, and may change.
 _SAME: tuple[str, ...] = (
@@ -173,11 +173,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
     data = path.read_bytes()
     if (end := data.rfind(b"\n") + 1) < len(data):
         os.truncate(path, end)
-    records = []
-    for number, line in enumerate(data[:end].decode("utf-8").split("\n")[:-1], 1):
-        try:
-            records.append(json.loads(line))
-            key_of(records[-1])
-        except (ValueError, KeyError, TypeError):
-            raise OutputError(f"{path}, line {number}: not a record; remove the line, and it is made again") from None
-    return records
+    return read_jsonl(path, OutputError, _check)
+
+
+def _check(where: str, record: Any) -> None:
+    try:
+        key_of(record)
+    except (ValueError, KeyError, TypeError):
+        raise OutputError(f"{where}: not a record; remove the line, and it is made again") from None

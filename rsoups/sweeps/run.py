@@ -22,7 +22,7 @@ import numpy as np
 
 from rsoups.adapters.adapter import Adapter
 from rsoups.adapters.lineage import Manifest
-from rsoups.common.errors import DatasetError, RewardError, RsoupsError
+from rsoups.common.errors import DatasetError
 from rsoups.common.files import read_jsonl
 from rsoups.data.prompts import fit_prompts, question_of
 from rsoups.data.training_data import chat_template_of
@@ -30,9 +30,7 @@ from rsoups.fronts.grids import largest_gap
 from rsoups.fronts.notes import trained_on_of
 from rsoups.fronts.reading import mean_score
 from rsoups.generation.decoding import Prompt, encode
-from rsoups.rewards.averaged import AveragedScores
-from rsoups.rewards.classifier import Reward
-from rsoups.rewards.functions import FunctionReward, check_scores
+from rsoups.rewards.functions import as_reward
 from rsoups.sweeps.generation import Base, Generator
 from rsoups.sweeps.items import Answer, Item, Model, Nats
 from rsoups.sweeps.records import Key, Records, gather, model_key
@@ -63,12 +61,9 @@ class Run:
     ):
         self._models, self._asked, self._cut, self._samples, self._seed = models, asked, cut, samples, seed
         self._path, self._processes, self._progress = path, processes, progress
-        self._rewards = {
-            name: reward if isinstance(reward, (Reward, FunctionReward)) else FunctionReward(reward, name)
-            for name, reward in rewards.items()
-        }
+        self._rewards = {name: as_reward(reward, name) for name, reward in rewards.items()}
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="rsoups-scoring")
-        self._classifiers = [name for name, reward in rewards.items() if isinstance(reward, (Reward, AveragedScores))]
+        self._models_here = [name for name, reward in self._rewards.items() if reward.is_model]
         self._scores: dict[tuple[int, str], dict[str, float]] = {}  # of what was said, by reward
         self._made: Generator | Server | None = None
 
@@ -119,7 +114,7 @@ class Run:
 
             # Models on the same cores are not run beside each other: their threads wait for one another, and a sweep takes a
             # third longer. Functions, which may be waiting for a judge, are.
-            here = self._classifiers if generate.on_cpu else []
+            here = self._models_here if generate.on_cpu else []
             beside = [name for name in self._rewards if name not in here]
             for batch in generate.batches(items):
                 answers = generate(batch)
@@ -143,7 +138,7 @@ class Run:
         prompts = [self._asked.prompts[place] for place in places]
         columns = {name: [column[place] for place in places] for name, column in self._asked.columns.items()}
         for name in names:
-            scores = _scored(self._rewards[name], prompts, list(responses), columns)
+            scores = self._rewards[name](prompts, list(responses), **columns)
             for key, score in zip(said, scores, strict=True):
                 self._scores[key][name] = score
 
@@ -248,20 +243,6 @@ def template_of(
 
 def _key(item: Item) -> Key:
     return item.model.key, json.dumps(item.prompt), item.sample
-
-
-def _scored(reward: Any, prompts: list[Prompt], responses: list[str], columns: dict[str, list[Any]]) -> list[float]:
-    try:
-        scores = list(reward(prompts, responses, **columns))
-    except RsoupsError:
-        raise
-    except Exception as error:
-        raise RewardError(
-            f"reward {reward.name!r} raised {type(error).__name__}: {error}; the batch begins with prompt {prompts[0]!r}, "
-            f"response {responses[0]!r}"
-        ) from error
-    check_scores(reward.name, scores, prompts, responses)
-    return scores
 
 
 def check_texts(path: Path) -> None:

@@ -27,7 +27,7 @@ from rsoups.common.errors import SuiteError
 from rsoups.data.datasets import load_rows
 from rsoups.data.tasks import TASKS, columns_of, find_task
 from rsoups.fronts.front import Front
-from rsoups.rewards.functions import check_columns, columns_read
+from rsoups.rewards.interface import check_columns, columns_read
 from rsoups.rewards.load import load_reward
 from rsoups.sweeps.sweep import sweep
 

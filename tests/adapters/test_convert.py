@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 import rsoups
 from rsoups.adapters.adapter import read_adapter
 from rsoups.adapters.convert import convert
-from rsoups.adapters.lineage import log, manifest_of
+from rsoups.adapters.lineage import manifest_of
+from rsoups.adapters.lineage_tree import log
 from rsoups.bases.load import load_base
 from rsoups.cli.main import main
 from rsoups.common.pickles import converted
@@ -86,7 +87,7 @@ def test_an_adapter_of_2023(tmp_path, old_adapter, capsys):
     manifest = manifest_of(out)
     assert manifest["sha256"] == rsoups.common.files.sha256_of(out / "adapter_model.safetensors")
     assert (manifest["parents"][0]["sha256"], manifest["parents"][0]["name"]) == (original, "original")
-    assert log(manifest, "out").splitlines()[1].startswith("└─ original (alpaca)")
+    assert log(manifest, "out").splitlines()[1].startswith("└── original (alpaca)")
 
     ids = torch.arange(4, 12)[None]
     by_peft = PeftModel.from_pretrained(tiny_llama(), out, config=read_adapter(out).config)(ids).logits

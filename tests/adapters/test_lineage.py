@@ -14,8 +14,10 @@ from tiny import tiny_adapter, tiny_llama
 import rsoups
 from rsoups.adapters.adapter import read_adapter
 from rsoups.adapters.layer_names import PREFIX
-from rsoups.adapters.lineage import command, fingerprint, history_of, log, manifest_of, settings_of, write_manifest
+from rsoups.adapters.lineage import fingerprint, history_of, manifest_of, settings_of, write_manifest
+from rsoups.adapters.lineage_tree import log
 from rsoups.cli.main import main
+from rsoups.common.published import command
 from rsoups.fronts.barriers import barriers
 from rsoups.versions.compare import compare, diff
 from rsoups.versions.inspect import inspect_adapters
@@ -53,22 +55,22 @@ def test_the_tree_of_a_soup_of_a_run_from_a_soup(here):
     short = {name: sha[:12] for name, sha in hashes.items()}
     assert log(manifest, "last").splitlines() == [
         f"last  soup, exact, rank 8  {manifest['sha256'][:12]}",
-        f"├─ 0.5 × second  PPO on again, seed 3  {short['second']}",
-        f"│  └─ start (soup)  soup, exact, rank 8  {short['soup']}",
-        f"│     ├─ 0.25 × helpful  PPO on helpful, 5 steps, d, seed 0  {short['helpful']}",
-        f"│     │  └─ start (sft)  SFT, 5 steps, some/data, seed 0  {short['sft']}",
-        "│     │     └─ base some/base",
-        f"│     └─ 0.75 × harmless  PPO on harmless, 5 steps, d, seed 1  {short['harmless']}",
-        f"│        └─ start (sft)  SFT, 5 steps, some/data, seed 0  {short['sft']}",
-        "│           └─ base some/base",
-        f"└─ 0.5 × first (helpful)  PPO on helpful, 5 steps, d, seed 0  (above)  {short['helpful']}",
+        f"├── 0.5 × second  PPO on again, seed 3  {short['second']}",
+        f"│   └── start (soup)  soup, exact, rank 8  {short['soup']}",
+        f"│       ├── 0.25 × helpful  PPO on helpful, 5 steps, d, seed 0  {short['helpful']}",
+        f"│       │   └── start (sft)  SFT, 5 steps, some/data, seed 0  {short['sft']}",
+        "│       │       └── base some/base",
+        f"│       └── 0.75 × harmless  PPO on harmless, 5 steps, d, seed 1  {short['harmless']}",
+        f"│           └── start (sft)  SFT, 5 steps, some/data, seed 0  {short['sft']}",
+        "│               └── base some/base",
+        f"└── 0.5 × first (helpful)  PPO on helpful, 5 steps, d, seed 0  (above)  {short['helpful']}",
     ]
 
 
 def test_a_name_does_not_command_the_terminal():
     parent = {"name": "a\x1b[2J\nb", "source": "\x07c", "revision": None, "sha256": "d"}
     shown = log({"ingredients": [parent], "method": "exact"}, "soup").splitlines()
-    assert shown == ["soup  soup, exact", "└─ a?[2J?b (?c)  no manifest  d"]
+    assert shown == ["soup  soup, exact", "└── a?[2J?b (?c)  no manifest  d"]
 
 
 def test_a_manifest_of_other_weights_is_not_believed(here):
@@ -102,7 +104,7 @@ def test_what_a_manifest_tells_of_the_command_and_the_flags(monkeypatch, tmp_pat
     words = ["/x/recipes/ppo_reward.py", "--config", "/home/me/a.yaml", "--hub_token", "secret", "hf_abc", "--lr", ".1"]
     monkeypatch.setattr(sys, "argv", words)
     assert command() == "python recipes/ppo_reward.py --config a.yaml --hub_token ... ... --lr .1"
-    monkeypatch.setattr(sys, "argv", ["/x/rsoups/cli.py", "sweep", "a b"])
+    monkeypatch.setattr(sys, "argv", ["/x/rsoups/cli/__main__.py", "sweep", "a b"])
     assert command() == "rsoups sweep 'a b'"
     words = ["--out=/home/me/x", "a=/home/me/b,c=~/d", "--from", "../me/y", "['/home/me/z']", "--o=/home/my files/b"]
     words += [
@@ -112,7 +114,7 @@ def test_what_a_manifest_tells_of_the_command_and_the_flags(monkeypatch, tmp_pat
         "user/name@main",
         "file:///home/me/v",
     ]
-    monkeypatch.setattr(sys, "argv", ["/x/rsoups/cli.py", *words])
+    monkeypatch.setattr(sys, "argv", ["/x/rsoups/cli/__main__.py", *words])
     told = shlex.split(command())[1:]
     assert told == [
         *"--out=x a=b,c=d --from y ['z'] --o=b --hub_token=... --server=http://host/v1 w user/name@main v".split()

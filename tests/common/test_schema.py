@@ -20,6 +20,7 @@ class Outer:
     inner: Inner
     count: int = 1
     labels: tuple[str, ...] = field(default_factory=tuple)
+    weights: list[int] | dict[str, int] | None = None
 
 
 def test_nested_data_becomes_dataclasses():
@@ -36,6 +37,10 @@ def test_nested_data_becomes_dataclasses():
         ({"name": "a", "inner": {"limit": float("nan")}}, "field inner.limit is nan: input should be a finite number"),
         ({"name": True, "inner": {"limit": 1.0}}, "field name is True: input should be a valid string"),
         ({"name": "a", "inner": {"limit": 1.0}, "count": 1.5}, "field count is 1.5: input should be a valid integer"),
+        (
+            {"name": "a", "inner": {"limit": 1.0}, "weights": {"int": "x"}},
+            "field weights is {'int': 'x'}: input should be a valid array; field weights.int is 'x': input should be a valid",
+        ),
         ([1], "a.yaml: field the file is [1]"),
         ({"name": 1, "inner": {}}, "field name is 1: input should be a valid string; field inner.limit is missing"),
     ],

@@ -547,9 +547,9 @@ def test_a_bases_own_code_runs_on_leave_only(two, tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": names}))
     (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    with pytest.raises(rsoups.CheckpointError, match="brings Python code of its own.*trust_remote_code"):
+    with pytest.raises(rsoups.CheckpointError, match="requires custom code.*trust_remote_code"):
         rsoups.sweep(str(folder), two, REWARDS, PROMPTS, out=tmp_path / "records.jsonl", progress=False)
-    with pytest.raises(rsoups.CheckpointError, match="brings Python code of its own"):
+    with pytest.raises(rsoups.CheckpointError, match="requires custom code"):
         rsoups.LiveSoup.from_pretrained(str(folder), two)
     with pytest.raises(rsoups.CheckpointError, match="cannot load"):
         rsoups.LiveSoup.from_pretrained(str(tmp_path / "none"), two)
