@@ -142,7 +142,8 @@ def _command_of(lambdas: dict[str, float], records: Path) -> str:
     """The command that makes the chosen soup."""
     from rsoups.fronts.notes import settings_beside
 
-    adapters = settings_beside(records).get("adapters", {})
+    adapters = settings_beside(records).get("adapters")
+    adapters = adapters if isinstance(adapters, dict) else {}
     sources = [os.path.normpath(_source(records.parent, name, adapters.get(name))) for name in lambdas]
     weights = " ".join(f"{weight:.6g}" for weight in lambdas.values())
     return f"rsoups interpolate {shlex.join(sources)} --lambdas {weights} --out soup"
