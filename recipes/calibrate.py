@@ -6,9 +6,10 @@
     accelerate launch recipes/ppo_reward.py --reward rewards/mine/deberta-v3-base.yaml rewards/mine/electra-large.yaml \\
         --reward_weights .5 .5 ...
 
-Writes a copy of each card with its mean, its std and what they were measured on: with it, the references score 0 on average
-with a deviation of 1; or, with `--policy`, that model's own samples do, so that PPO on each reward starts at 0 and one KL
-coefficient means the same for all. (The paper adds raw logits up: a reward of twice the scale has twice the weight.)
+Writes a copy of each card with its mean, its std and what they were measured on. By that card the references score 0 on
+average with a deviation of 1. With `--policy`, that model's own samples do: PPO on each reward then starts at 0, and one KL
+coefficient means the same for all. How this differs from the paper: that adds raw logits up, so a reward of twice the scale has
+twice the weight.
 """
 
 import argparse
@@ -24,9 +25,8 @@ from rsoups.common.errors import in_one_line
 from rsoups.data.datasets import load_rows
 from rsoups.data.prompts import template_kwargs
 from rsoups.data.tasks import TASKS, Task, columns_of, find_task
-from rsoups.rewards.functions import check_columns, columns_read
-from rsoups.rewards.load import rewards_by_name
-from rsoups.rewards.probing import answers
+from rsoups.generation.respond import texts_of_policy
+from rsoups.rewards.interface import check_columns, columns_read, rewards_by_name
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESPONSE = "response that is scored"  # key of a row, beside the dataset's columns
@@ -44,7 +44,7 @@ def of_people(rows: list[dict], task: Task, compared: bool) -> list[dict]:
 
 def of_policy(rows: list[dict], task: Task, policy: str, **settings) -> list[dict]:
     """A sample of the policy as the response of each row, as a sweep would draw it."""
-    said = answers(policy, [row["prompt"] for row in rows], device=DEVICE, **settings)
+    said = texts_of_policy(policy, [row["prompt"] for row in rows], device=DEVICE, **settings)
     return [row | {RESPONSE: task.cut(text)} for row, text in zip(rows, said, strict=True)]
 
 
@@ -69,19 +69,34 @@ def calibrated(reward, rows: list[dict], measured_on: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reward", nargs="+", required=True, help="cards, by name or path")
-    parser.add_argument("--arguments", nargs="+", default=[], help="KEY=VALUE of a function's card, over its own")
-    parser.add_argument("--task", required=True, choices=[*sorted(TASKS), "custom"])
-    parser.add_argument("--dataset", help="file, folder or Hub id; the task's own if left out")
-    parser.add_argument("--template", help="of a custom task's prompts")
-    parser.add_argument("--split", default="train", choices=("train", "test", "all"), help="all: of one file")
-    parser.add_argument("--rows", type=int, default=1024, help="how many of them are scored")
-    parser.add_argument("--policy", help="score a sample of this model for each prompt, instead of a reference")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the policy's samples")
-    parser.add_argument("--max_new_tokens", type=int, default=32, help="of the policy's samples")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--reward", nargs="+", required=True, help="reward cards, by name or path")
     parser.add_argument(
-        "--chat_template_kwargs", help="JSON object: variables of the policy's chat template, as in training"
+        "--arguments",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments of a function, over those of its card",
+    )
+    parser.add_argument(
+        "--task",
+        required=True,
+        choices=[*sorted(TASKS), "custom"],
+        help="task of the dataset; custom takes the prompts from the dataset",
+    )
+    parser.add_argument("--dataset", help="file, folder or Hub id; the task's own dataset if unset")
+    parser.add_argument("--template", help="template of a custom task's prompts")
+    parser.add_argument(
+        "--split", default="train", choices=("train", "test", "all"), help="split; all is every row of a single file"
+    )
+    parser.add_argument("--rows", type=int, default=1024, help="number of rows that are scored")
+    parser.add_argument("--policy", help="model whose samples are scored; the references if unset")
+    parser.add_argument("--temperature", type=float, default=1.0, help="temperature of the policy's samples")
+    parser.add_argument("--max_new_tokens", type=int, default=32, help="longest sample, in tokens")
+    parser.add_argument(
+        "--chat_template_kwargs", help="variables of the policy's chat template, a JSON object, as in training"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the new cards")
     args = parser.parse_args()

@@ -46,7 +46,7 @@ def main() -> None:
     flags = ["--adapters", *(f"{reward}={out / f'ppo-{reward}'}" for reward in REWARDS), "--reward", *REWARDS]
     flags += ["--others", f"MORL 0.5/0.5={out / 'morl'}", "--output_dir", str(out), *seed, "--samples", "4"]
     flags += ["--temperature", "0.7", "--max_new_tokens", "24"]  # as trained: recipes/configs/embedded.yaml
-    run_step("4/5  Soups at 11 λ: generate, score, front, report", ["-m", "rsoups.cli.main", "sweep", *flags])
+    run_step("4/5  Soups at 11 λ: generate, score, front, report", ["-m", "rsoups.cli", "sweep", *flags])
 
     # 5. One soup.
     soup = choose(out)

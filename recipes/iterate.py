@@ -37,9 +37,9 @@ from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl, whole_folder
 from rsoups.fronts.estimates import Estimate
 from rsoups.fronts.points import Point
-from rsoups.generation.decoding import encode, respond
-from rsoups.rewards.functions import check_columns, columns_read
-from rsoups.rewards.load import rewards_by_name
+from rsoups.generation.decoding import encode
+from rsoups.generation.respond import respond
+from rsoups.rewards.interface import check_columns, columns_read, rewards_by_name
 from rsoups.training.configs import config_path, with_config_path
 from rsoups.training.launch import QUIET, Run, train_all
 from rsoups.training.policy import load_policy, reset_adapter

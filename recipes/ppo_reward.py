@@ -38,7 +38,7 @@ from rsoups.generation.decoding import encode
 from rsoups.generation.settings import sample_purely
 from rsoups.hub.push import push
 from rsoups.hub.upload import reserve
-from rsoups.rewards.functions import check_columns, columns_read
+from rsoups.rewards.interface import check_columns, columns_read
 from rsoups.training.callbacks import launcher_callbacks
 from rsoups.training.checkpoints import last_checkpoint
 from rsoups.training.policy import load_policy, name_base, reset_adapter

@@ -2,13 +2,14 @@
 
     python recipes/sweep.py --adapters naturalness=runs/ppo-naturalness coverage=runs/ppo-coverage \\
         --reward naturalness coverage --held_out_reward rating --morl "MORL 0.5/0.5=runs/ppo-morl" --output_dir runs/sweep
-    accelerate launch recipes/sweep.py ...                    # the work is shared by processes and GPUs
+    accelerate launch recipes/sweep.py ...                    # processes and GPUs share the work
     rsoups sweep ...                                          # the same script, from an installed package
 
-Writes records.jsonl, front.png, report.html and report.md to `--output_dir`. Run again after an interruption, with any number
-of processes, it goes on after the records that are there. As in the paper: 11 λ from 0 to 1, sampled responses; unlike it, the
-base is loaded once, all λ share its batches, every model answers under the same random numbers, and every figure has an
-interval.
+Writes records.jsonl, front.png, report.html and report.md to `--output_dir`. A second run, with any number of processes,
+continues an interrupted one after its records.
+
+As in the paper: 11 λ from 0 to 1, sampled responses. How this differs from it: the base is loaded once, all λ share its
+batches, all models share the same random numbers, and every figure has an interval.
 """
 
 import os
@@ -26,77 +27,91 @@ from rsoups.data.datasets import is_table, load_rows
 from rsoups.data.prompts import template_kwargs
 from rsoups.data.tasks import TASKS, columns_of, find_task
 from rsoups.fronts.grids import edges
-from rsoups.rewards.functions import check_columns, columns_read
-from rsoups.rewards.load import rewards_by_name
+from rsoups.rewards.interface import check_columns, columns_read, rewards_by_name
 
 
 @dataclass
 class ScriptArguments:
     adapters: list[str] = field(
-        metadata={"help": "Ingredients, NAME=FOLDER or NAME=HUB_ID; the last part of a bare one is its name."}
+        metadata={
+            "help": "Ingredients, NAME=FOLDER or NAME=HUB_ID. Without NAME=, the last part of the path is the name."
+        }
     )
-    reward: list[str] = field(metadata={"help": "Rewards: cards by name or path, module:function."})
+    reward: list[str] = field(metadata={"help": "Rewards: cards by name or path, or module:function."})
     held_out_reward: list[str] = field(
-        default_factory=list, metadata={"help": "Rewards that no ingredient was trained on, marked in the report."}
+        default_factory=list, metadata={"help": "Rewards that no ingredient was trained on; the report marks them."}
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Base; the one that the adapters name if unset."}
+        default=None, metadata={"help": "Base model; the one that the adapters name if unset."}
     )
     others: list[str] = field(
         default_factory=list,
-        metadata={"help": "Further adapters to compare, NAME=FOLDER (MORL runs, say).", "aliases": ["--morl"]},
+        metadata={"help": "Further adapters to compare, NAME=FOLDER, such as MORL runs.", "aliases": ["--morl"]},
     )
-    ensemble: bool = field(default=False, metadata={"help": "Compare the ingredients' prediction ensemble too."})
+    ensemble: bool = field(default=False, metadata={"help": "Also evaluate the ingredients' prediction ensemble."})
     task: str = field(
         default="concepts",
-        metadata={"help": "Task of the prompts; custom: of a dataset's own.", "choices": [*sorted(TASKS), "custom"]},
+        metadata={
+            "help": "Task that writes the prompts; custom takes them from the dataset.",
+            "choices": [*sorted(TASKS), "custom"],
+        },
     )
     template: str | None = field(
-        default=None, metadata={"help": "Of a custom task's prompts, as in ppo_reward.py; its column prompt if unset."}
+        default=None,
+        metadata={"help": "Template of a custom task's prompts, as in ppo_reward.py; the column `prompt` if unset."},
     )
     dataset: str | None = field(
-        default=None, metadata={"help": "JSONL file, folder or Hub id; the task's own if unset."}
+        default=None, metadata={"help": "File, folder or Hub id; the task's own dataset if unset."}
     )
     split: str = field(
         default="test",
         metadata={
-            "help": "Whose prompts: of one file, test is the last tenth, which ppo_reward.py holds out, and all is every row.",
+            "help": "Split of the prompts. Of a single file, test is the last tenth, which ppo_reward.py holds out; "
+            "all is every row.",
             "choices": ["test", "train", "all"],
         },
     )
     allow_trained_prompts: bool = field(
-        default=False, metadata={"help": "Go on with prompts that an adapter was trained on; the report names it."}
+        default=False, metadata={"help": "Accept prompts that an adapter was trained on; the report says so."}
     )
     chat_template_kwargs: str | None = field(
         default=None,
-        metadata={"help": "JSON object: variables of the chat template; those of the adapters' training if unset."},
+        metadata={"help": "Variables of the chat template, a JSON object; those of the adapters' training if unset."},
     )
-    prompts: int = field(default=200, metadata={"help": "How many of them."})
+    prompts: int = field(default=200, metadata={"help": "Number of prompts."})
     samples: int = field(default=1, metadata={"help": "Responses of each model to each prompt."})
     grid: str = field(
         default="simplex",
         metadata={
-            "help": "simplex: the whole grid of λ; edges: each ingredient alone, all of them equally, and the λ between two.",
+            "help": "Grid of λ. simplex: the whole one; edges: each ingredient alone, all of them equally, and λ between two.",
             "choices": ["simplex", "edges"],
         },
     )
-    points: int = field(default=11, metadata={"help": "λ on each edge of the simplex."})
-    random: int = field(default=0, metadata={"help": "So many λ more, drawn from the whole simplex."})
-    refine: int = field(default=0, metadata={"help": "So many λ more, each where the front has its largest gap."})
-    method: str = field(default="exact", metadata={"help": "exact or factors.", "choices": ["exact", "factors"]})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling; 0 is greedy."})
-    max_new_tokens: int = field(default=32, metadata={"help": "Longest response."})
+    points: int = field(default=11, metadata={"help": "Number of λ on each edge of the simplex."})
+    random: int = field(default=0, metadata={"help": "Number of further λ, drawn from the whole simplex."})
+    refine: int = field(default=0, metadata={"help": "Number of further λ, each in the front's largest gap."})
+    method: str = field(
+        default="exact",
+        metadata={"help": "Interpolation: exact deltas, or A and B apart (factors).", "choices": ["exact", "factors"]},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling; 0 is greedy."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest response, in tokens."})
     long_prompts: str = field(
         default="refuse",
-        metadata={"help": "Prompts that leave no room in the context: refuse, or drop.", "choices": ["refuse", "drop"]},
+        metadata={
+            "help": "Treatment of prompts that leave no room for a response in the context.",
+            "choices": ["refuse", "drop"],
+        },
     )
-    batch_tokens: int | None = field(default=None, metadata={"help": "Of a batch; what fits the memory if unset."})
+    batch_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of a batch; as many as fit the memory if unset."}
+    )
     server: str | None = field(
-        default=None, metadata={"help": "URL of a vLLM server of this base, which answers instead."}
+        default=None, metadata={"help": "URL of a vLLM server of this base, which generates the responses instead."}
     )
-    seed: int = field(default=0, metadata={"help": "Of sampling, and of --random."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampling and of --random."})
     allow_base_mismatch: bool = field(
-        default=False, metadata={"help": "Accept adapters that name other bases; recorded."}
+        default=False, metadata={"help": "Accept adapters that name another base; the records say so."}
     )
     output_dir: str = field(default="runs/sweep", metadata={"help": "Folder of the records and the report."})
 
@@ -152,4 +167,5 @@ def main(script: ScriptArguments) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with in_one_line():
-        main(*TrlParser((ScriptArguments,)).parse_args_and_config())
+        parser = TrlParser((ScriptArguments,), description=__doc__.splitlines()[0])
+        main(*parser.parse_args_and_config())

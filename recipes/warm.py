@@ -25,13 +25,14 @@ import numpy as np
 import rsoups
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl
+from rsoups.fronts.estimates import resampling
+from rsoups.fronts.points import estimates_of
 from rsoups.training.configs import config_path
 from rsoups.training.launch import QUIET, Run, train_all
 
 CONFIG = config_path("embedded-naturalness")
 LEARNING_RATES = (0.5, 0.7, 1.0)  # mild factors, drawn for each run
 LINE = (0.0, 0.25, 0.5, 0.75, 1.0)  # λ of the second run
-RESAMPLES = 2_000
 
 
 def swapped(rows: list[dict], share: float, seed: int) -> list[dict]:
@@ -80,12 +81,9 @@ def accuracies(found: dict[str, dict[str, np.ndarray]], members: list[str], seed
         right["mean of the members"] = np.mean([right[m] for m in members], axis=0)
         right["average less the members' mean"] = right["average"] - right["mean of the members"]
         right["average less the ensemble"] = right["average"] - right["ensemble"]
-        pairs = len(right["average"])
-        draws = np.random.default_rng(seed).integers(0, pairs, size=(RESAMPLES, pairs))
-        results[name] = {
-            model: [float(x) for x in (values.mean(), *np.quantile(values[draws].mean(axis=1), (0.025, 0.975)))]
-            for model, values in right.items()
-        }
+        values = np.stack(list(right.values()), axis=1)
+        estimates = estimates_of(values, list(right), resampling(len(values), seed))
+        results[name] = {model: [e.value, e.low, e.high] for model, e in estimates.items()}
     return results
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from rsoups.soups.share import push_front
     from rsoups.soups.soup import Soup
     from rsoups.soups.whole_models import interpolate_checkpoints
+    from rsoups.sweeps.settings import SweepSettings
     from rsoups.sweeps.sweep import sweep
     from rsoups.training.averaging import EMACallback, moving_average
     from rsoups.training.ppo import PPOTrainer
@@ -85,6 +86,7 @@ _HOMES = {
     "soups.interpolation": ("interpolate",),
     "soups.soup": ("Soup",),
     "explorer.space": ("write_space",),
+    "sweeps.settings": ("SweepSettings",),
     "sweeps.sweep": ("sweep",),
     "fronts.votes": ("fit_votes",),
 }
@@ -116,6 +118,7 @@ __all__ = [
     "SettingsError",
     "Soup",
     "SuiteError",
+    "SweepSettings",
     "TrainingError",
     "VotesError",
     "explore",

@@ -12,7 +12,7 @@ from rsoups.cli.main import main
 from rsoups.common.assets import named_sources
 from rsoups.common.errors import FrontError
 from rsoups.rewards.functions import FunctionReward
-from rsoups.rewards.load import rewards_by_name
+from rsoups.rewards.interface import rewards_by_name
 
 
 def test_sources_are_named_by_as_much_of_their_path_as_tells_them_apart(tmp_path, monkeypatch):

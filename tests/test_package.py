@@ -76,6 +76,16 @@ def test_no_circle_within_a_room(room):
     assert not left, f"these import each other: {left}"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_have_400_lines_at_most_and_functions_60(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            docstring = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
+            assert node.end_lineno - node.lineno + 1 - docstring <= 60, node.name
+
+
 def test_no_recipe_or_benchmark_imports_a_private_name():
     for folder in ("recipes", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -133,6 +143,8 @@ def test_the_wheel_holds_one_package_with_its_cards_recipes_and_assets(wheel):
         "assets/cards/naturalness.yaml",
         "recipes/ppo_reward.py",
         "recipes/configs/embedded.yaml",
+        "recipes/accelerate/zero2.yaml",
+        "recipes/__init__.py",
         "assets/tiny-llama/model.safetensors",
         "assets/concepts/test.jsonl",
         "assets/card.md.j2",
@@ -159,6 +171,12 @@ from transformers import AutoModelForCausalLM
 from rsoups.common.assets import resolve, shipped
 AutoModelForCausalLM.from_pretrained(resolve("rsoups/tiny-llama"))
 assert (shipped("recipes") / "demo.py").is_file()
+from importlib import import_module
+for path in sorted(shipped("recipes").glob("*.py")):
+    import_module(f"rsoups.recipes.{path.stem}")  # as `python -m` does
+from rsoups.recipes.ppo_reward import parse
+script, training, model = parse(["--config", "llama7b-news", "--use_cpu", "true"])
+assert model.model_name_or_path == "huggyllama/llama-7b" and training.mini_batch_size == 4
 print("works")
 """
     assert fresh_python(code, tmp_path, PYTHONPATH=str(site)).endswith("works")

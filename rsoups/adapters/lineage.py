@@ -30,7 +30,7 @@ from rsoups.common.schema import validated
 
 _LONGEST = 2**24  # bytes of a manifest; real ones have some thousands
 _WHOLE = "full weights"  # the method of `interpolate_checkpoints`
-SOUP_METHODS = ("exact", "factors", "svd")  # methods of a soup of adapters
+SOUP_METHODS = ("exact", "factors", "svd")  # of a soup of adapters
 # Settings that do not change what is trained.
 _LEFT_OUT = set(
     "output_dir logging_dir run_name report_to resume resume_from_checkpoint seed config accelerator_config debug "

@@ -39,6 +39,22 @@ def load_base(name: str, *, dtype: Any = "auto", device: str | None = None, **op
         return from_safetensors(AutoModelForCausalLM.from_pretrained, resolve(name), **options)
 
 
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """The tokenizer of a base; errors as of `load_base`."""
+    from transformers import AutoTokenizer
+
+    with _base_of(name, options.get("revision")):
+        try:
+            return AutoTokenizer.from_pretrained(resolve(name), **{"trust_remote_code": False, **options})
+        except (ImportError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"{name!r} has no tokenizer that can be loaded ({reason}): save one there with tokenizer.save_pretrained"
+            ) from error
+
+
 def dtype_of(name: str, dtype: Any = "auto", device: str | None = None) -> Any:
     """The type of weights that a model is loaded in: the one rule for all of rsoups.
 
@@ -57,22 +73,6 @@ def dtype_of(name: str, dtype: Any = "auto", device: str | None = None) -> Any:
         return dtype
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return torch.float32 if embedded_name(name) or torch.device(device).type == "cpu" else "auto"
-
-
-def load_tokenizer(name: str, **options: Any) -> Any:
-    """The tokenizer of a base; errors as of `load_base`."""
-    from transformers import AutoTokenizer
-
-    with _base_of(name, options.get("revision")):
-        try:
-            return AutoTokenizer.from_pretrained(resolve(name), **{"trust_remote_code": False, **options})
-        except (ImportError, ValueError) as error:
-            if "trust_remote_code" in str(error):
-                raise
-            reason = str(error).strip().partition("\n")[0]
-            raise CheckpointError(
-                f"{name!r} has no tokenizer that can be loaded ({reason}): save one there with tokenizer.save_pretrained"
-            ) from error
 
 
 def from_safetensors(load: Callable[..., Any], source: str, **options: Any) -> Any:

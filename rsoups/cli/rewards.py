@@ -49,7 +49,7 @@ def score(
         trust_remote_code: Run Python code that comes with the model.
     """
     from rsoups.rewards.classifier import Reward
-    from rsoups.rewards.functions import columns_read
+    from rsoups.rewards.interface import columns_read
     from rsoups.rewards.judge import Judge
     from rsoups.rewards.load import load_reward
 
@@ -110,7 +110,7 @@ def probe(
         out: JSON file for the figures.
     """
     from rsoups.data.prompts import template_kwargs
-    from rsoups.rewards.functions import check_columns, columns_read
+    from rsoups.rewards.interface import check_columns, columns_read
     from rsoups.rewards.judge import Judge
     from rsoups.rewards.load import load_reward
     from rsoups.rewards.probing import probe as probed
@@ -195,7 +195,7 @@ def preview(
     from rsoups.data.prompts import template_kwargs
     from rsoups.data.tasks import columns_of
     from rsoups.generation.decoding import encode
-    from rsoups.rewards.functions import check_columns, columns_read
+    from rsoups.rewards.interface import check_columns, columns_read
     from rsoups.rewards.load import load_reward
 
     found_task = _task(task, dataset, template)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from rsoups.common.errors import AdapterError, DatasetError, RsoupsError, SettingsError
+from rsoups.common.errors import AdapterError, DatasetError, RsoupsError, SettingsError, did_you_mean
 
 _PACKAGE = Path(__file__).parent.parent
 _PREFIX = "rsoups/"
@@ -27,7 +27,9 @@ def resolve(name: str) -> str:
     asset = name.removeprefix(_PREFIX)
     known = sorted(p.name for p in (_PACKAGE / "assets").iterdir() if p.is_dir() and p.name != "cards")
     if asset not in known:
-        raise DatasetError(f"no embedded asset {name!r}; there are {[_PREFIX + k for k in known]}")
+        raise DatasetError(
+            f"no embedded asset {name!r}; there are {[_PREFIX + k for k in known]}.{did_you_mean(asset, known)}"
+        )
     return str(_PACKAGE / "assets" / asset)
 
 

@@ -20,8 +20,9 @@ RsoupsError
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 
 @contextmanager
@@ -32,6 +33,12 @@ def in_one_line() -> Iterator[None]:
     except RsoupsError as error:
         print(f"rsoups: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean ...?" for a misspelled name, with a space before it; nothing if no known name is near."""
+    near = get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class RsoupsError(Exception):

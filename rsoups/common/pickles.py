@@ -125,7 +125,7 @@ def find_pickles(source: str, check: bool = True) -> Pickles:
 def _weights_among(source: str, names: list[str]) -> tuple[list[str], bool]:
     """The pickles of weights among the names of files, and whether an index lists them."""
     pickles = [name for name in names if _is_pickle(name)]
-    usual = [name for name in pickles if name in ("adapter_model.bin", "pytorch_model.bin")]
+    usual: list[str] = [name for name in ("adapter_model.bin", "pytorch_model.bin") if name in pickles]
     if PICKLE_INDEX in names and "adapter_model.bin" not in pickles:
         pickles = [name for name in pickles if re.fullmatch(r"pytorch_model-\d+-of-\d+\.bin", name)]
         if pickles:

@@ -61,8 +61,8 @@ def _problem(details: Any, data: Any) -> str:
         return f"unknown field {field}"
 
     message = details["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    if message.startswith("Input "):  # pydantic's own words
-        message = f"i{message[1:]}"
+    if not message[1:2].isupper():  # but for an acronym
+        message = message[:1].lower() + message[1:]
     if not field and details["type"] == "value_error":
         return message  # about several fields together; their values may be secret, so they are not shown
 

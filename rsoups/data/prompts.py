@@ -1,4 +1,4 @@
-"""Prompts as text or messages: read, shown, shortened."""
+"""Prompts and responses, as texts or messages: read, check and shorten them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def format_prompt(instruction: str, input: str | None = None) -> str:
 
 
 def question_of(prompt: str | list[dict[str, Any]]) -> str:
-    """The part of a policy prompt that a reward model is asked about: the input, or the instruction where there is none.
+    """Return the question of a policy prompt, which reward models read: its input, or its instruction if it has no input.
 
-    A text that is not in the prompt format is its own question; of messages the question is the user's last turn.
+    A text that is not in the prompt format is its own question; the question of messages is the user's last turn.
 
     Raises:
         DatasetError: An empty question (the paper's code looked for an input that its assistant prompts do not have, and
-            scored answers to nothing), or messages as `messages_of` refuses them.
+            scored answers to nothing), or messages that `messages_of` refuses.
     """
     if not isinstance(prompt, str):
         question = _last_turn(messages_of(prompt))
@@ -52,7 +52,7 @@ def question_of(prompt: str | list[dict[str, Any]]) -> str:
 
 
 def _last_turn(messages: list[dict[str, str]]) -> str:
-    """The text of the user's last message, in a conversation that waits for an answer."""
+    """Return the text of the user's last message, in a conversation that waits for an answer."""
     if messages and messages[-1]["role"] == "assistant":
         raise DatasetError(
             f"the prompt {shown(messages)} ends with an assistant's message, so there is nothing to answer: leave it out"
@@ -61,12 +61,12 @@ def _last_turn(messages: list[dict[str, str]]) -> str:
 
 
 def messages_of(value: Any) -> list[dict[str, str]]:
-    """Messages as ``{"role", "content"}`` with one text each.
+    """Return messages as ``{"role", "content"}`` with one text each.
 
-    Text parts of a content are joined, and ShareGPT's turns (``{"from": "human", "value": ...}``) get their roles' usual names.
+    Text parts of a content are joined, and ShareGPT's turns (``{"from": "human", "value": ...}``) get the usual names of roles.
 
     Raises:
-        DatasetError: No list of messages, an unknown role, or a content that is not a text or parts of text.
+        DatasetError: Not a list of messages, an unknown role, or a content that is not a text or parts of text.
     """
     if not isinstance(value, (list, tuple)):
         raise DatasetError(f"a prompt is a text or a list of messages, not {type(value).__name__}: {shown(value)}")
@@ -92,34 +92,34 @@ def _message(value: Any) -> dict[str, str]:
 
 
 def _part(part: Any) -> str | None:
-    """The text of one part of a content; None of an image and the like."""
+    """Return the text of one part of a content; None for an image and the like."""
     if isinstance(part, Mapping) and str(part.get("type", "text")).endswith("text"):
         part = part.get("text")
     return part if isinstance(part, str) else None
 
 
 def template_kwargs(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Variables of a chat template (``enable_thinking``, say), of a JSON object or as they are; none where none are given.
+    """Return the variables of a chat template (``enable_thinking``, say), from a JSON object or a mapping.
 
     Raises:
         DatasetError: Not an object.
     """
     try:
-        found = json.loads(given) if isinstance(given, str) else given or {}
+        variables = json.loads(given) if isinstance(given, str) else given or {}
     except ValueError:
-        found = None
-    if not isinstance(found, Mapping):
+        variables = None
+    if not isinstance(variables, Mapping):
         raise DatasetError(
             f'chat_template_kwargs is {given!r}, must be a JSON object such as {{"enable_thinking": false}}'
         )
-    return dict(found)
+    return dict(variables)
 
 
 def prompt_of(value: Any) -> str | list[dict[str, str]]:
-    """A dataset's prompt, checked: a text as it is, or messages as `messages_of` gives them.
+    """Return a dataset's prompt, checked: a text unchanged, or messages as `messages_of` returns them.
 
     Raises:
-        DatasetError: Neither of them, or one that asks nothing.
+        DatasetError: Neither of them, or a prompt with an empty question.
     """
     prompt = value if isinstance(value, str) else messages_of(value)
     question_of(prompt)
@@ -127,9 +127,9 @@ def prompt_of(value: Any) -> str | list[dict[str, str]]:
 
 
 def pair_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Question, chosen and rejected response of a preference pair, texts or messages.
+    """Return the question, the chosen and the rejected response of a preference pair, texts or messages.
 
-    The prompt may be a column of its own, or what both conversations begin with.
+    The prompt may be a column of its own, or the beginning of both conversations.
 
     Raises:
         DatasetError: A column is missing, or the two are not answers to one question.
@@ -154,29 +154,52 @@ def pair_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def shown(value: Any) -> str:
-    """A value for an error message, shortened."""
+    """Return a value for an error message, shortened."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def response_start(prompt: str | list[dict[str, Any]]) -> str:
-    """What a policy prompt already holds of the response: the text after its last ``### Response:``, if any."""
+    """Return the words of the response that a policy prompt already holds: the text after its last ``### Response:``."""
     if not isinstance(prompt, str):
         return ""
     marker = _RESPONSE.strip()
     return prompt.rpartition(marker)[2].strip() if marker in prompt else ""
 
 
+def whole_response(prompt: Any, completion: Any, tokenizer: Any = None, ids: list[int] | None = None) -> str:
+    """Return a response as text, with the words of it that the prompt already holds.
+
+    Args:
+        prompt: Text or messages.
+        completion: Text, or messages, of which the last one is the response.
+        tokenizer: The policy's tokenizer, which says whether the prompt's last word goes on; a space comes between if None.
+        ids: Tokens of the completion; needed with `tokenizer`.
+    """
+    if isinstance(completion, list):
+        return messages_of(completion)[-1]["content"]
+    start = response_start(prompt)
+    if not start:
+        return str(completion)
+    if tokenizer is None or ids is None:
+        return f"{start} {completion}"
+
+    started = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    before, after = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (started, [*started, *ids]))
+    return start + after[len(before) :]
+
+
 def with_prefixes(
     rows: list[dict[str, Any]], tokenize: Callable[[str], list[int]], decode: Callable[[list[int]], str], shortest: int,
     longest: int, seed: int,
 ) -> list[str]:  # fmt: skip
-    """Prompts followed by the first tokens of a reference response, as the paper trains with.
+    """Return prompts followed by the first tokens of a reference response, as the paper trains with.
 
     Args:
-        rows: ``{"prompt", "references"}``; one without references keeps its prompt.
-        tokenize, decode: Of the policy's tokenizer, without special tokens.
-        shortest, longest: Tokens; how many is drawn for each row from `seed` and its place.
+        rows: Rows ``{"prompt", "references"}``; the prompt of a row without references stays as it is.
+        tokenize, decode: Functions of the policy's tokenizer, without special tokens.
+        shortest, longest: Bounds of the number of tokens, which is drawn for each row from `seed` and the row's place.
+        seed: Seed of the draws.
 
     Raises:
         DatasetError: A prompt of messages: a chat template has no place for the beginning of an answer.
@@ -197,7 +220,7 @@ def with_prefixes(
 
 
 def first_sentence(text: str) -> str:
-    """The text up to and with its first full stop, question or exclamation mark (all of it where there is none)."""
+    """Return the text up to its first full stop, question or exclamation mark (the whole text if it has none)."""
     text = one_line(text)
     end = _SENTENCE_END.search(text)
     return text[: end.end()] if end else text
@@ -208,13 +231,13 @@ def one_line(text: str) -> str:
 
 
 def fit_prompts(prompts: list[_T], lengths: list[int], longest: int, policy: str) -> list[_T]:
-    """Prompts that leave room for a response in the model's context.
+    """Return the prompts that leave room for a response in the model's context.
 
     Args:
         prompts: Texts, or rows that hold them.
-        lengths: Tokens of each prompt.
-        longest: Tokens that a prompt may have.
-        policy: ``"refuse"`` prompts that are longer, or ``"drop"`` them.
+        lengths: Number of tokens of each prompt.
+        longest: Number of tokens that a prompt may have.
+        policy: ``"refuse"`` longer prompts, or ``"drop"`` them.
 
     Raises:
         DatasetError: Some are longer and the policy is to refuse, or none is left.
@@ -223,7 +246,7 @@ def fit_prompts(prompts: list[_T], lengths: list[int], longest: int, policy: str
     over = len(prompts) - len(kept)
     if over and policy == "refuse":
         raise DatasetError(
-            f"{over} of {len(prompts)} prompts are longer than {longest} tokens (the longest: {max(lengths)}), which is what "
+            f"{over} of {len(prompts)} prompts are longer than {longest} tokens (the longest: {max(lengths)}), the room that "
             "the context leaves beside a response: --long_prompts drop leaves them out"
         )
     if not kept:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rsoups.common.errors import DatasetError
+from rsoups.common.errors import DatasetError, did_you_mean
 from rsoups.data.prompts import first_sentence, format_prompt, messages_of, one_line, prompt_of, shown
 
 _FIELD = re.compile(r"\{(\w+)\}")  # in templates
@@ -25,17 +25,17 @@ class Task:
     """One kind of prompt.
 
     Attributes:
-        name: What ``--task`` calls it.
+        name: Name for ``--task``.
         dataset: Default data: a Hub id, or ``rsoups/...`` for the embedded prompts.
-        folders: Folder of the Hub dataset that holds "train" and "test", where they are not told apart by file names.
+        columns: Names of the columns that a dataset must have.
+        prompt: Function of a row: its policy prompt, or None where the paper filters the row out.
+        references: Function of a row: its reference responses (empty where the data has none).
+        cut: Function of a response: the part of it that rewards see.
+        key: Function of a row: a value that may occur only once; None where every row counts.
+        folders: Folders of the Hub dataset that hold "train" and "test", where file names do not separate them.
         revision: Branch or commit of the Hub dataset; its main branch if None.
-        splits: What the dataset calls "train" and "test", where it has other names (or, as for news, the paper swaps them).
-        most: Rows at most of each split, after the filters; None for all.
-        key: Row -> what may occur once only; None where every row counts.
-        columns: The columns that a dataset must have.
-        prompt: Row -> policy prompt, or None where the paper filters the row out.
-        references: Row -> reference responses (empty where the data has none).
-        cut: Response -> the part of it that rewards see.
+        splits: The dataset's names of "train" and "test", where they differ (or, as for news, the paper swaps them).
+        most: Largest number of rows of each split, after the filters; None for all.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Task:
     def rows(
         self, dataset: Iterable[dict[str, Any]], most: int | None = None, kept: Collection[str] = ()
     ) -> list[dict[str, Any]]:
-        """Rows of a dataset as ``{"prompt": str, "references": list[str]}``; filtered rows are left out.
+        """Return rows of a dataset as ``{"prompt": str, "references": list[str]}``; filtered rows are left out.
 
         Args:
-            dataset: Rows.
-            most: How many to return at most; the rest is not read.
-            kept: Further columns of the dataset to keep as they are, where it has them.
+            dataset: Rows of the dataset.
+            most: Number of rows to return at most; further ones are not read.
+            kept: Names of further columns to keep, where the dataset has them.
 
         Raises:
             DatasetError: A column is missing (those present are listed), or no row is left.
@@ -72,6 +72,7 @@ class Task:
             key = self.key(row) if self.key else None
             if key is not None and key in seen:
                 continue
+
             try:
                 prompt = self.prompt(row)
                 references = [] if prompt is None else self.references(row)
@@ -80,9 +81,11 @@ class Task:
             if prompt is None:
                 filtered += 1
                 continue
+
             seen.add(key)
             further = {name: row[name] for name in kept if name in row}
             out.append(further | {"prompt": prompt, "references": [text for text in references if text]})
+
         if not out:
             raise DatasetError(f"the dataset holds no row that task {self.name!r} can use")
         if filtered and self.name == "custom":  # the paper's tasks filter by design
@@ -100,13 +103,13 @@ class Task:
 
 
 def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rows of a task as columns, None where a row lacks one; without ``references`` where no row has any."""
+    """Return rows of a task as columns, None where a row lacks one; without ``references`` where no row has any."""
     names = dict.fromkeys(name for row in rows for name in row if name != "references" or row[name])
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def find_task(name: str, dataset: str | None = None, template: str | None = None) -> Task:
-    """One of `TASKS` by its name; ``custom`` is `custom_task`.
+    """Return one of `TASKS` by its name; ``custom`` is `custom_task`.
 
     Raises:
         DatasetError: No such task, or a custom one without a dataset.
@@ -114,18 +117,22 @@ def find_task(name: str, dataset: str | None = None, template: str | None = None
     if name in TASKS:
         return TASKS[name]
     if name != "custom" or not dataset:
-        raise DatasetError(f"--task is one of {[*TASKS, 'custom']}, and custom needs a --dataset; got {name!r}")
+        known = [*TASKS, "custom"]
+        raise DatasetError(
+            f"--task is one of {known}, and custom needs a --dataset; got {name!r}.{did_you_mean(name, known)}"
+        )
     return custom_task(dataset, template)
 
 
 def custom_task(dataset: str, template: str | None = None) -> Task:
-    """A task of the user's own: any dataset with a ``prompt``, or with the columns that a template names.
+    """Return a task of the user's own: any dataset with a ``prompt``, or with the columns that a template names.
+
+    References come from a column ``references`` (texts), ``reference`` or ``response``, where there is one.
 
     Args:
         dataset: Hub id, folder or file.
-        template: Such as ``"Summarize in one sentence: {article}"``; the ``prompt`` column as it is by default: a text, or
-            messages ``[{"role", "content"}, ...]`` for a model with a chat template. References are taken from a column
-            ``references`` (texts), ``reference`` or ``response``, where there is one.
+        template: Template such as ``"Summarize in one sentence: {article}"``; if None, the ``prompt`` column is the prompt: a
+            text, or messages ``[{"role", "content"}, ...]`` for a model with a chat template.
 
     Raises:
         DatasetError: A template that names no column.
@@ -151,9 +158,9 @@ def _is_empty(value: Any) -> bool:
 
 
 def _own_references(row: dict[str, Any]) -> list[str]:
-    """Reference responses of a custom task: the texts, or the last message's, of the first such column that has any.
+    """Return a custom task's references: the texts, or the last message, of the first such column that has any.
 
-    A column ``reference`` or ``response`` of other values is a column for rewards to read, and no reference.
+    A column ``reference`` or ``response`` of other values is no reference; rewards may read it.
     """
     for name in ("references", "reference", "response"):
         if _is_empty(value := row.get(name)):
@@ -186,12 +193,12 @@ _SUMMARIZE = "Generate a one-sentence summary of this post."
 
 
 def _between(text: Any, least: int, most: float) -> bool:
-    """Whether it is a text of a length within these bounds, which the paper excludes."""
+    """Whether this is a text, and its length is between these bounds (which the paper excludes)."""
     return isinstance(text, str) and least < len(text) < most
 
 
 def _news_article(row: dict[str, Any]) -> str:
-    """The text after the agency's mark."""
+    """Return the text after the agency's mark."""
     return row["text"].rpartition("(Reuters) -")[2].strip()
 
 

@@ -1,4 +1,4 @@
-"""What adapters were trained on, as their manifests tell it: which prompts, read through which chat template.
+"""The prompts and the chat template that adapters were trained with, as their manifests record them.
 
 A manifest has a mark of each training prompt, some bytes of its hash: enough to find a prompt again, too little to read it.
 """
@@ -17,15 +17,15 @@ from rsoups.adapters.lineage import Manifest, manifest_of, parents_of, pinned
 from rsoups.common.errors import DatasetError, HubError, LineageError
 from rsoups.data.prompts import messages_of, response_start
 
-_BYTES = 5  # of a mark: two of a million prompts are taken for each other once in a million million pairs
-_MOST = 50_000  # marks of one manifest, 330 kB; of more prompts an even share is kept
-_RECIPES = ("ppo", "grpo", "rloo")  # kinds of manifests that tell of a chat template
+_BYTES = 5  # of a mark: two prompts have the same one once in a million million pairs
+_MOST = 50_000  # marks of one manifest, 330 kB
+_RECIPES = ("ppo", "grpo", "rloo")  # kinds of manifests that record a chat template
 
 logger = logging.getLogger(__name__)
 
 
 def prompt_marks(prompts: Iterable[Any]) -> dict[str, Any]:
-    """Marks of prompts for a manifest: ``{"one_in", "base64"}``; of very many prompts an even share is kept, one in so many."""
+    """Return marks of prompts for a manifest, ``{"one_in", "base64"}``: of very many prompts one in `one_in`."""
     marks = sorted({_mark(prompt) for prompt in prompts})
     one_in = -(-len(marks) // _MOST) or 1
     kept = [mark for mark in marks if int.from_bytes(mark, "big") % one_in == 0]
@@ -33,7 +33,7 @@ def prompt_marks(prompts: Iterable[Any]) -> dict[str, Any]:
 
 
 def _mark(prompt: Any) -> bytes:
-    """A prompt's mark, whatever spaces are in it and whichever words of a response it begins (``--prefix_tokens``)."""
+    """Return a prompt's mark, which ignores spaces and the words of a response that it begins (``--prefix_tokens``)."""
     if isinstance(prompt, str):
         start = response_start(prompt)
         text: Any = " ".join(prompt.removesuffix(start).split() if start else prompt.split())
@@ -43,27 +43,29 @@ def _mark(prompt: Any) -> bytes:
 
 
 def manifests_of(adapter: Adapter) -> list[Manifest]:
-    """The manifest of an adapter and those of all that it was made from; none where it has none of its own weights."""
+    """Return the manifests of an adapter and of its ancestors; none if its own is missing or describes other weights."""
     try:
         manifest = manifest_of(pinned(str(adapter.source), adapter.revision))
     except (HubError, LineageError) as error:
-        logger.warning("the lineage of %s is not known: %s", adapter.source, error)
+        logger.warning("the lineage of %s cannot be read: %s", adapter.source, error)
         return []
     if manifest is None or manifest.get("sha256") not in (None, adapter.sha256):
         return []
-    found = [manifest, *manifest["history"].values()]
-    return found + [below for one in found if (below := (one.get("base") or {}).get("lineage"))]
+
+    manifests = [manifest, *manifest["history"].values()]
+    of_bases = [(one.get("base") or {}).get("lineage") for one in manifests]
+    return manifests + [lineage for lineage in of_bases if lineage]
 
 
 def check_trained(
     manifests: Mapping[str, Sequence[Manifest]], prompts: Sequence[Any], allowed: bool = False
 ) -> dict[str, int]:
-    """How many of some prompts each of some adapters was trained on, as far as manifests tell.
+    """Return by adapter how many of some prompts it was trained on, as far as manifests record it.
 
     Args:
-        manifests: By the adapters' names, as of `manifests_of`.
+        manifests: Manifests by the adapters' names, as `manifests_of` returns them.
         prompts: Texts or messages.
-        allowed: Return the numbers where there are such prompts.
+        allowed: Do not refuse such prompts.
 
     Raises:
         DatasetError: There are such prompts, and they are not allowed.
@@ -73,46 +75,47 @@ def check_trained(
     counts = {name: sum(mark in known for mark in marks) for name, known in seen.items()}
     counts = {name: count for name, count in counts.items() if count}
     if counts and not allowed:
-        told = ", ".join(f"{name} on {count}" for name, count in counts.items())
+        numbers = ", ".join(f"{name} on {count}" for name, count in counts.items())
         raise DatasetError(
-            f"of {len(prompts)} prompts, {told} were trained on: rewards there say nothing of other prompts. Take other "
+            f"of {len(prompts)} prompts, {numbers} were trained on: rewards there say nothing about other prompts. Take other "
             "prompts, such as the test split of the same dataset, or pass allow_trained_prompts, and the report says so"
         )
     return counts
 
 
 def _marks_of(manifest: Manifest) -> set[bytes]:
-    """The marks of a manifest, which may come from anyone."""
-    told = (manifest.get("data") or {}).get("prompt_marks")
+    """Return the marks of a manifest; none if they are malformed, as a manifest may come from anyone."""
+    recorded = (manifest.get("data") or {}).get("prompt_marks")
     try:
-        found = base64.b64decode(told["base64"] if isinstance(told, dict) else "", validate=True)
+        marks = base64.b64decode(recorded["base64"] if isinstance(recorded, dict) else "", validate=True)
     except (TypeError, KeyError, ValueError):  # binascii.Error is a ValueError
         return set()
-    return {found[place : place + _BYTES] for place in range(0, len(found), _BYTES)}
+    return {marks[place : place + _BYTES] for place in range(0, len(marks), _BYTES)}
 
 
 def chat_template_of(manifests: Mapping[str, Sequence[Manifest]]) -> dict[str, Any]:
-    """The variables of the chat template that adapters were trained with; none where no manifest tells of any.
+    """Return the variables of the chat template that adapters were trained with; none if no manifest records any.
 
     Raises:
         DatasetError: They were trained with different ones.
     """
-    told: dict[str, dict[str, Any]] = {}
-    for name, found in manifests.items():
-        for number, manifest in enumerate(_runs(found), 1):
-            settings = (manifest.get("config") or {}).get("chat_template_kwargs")
-            told[f"{name}, ingredient {number}" if "ingredients" in found[0] else name] = (
-                settings if isinstance(settings, dict) else {}
-            )
+    variables: dict[str, dict[str, Any]] = {}
+    for name, history in manifests.items():
+        for number, manifest in enumerate(_runs(history), 1):
+            recorded = (manifest.get("config") or {}).get("chat_template_kwargs")
+            key = f"{name}, ingredient {number}" if "ingredients" in history[0] else name
+            variables[key] = recorded if isinstance(recorded, dict) else {}
 
-    different = {json.dumps(settings, sort_keys=True) for settings in told.values()}
+    different = {json.dumps(each, sort_keys=True) for each in variables.values()}
     if len(different) > 1:
-        raise DatasetError(f"the adapters were trained with different chat_template_kwargs, {told}: say which to use")
-    return dict(next(iter(told.values()), {}))
+        raise DatasetError(
+            f"the adapters were trained with different chat_template_kwargs, {variables}: pass those to use"
+        )
+    return dict(next(iter(variables.values()), {}))
 
 
 def _runs(manifests: Sequence[Manifest]) -> list[Manifest]:
-    """The runs that an adapter comes from: its own, or those of a soup's ingredients."""
+    """Return the manifests of the runs that made an adapter: its own, or those of a soup's ingredients."""
     runs = list(manifests[:1])
     if runs and "ingredients" in runs[0]:
         hashes = {str(parent["sha256"]) for parent in parents_of(runs[0])}

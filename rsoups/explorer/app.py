@@ -1,4 +1,4 @@
-"""The explorer: a sweep on a page of one's own machine. Choose λ, read what it writes, vote blind, save or publish the soup.
+"""The explorer: a sweep on a local page. Choose λ, read the responses, vote blind, save or publish the soup.
 
 rsoups explore runs/demo
 """
@@ -12,14 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rsoups.common.assets import asset
+from rsoups.common.assets import asset, need
 from rsoups.common.errors import RsoupsError
 from rsoups.explorer.sweep_folder import SweepFolder
 from rsoups.explorer.tasting import Tasting
 from rsoups.soups.live import LiveSoup
 
 _LOOPBACK = ["127.0.0.1", "localhost"]
-# Scripts and styles of Gradio are inline and build functions from text; nothing may come from, or go to, elsewhere.
+_BLUE, _DARK_BLUE = "#0072b2", "#005a8d"
+_OFF = ("share", "ssr_mode", "pwa", "mcp_server", "enable_monitoring", "run_history")  # features of Gradio's launch
+# Gradio's scripts and styles are inline and evaluate text; the browser loads nothing from elsewhere and sends nothing there.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; base-uri 'self'; form-action 'self'"
 
 
@@ -35,38 +37,35 @@ def explore(
 ) -> None:
     """Serve the explorer of a sweep until interrupted.
 
-    The page loads nothing from elsewhere and sends nothing elsewhere. Votes are appended to votes.jsonl in the folder, soups
-    are saved in its soups.
+    The page loads nothing from elsewhere and sends nothing there. Votes are appended to votes.jsonl in the folder; soups are
+    saved in its folder soups.
 
     Args:
-        folder: Of a sweep: records.jsonl, and what `SweepFolder.read` finds from there.
-        base: The sweep's by default.
-        adapters: By name, the sweep's by default.
+        folder: Folder of a sweep, as in `SweepFolder.read`.
+        base: Base; the sweep's by default.
+        adapters: Ingredients by name; the sweep's by default.
         allow_base_mismatch: Accept ingredients that name other bases.
         host: Address to listen on.
-        port: The first free one from 7860 by default.
-        publish: Offer saving and publishing. Not for pages that strangers reach: they act with this machine's disk and its
-            Hub token.
+        port: Port; the first free one from 7860 by default.
+        publish: Offer saving and publishing. Not for pages that strangers reach: both use this machine's disk and Hub token.
 
     Raises:
-        FrontError, AdapterError: As `SweepFolder.read`.
-        RsoupsError: Gradio is not installed, or the address or the port cannot be had.
+        SettingsError: Gradio or another package of the app is not installed.
+        FrontError, AdapterError: As in `SweepFolder.read`.
+        RsoupsError: The address or the port cannot be used.
     """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
-    try:
-        from rsoups.explorer.page import Page
-    except ModuleNotFoundError as error:
-        raise RsoupsError(f"the explorer needs {error.name}: pip install 'rsoups[app]'") from None
+    need("gradio", "app")
+    need("sklearn", "app")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported
+    from rsoups.explorer.page import Page
+
     if port is not None:
         _check_port(host, port)
-    found = SweepFolder.read(folder, base=base, adapters=adapters, allow_base_mismatch=allow_base_mismatch)
-    live = LiveSoup.from_pretrained(
-        found.base, found.adapters, method=found.method, allow_base_mismatch=found.base_mismatch
-    )
-    page = Page(Tasting(found, live), publish).blocks
+    sweep = SweepFolder.read(folder, base=base, adapters=adapters, allow_base_mismatch=allow_base_mismatch)
+    live = LiveSoup.from_pretrained(sweep.base, sweep.adapters, sweep.method, allow_base_mismatch=sweep.base_mismatch)
+    page = Page(Tasting(sweep, live), publish).blocks
     if publish and host not in _LOOPBACK:
-        words = "is not this machine alone: whoever reaches it can save soups, and publish them with your token"
-        print(f"rsoups: {host} {words}", file=sys.stderr)
+        print(f"rsoups: everyone who reaches {host} can save soups, and publish them with your token", file=sys.stderr)
     try:
         _, url, _ = page.launch(server_name=host, server_port=port, **_launch_settings(host))
     except OSError:
@@ -78,9 +77,8 @@ def explore(
 def _check_port(host: str, port: int) -> None:
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # as the server does: no wait after the last one
+            # As the server does, so that a port can be used again at once.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except (OSError, OverflowError) as error:
         raise RsoupsError(f"cannot listen on {host}, port {port} ({error}): choose another --port") from None
@@ -92,20 +90,15 @@ def _launch_settings(host: str) -> dict[str, Any]:
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     middleware = [Middleware(_Headers)]
-    if host in _LOOPBACK:  # another name, which someone's DNS leads here, is refused
+    if host in _LOOPBACK:  # refuse other names, which somebody's DNS may point here
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK))
     return {
         "quiet": True,
         "prevent_thread_lock": True,
-        "share": False,
-        "ssr_mode": False,
-        "pwa": False,
-        "mcp_server": False,
-        "enable_monitoring": False,
-        "run_history": False,
+        **dict.fromkeys(_OFF, False),
         "footer_links": [],
         "allowed_paths": [],
-        "max_file_size": 1,  # byte: nothing is uploaded
+        "max_file_size": 1,  # byte, against uploads
         "app_kwargs": {"middleware": middleware},
         "css": asset("explorer.css"),
         "theme": gr.themes.Base(
@@ -115,18 +108,18 @@ def _launch_settings(host: str) -> dict[str, Any]:
             font=["system-ui", "sans-serif"],
             font_mono=["ui-monospace", "monospace"],
         ).set(
-            slider_color="#0072b2",
+            slider_color=_BLUE,
             slider_color_dark="#56b4e9",
-            button_primary_background_fill="#0072b2",
-            button_primary_background_fill_hover="#005a8d",
-            button_primary_background_fill_dark="#0072b2",
-            button_primary_background_fill_hover_dark="#005a8d",
+            button_primary_background_fill=_BLUE,
+            button_primary_background_fill_hover=_DARK_BLUE,
+            button_primary_background_fill_dark=_BLUE,
+            button_primary_background_fill_hover_dark=_DARK_BLUE,
         ),
     }
 
 
 class _Headers:
-    """Tells the browser, on every answer, to keep to this server."""
+    """Middleware that tells the browser to use this server only."""
 
     def __init__(self, app: Any):
         self._app = app

@@ -1,4 +1,4 @@
-"""The explorer as a folder that runs as a Hugging Face Space: app, requirements, card, records and ingredients."""
+"""Write the explorer as a Hugging Face Space: a folder with app, requirements, card, records and ingredients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from rsoups.common.errors import AdapterError, OutputError
 from rsoups.common.files import whole_folder
 from rsoups.explorer.sweep_folder import RECORDS, SweepFolder
 from rsoups.soups.interpolation import interpolate
-from rsoups.soups.soup import Soup
 
 _APP = '''"""The explorer of a sweep, as a Hugging Face Space. Written by `rsoups explore --export`."""
 
@@ -25,11 +24,12 @@ from pathlib import Path
 
 import rsoups
 
-# Strangers may read and vote; what acts with a disk or a token is not offered to them.
+# Strangers may read and vote, but neither save nor publish: that uses a disk and a token.
 rsoups.explore(Path(__file__).parent, host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), publish=False)
 '''
 _PINNED = ("torch", "transformers", "peft")
-_KEPT = ("temperature", "max_new_tokens", "seed")  # of the sweep's settings; others tell of this machine's folders
+# Settings that a Space needs; others name this machine's folders.
+_PUBLIC = ("temperature", "max_new_tokens", "seed", "chat_template_kwargs")
 
 
 def write_space(
@@ -40,68 +40,69 @@ def write_space(
     adapters: Mapping[str, str] | None = None,
     allow_base_mismatch: bool = False,
 ) -> None:
-    """Write the explorer of a sweep as a Space. ``hf upload user/name OUT . --repo-type space`` publishes it.
+    """Write the explorer of a sweep as a Space; ``hf upload user/name OUT . --repo-type space`` publishes it.
 
-    Ingredients that are folders are copied (weights and config, nothing of their training); those on the Hub are named.
+    Ingredients in folders are copied (weights and config, nothing of their training); ingredients on the Hub are named.
 
     Args:
-        folder: Of a sweep, as `explore` takes it.
-        out: A new folder.
-        base: The sweep's by default: embedded, or on the Hub.
-        adapters: By name, the sweep's by default.
+        folder: Folder of a sweep, as in `explore`.
+        out: New folder.
+        base: Base, embedded or on the Hub; the sweep's by default.
+        adapters: Ingredients by name; the sweep's by default.
         allow_base_mismatch: Accept ingredients that name other bases.
 
     Raises:
-        FrontError: As `SweepFolder.read`.
-        AdapterError: Also for a base that only this machine has.
-        OutputError: `out` is there already, or cannot be written.
+        FrontError: As in `SweepFolder.read`.
+        AdapterError: As in `SweepFolder.read`; the base is a folder on this machine.
+        OutputError: `out` exists already, or cannot be written.
     """
-    found = SweepFolder.read(folder, base=base, adapters=adapters, allow_base_mismatch=allow_base_mismatch)
+    sweep = SweepFolder.read(folder, base=base, adapters=adapters, allow_base_mismatch=allow_base_mismatch)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} is there already: choose a new folder")
-    if _is_local(found.base):
-        raise AdapterError(f"the base {found.base!r} is a folder here: publish it, and say --base user/name")
-    renamed = _check_base(found)
+    if _is_local(sweep.base):
+        raise AdapterError(f"the base {sweep.base!r} is a folder here: publish it, and say --base user/name")
+    renamed = _check_base(sweep)
+
     with whole_folder(out, RECORDS) as partial:
         sources = {
-            name: _copied(partial, number, name, found) if _is_local(source) else source
-            for number, (name, source) in enumerate(found.sources.items(), 1)
+            name: _copied(partial, number, name, sweep) if _is_local(source) else source
+            for number, (name, source) in enumerate(sweep.sources.items(), 1)
         }
-        shutil.copyfile(found.records, partial / RECORDS)
-        settings = {key: found.settings[key] for key in _KEPT if key in found.settings}
-        settings |= {"base": found.base, "adapters": sources, "base_mismatch_allowed": found.base_mismatch or renamed}
+        shutil.copyfile(sweep.records, partial / RECORDS)
+        settings = {name: getattr(sweep.settings, name) for name in _PUBLIC}
+        settings |= {"base": sweep.base, "adapters": sources, "base_mismatch_allowed": sweep.base_mismatch or renamed}
         (partial / RECORDS).with_suffix(".settings.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         (partial / "app.py").write_text(_APP, "utf-8")
         (partial / "requirements.txt").write_text(_requirements(), "utf-8")
-        (partial / "README.md").write_text(_card(found, sources), "utf-8")
+        (partial / "README.md").write_text(_card(sweep, sources), "utf-8")
 
 
-def _check_base(found: SweepFolder) -> bool:
-    """Whether ingredients tell another name of the base: one that is not on the Hub, where it is published under a name now.
+def _check_base(sweep: SweepFolder) -> bool:
+    """Whether ingredients name the base otherwise: by a folder, from before the base was published.
 
     Raises:
-        AdapterError: Ingredients of another base.
+        AdapterError: Ingredients name another base on the Hub.
     """
-    named = [(adapter.source, adapter.config) for adapter in found.adapters.values()]
-    hubs = [(source, config) for source, config in named if is_on_hub(config.base_model_name_or_path)]
-    check_base(hubs, found.base, found.base_mismatch)
-    return any(not same_base(config.base_model_name_or_path, found.base) for _, config in named)
+    sources = [(adapter.source, adapter.config) for adapter in sweep.adapters.values()]
+    on_hub = [(source, config) for source, config in sources if is_on_hub(config.base_model_name_or_path)]
+    check_base(on_hub, sweep.base, sweep.base_mismatch)
+    return any(not same_base(config.base_model_name_or_path, sweep.base) for _, config in sources)
 
 
 def _is_local(source: str) -> bool:
     return Path(source).expanduser().exists() or source.startswith(("/", ".", "~"))
 
 
-def _copied(partial: Path, number: int, name: str, found: SweepFolder) -> str:
+def _copied(partial: Path, number: int, name: str, sweep: SweepFolder) -> str:
+    """Copy an ingredient. Returns its folder within the Space."""
     slug = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")
     inside = f"adapters/{number}-{slug}"
-    # By its whole path, of which the lineage keeps the last part only.
-    adapter: Adapter = read_adapter(Path(found.sources[name]).expanduser().resolve())
+    # An absolute path, of which the lineage records the last part only.
+    adapter: Adapter = read_adapter(Path(sweep.sources[name]).expanduser().resolve())
     alone = interpolate({name: adapter}, [1.0])
-    assert isinstance(alone, Soup)
     if _is_local(alone.config.base_model_name_or_path or "."):
-        alone.config.base_model_name_or_path = found.base
+        alone.config.base_model_name_or_path = sweep.base
     alone.save_pretrained(partial / inside)
     return inside
 
@@ -113,11 +114,11 @@ def _requirements() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _card(found: SweepFolder, sources: Mapping[str, str]) -> str:
+def _card(sweep: SweepFolder, sources: Mapping[str, str]) -> str:
     from huggingface_hub import SpaceCardData
 
-    names = ", ".join(found.front.rewards)
-    models = [source for source in (found.base, *sources.values()) if _is_on_hub(source)]
+    names = ", ".join(sweep.front.rewards)
+    models = [source for source in (sweep.base, *sources.values()) if _is_on_hub(source)]
     more: dict[str, Any] = {"emoji": "🍲", "colorFrom": "blue", "colorTo": "indigo", "pinned": False}
     data = SpaceCardData(
         title=f"Rewarded soups: {names}",
@@ -136,11 +137,11 @@ def _card(found: SweepFolder, sources: Mapping[str, str]) -> str:
 
 # Rewarded soups: {names}
 
-[Rewarded soups](https://arxiv.org/abs/2306.04488): one LoRA adapter per reward ({", ".join(found.front.ingredients)}) on
-`{found.base}`, interpolated in weight space. Choose λ on the measured front, read what it writes, and vote blind.
+[Rewarded soups](https://arxiv.org/abs/2306.04488): one LoRA adapter per reward ({", ".join(sweep.front.ingredients)}) on
+`{sweep.base}`, interpolated in weight space. Choose λ on the measured front, read its responses, and vote blind.
 
-Made with rsoups {version("rsoups")}. Votes are appended to `votes.jsonl`, which a Space forgets when it restarts, unless it
-has persistent storage.
+Made with rsoups {version("rsoups")}. Votes are appended to `votes.jsonl`, which a Space loses when it restarts, unless it has
+persistent storage.
 """
 
 

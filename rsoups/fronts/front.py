@@ -19,15 +19,7 @@ from rsoups.fronts import selection
 from rsoups.fronts.advantage import Advantage, advantage
 from rsoups.fronts.attainment import attainment_draws, attainment_surfaces
 from rsoups.fronts.comparison import Comparison, check_same_rewards, compared, distance, paired_stacks
-from rsoups.fronts.estimates import (
-    Estimate,
-    Stack,
-    Volume,
-    checked_reference,
-    means_with_draws,
-    pareto_mask,
-    volume_of,
-)
+from rsoups.fronts.estimates import Estimate, Stack, Volume, checked_reference, means_with_draws, pareto_mask, volume_of
 from rsoups.fronts.notes import notes_of, settings_beside, trained_on_of, trained_prompts_of
 from rsoups.fronts.points import BASE, Choice, Point, estimates_of, values_of
 from rsoups.fronts.reading import Points, read_records, read_table
@@ -46,11 +38,9 @@ class Front:
     Attributes:
         points: Models in the order of the records.
         rewards: Names of the rewards, sorted.
-        prompts: Prompts, sorted; messages as JSON. Empty for a front from a table, which has means only and no intervals of
-            its own.
+        prompts: Prompts, sorted; messages as JSON. Empty for a front from a table, which has means only.
         shares: Share of each prompt in each bootstrap draw, shape (draws, prompts); None without prompts to resample.
-        trained_on: Rewards and weights that each ingredient or other model was trained on, as the sweep read them in
-            ``lineage.json``.
+        trained_on: Rewards and weights that each ingredient or other model was trained on, from its ``lineage.json``.
         trained_prompts: Number of the prompts that each of these was trained on, if any.
     """
 
@@ -85,8 +75,8 @@ class Front:
             seed: Seed of the bootstrap.
 
         Raises:
-            FrontError: No records, a record without a field, a reward that is not finite (the record is named), soups of
-                other ingredients, or models that were not evaluated on the same prompts by the same rewards.
+            FrontError: No records, a wrong record (which is named), soups of other ingredients, or models that were not
+                evaluated on the same prompts by the same rewards.
         """
         return cls(read_records(records, seed))
 
@@ -100,11 +90,10 @@ class Front:
             rewards: Names of the reward columns; all remaining columns by default.
 
         Returns:
-            A front of means without prompts. Intervals are those of the file; figures made of the means have none.
+            A front of means without prompts: intervals are those of the file.
 
         Raises:
-            FrontError: No such file, no rows, no reward column, two rows of one name and λ, or a cell that is not a finite
-                number (row and column are named).
+            FrontError: No such file, no rows, no reward column, two rows of one name and λ, or a cell that is not a number.
         """
         return cls(read_table(path, rewards))
 
@@ -263,7 +252,7 @@ class Front:
             raise FrontError(
                 f"soups are compared with MORL runs here; there are {labels}: evaluate soups and MORL runs"
             )
-        others += list(self.ends.values()) if with_ends else []
+        others = others + list(self.ends.values()) if with_ends else others
         return advantage(
             values_of(self.soups),
             values_of(others),
@@ -336,15 +325,12 @@ class Front:
     ) -> Choice:
         """Choose λ by one rule among the evaluated soups (among all points of a front without soups).
 
-        If the base was evaluated, the choice also says in which rewards it is not above the base.
-
         Args:
             preference: Weights μ by reward: the largest Σ μi·Ri, of the rewards as they are (recipes/calibrate.py makes
                 unlike scales comparable).
             maximize: A reward: the point with the most of it ...
             subject_to: ... among those that keep limits, ``{"harmless": ">= 0.2"}`` or ``["harmless >= 0.2"]``.
-            knee: The Pareto point farthest above the plane through the front's ends: where more of one reward begins to cost
-                more of another.
+            knee: The Pareto point farthest above the plane through the front's ends.
             votes: A votes file, its rows, or the result of `fit_votes`: the λ that voters like best.
             above_base: The points above the base in every reward, with 95% confidence if there are any; of these the one with
                 the largest mean of the rewards, or the largest weighted sum by `preference`.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsoups.common.errors import FrontError
+from rsoups.common.errors import FrontError, did_you_mean
 from rsoups.fronts.estimates import pareto_mask
 from rsoups.fronts.points import Choice, Point
 
@@ -155,7 +155,7 @@ def _normal_of_ends(scaled: NDArray[np.float64]) -> NDArray[np.float64]:
 def _check_names(names: Iterable[str], rewards: Sequence[str]) -> None:
     unknown = [name for name in names if name not in rewards]
     if unknown:
-        raise FrontError(f"no reward {unknown}; there are {list(rewards)}")
+        raise FrontError(f"no reward {unknown}; there are {list(rewards)}.{did_you_mean(unknown[0], rewards)}")
 
 
 def choose_by_weights(front: Front, preference: Mapping[str, float]) -> Choice:

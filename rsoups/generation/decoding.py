@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rsoups.common.errors import DatasetError
 from rsoups.data.prompts import messages_of, shown
-from rsoups.generation.sampling import draw, fast_sampling
+from rsoups.generation.sampling import draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 Prompt = str | list[dict[str, Any]]  # a text, or messages for the tokenizer's chat template
 _DROPPED = 1 / 8  # rows leave a batch when so large a part of it has ended: the cache is copied then
-_RESPONSES = 64  # at a time, of `respond`
 _READ_TOKENS = 1_024  # of a batch, where finished responses are read again: few, for little padding and few logits
 _REMEMBERED = 2**30  # bytes of keys and values of prompts
 _TRIMMED: set[int] = set()  # tokenizers of which it was said
@@ -74,7 +72,6 @@ class Decoder:
         """A response's text, without special tokens."""
         return str(self._tokenizer.decode(said.ids, skip_special_tokens=True))
 
-    @torch.inference_mode()
     def __call__(
         self,
         prompts: Sequence[Sequence[int]],
@@ -83,7 +80,23 @@ class Decoder:
         keep: Callable[[Tensor], None] | None = None,
         models: Sequence[int] | None = None,
     ) -> list[Said]:
-        """Respond.
+        """Respond; arguments as of `steps`."""
+        *_, (chosen, logps) = self.steps(prompts, uniforms, members, keep, models)
+        return [
+            Said([token for token in row if token >= 0], logp)
+            for row, logp in zip(chosen.tolist(), logps.tolist(), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def steps(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Tensor | None = None,
+        members: int = 1,
+        keep: Callable[[Tensor], None] | None = None,
+        models: Sequence[int] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Respond token by token.
 
         Args:
             prompts: Tokens of each of B prompts.
@@ -92,6 +105,9 @@ class Decoder:
                 other, whose next-token distributions are averaged.
             keep: Where rows are of different models: told which of the rows that it had the batch goes on with.
             models: A number for the model of each prompt, where they differ.
+
+        Yields:
+            Tokens (B, max_new_tokens) so far, -1 where there is none, and their Σ log p (B,): the same two tensors each time.
         """
         cache, shared = self._beginning(prompts, members, keep, models)
         ids, mask = self._padded([prompt[shared:] for prompt in prompts])
@@ -109,6 +125,7 @@ class Decoder:
             tokens, logp = self._choose(out.logits[:, -1].float(), own, members)
             chosen[at[going], step] = tokens[going]
             logps[at[going]] += logp[going]
+            yield chosen, logps
             going &= ~torch.isin(tokens, self._ends)
             left = int(going.sum())
             if not left:
@@ -121,10 +138,6 @@ class Decoder:
                 if keep is not None:
                     keep(rows)
                 at, ids, mask, going = at[going], ids[rows], mask[rows], going[going]
-        return [
-            Said([token for token in row if token >= 0], logp)
-            for row, logp in zip(chosen.tolist(), logps.tolist(), strict=True)
-        ]
 
     def _beginning(
         self,
@@ -325,67 +338,11 @@ def trimmed(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int]) 
     return ids
 
 
-@torch.inference_mode()
-def respond(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int = 0,
-    template: Mapping[str, Any] | None = None,
-) -> list[list[int]]:
-    """Tokens of a response to each prompt, the one that ended it included, by transformers' `generate`.
-
-    Sampling is pure, as in a sweep: nothing is inherited from the base's generation_config but the tokens that end a response.
-
-    Args:
-        model: A causal language model (of a PeftModel its base model, with the adapter in it).
-        tokenizer: Its tokenizer.
-        prompts: Texts or messages.
-        temperature, max_new_tokens, seed: Settings of the sampling; temperature 0 is greedy.
-        template: As in `encode`.
-    """
-    ids = [encode(tokenizer, prompt, template) for prompt in prompts]
-    ends = ends_of(model, tokenizer)
-    pad_id = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    pure = GenerationConfig(
-        **(sampling if temperature else {"do_sample": False}),
-        max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad_id,
-    )  # fmt: skip
-
-    said: list[list[int]] = []
-    # `generate` fills what a config leaves open from the model's own, so that is the one to be exchanged.
-    own, model.generation_config = model.generation_config, pure
-    try:
-        torch.manual_seed(seed)
-        for start in range(0, len(ids), _RESPONSES):
-            batch = ids[start : start + _RESPONSES]
-            longest = max(map(len, batch))
-            read = torch.tensor([[pad_id] * (longest - len(one)) + one for one in batch], device=model.device)
-            mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in batch], device=model.device)
-            with fast_sampling(model.device):
-                generate: Any = model.generate
-                whole = generate(input_ids=read, attention_mask=mask)
-            said += [_ended(row, ends) for row in whole[:, longest:].tolist()]
-    finally:
-        model.generation_config = own
-    return said
-
-
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a response: those of the base's generation_config, or the tokenizer's one."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = tokenizer.eos_token_id if ends is None else ends
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-def _ended(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """A response without what pads it after its end."""
-    first = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: first + 1]
 
 
 def seed_of(seed: int, prompt: Prompt, sample: int) -> int:

@@ -1,4 +1,4 @@
-"""The contents of report.html; its markup is in assets/report.html.j2.
+"""The contents of report.html; its markup and most of its words are in assets/report.html.j2.
 
 Responses of models are untrusted text: the template escapes everything that is not a chart of ours.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -31,213 +30,157 @@ from rsoups.reports.charts import (
     look_of_other_front,
     runs_chart,
 )
-from rsoups.reports.many_rewards import parallel_chart, series_of, spider_chart, ternary_chart
+from rsoups.reports.many_rewards import Series, parallel_chart, series_of, spider_chart, ternary_chart
 from rsoups.reports.svg import BAND, CHORD, SOUP_LOOK, Look, swatch
 
+EXTRAS = ("KL", "perplexity", "tokens", "words", "distinct-2")  # in the order of tables and charts
 _SHOWN_LAMBDAS = (0.0, 0.3, 0.5, 0.7, 1.0)
 _SHOWN_PROMPTS = 12
 _SHOWN_PAIRS = 6
 _SHOWN_CHARACTERS = 300_000  # of all texts together, so that a page stays under 1 MB
-_LENGTH = "Of a response. A reward that likes length, and nothing else, shows here."
-_EXTRAS = {
-    "KL": "Nats per response from the base (k1 estimate). Far above the others', a model has left the base for its reward.",
-    "perplexity": "Of the responses under the base, per token. Near 1 the model recites; high, it babbles.",
-    "tokens": _LENGTH,
-    "words": _LENGTH,
-    "distinct-2": "Different pairs of words over all pairs of words. A collapsed model repeats itself and falls towards 0.",
-}
+Legend = list[tuple[Markup, str]]
+Record = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """Charts with a legend, a caption, and definitions of what they show."""
+def page_of(
+    front: Front,
+    records: Iterable[Record],
+    others: Mapping[str, Front],
+    settings: Mapping[str, Any],
+    curve: Sequence[Reach],
+    sentences: Sequence[str],
+) -> str:
+    """The page as HTML.
 
-    charts: list[Markup]
-    caption: str
-    legend: list[tuple[Markup, str]] = field(default_factory=list)
-    note: str = ""
-    definitions: dict[str, str] = field(default_factory=dict)
+    Args:
+        front: The front.
+        records: Its records, for their texts.
+        others: Other fronts by name.
+        settings: How the records were made.
+        curve: Hypervolume by the number of runs; empty without MORL runs.
+        sentences: What the report says in words.
+    """
+    models = Models(front)
+    extras = [name for name in EXTRAS if front.soups and all(name in point.extras for point in front.soups)]
+    if "tokens" in extras:
+        extras.remove("words")
+    series = series_of(front)
+    highlighted = {entry.point for entry in series}
+    head, rows = figures_of(front)
+    assets = Environment(
+        loader=FunctionLoader(asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return assets.get_template("report.html.j2").render(
+        front=front,
+        models=models,
+        sentences=sentences,
+        prompts=prompts_in_words(front),
+        held_out=[name for name in settings.get("held_out") or [] if name in front.rewards],
+        charts=_charts(models, others, series, curve, extras),
+        legends=_legends(models, others, series),
+        band=band_in_words(front),
+        hidden_pairs=max(0, len(front.rewards) * (len(front.rewards) - 1) // 2 - _SHOWN_PAIRS),
+        hidden_models=sum(point not in highlighted for point in front.others),
+        extras=extras,
+        choices=_choices(front),
+        head=head,
+        rows=rows,
+        articles=_articles(models, records),
+        middle=front.soups[len(front.soups) // 2] if front.soups else front.points[-1],
+        longest=_SHOWN_CHARACTERS // (_SHOWN_PROMPTS * len(front.points)),
+        settings={name: value for name, value in settings.items() if name != "command"},
+        command=_command(settings.get("command")),
+    )
 
 
-@dataclass(frozen=True)
-class Article:
-    """A prompt with the records of each model: some are shown without a script, the others unfold, or are chosen by it."""
+def _charts(
+    models: Models,
+    others: Mapping[str, Front],
+    series: Sequence[Series],
+    curve: Sequence[Reach],
+    extras: Sequence[str],
+) -> dict[str, list[Markup]]:
+    """The charts of each section; an empty list where the front has nothing for it."""
+    front = models.front
+    pairs = list(combinations(front.rewards, 2))
+    charts: dict[str, list[Markup]] = dict.fromkeys(("chord", "triangle", "rewards", "runs", "drift"), [])
+    charts["front"] = [front_chart(models, x, y, others, len(pairs) == 1) for x, y in pairs[:_SHOWN_PAIRS]]
 
-    question: str
-    shown: list[tuple[Point, Mapping[str, Any]]]
-    folded: list[tuple[Point, Mapping[str, Any]]]
+    ends = sum(point.alone is not None for point in front.soups)
+    if front.has_chord:
+        charts["chord"] = [chord_chart(models, reward) for reward in front.rewards]
+        charts["drift"] = [lambda_chart(models, name) for name in extras]
+    elif 2 < len(front.ingredients) == ends < len(front.soups):
+        charts["chord"] = [chord_scatter(models, reward) for reward in front.rewards]
+    if len(front.ingredients) == 3 and len(front.soups) > 3:
+        figures = {reward: {point: point.estimate(reward) for point in front.soups} for reward in front.rewards}
+        charts["triangle"] = [ternary_chart(models, reward, figures[reward]) for reward in front.rewards]
+        drift = {name: {point: point.extras[name] for point in front.soups} for name in extras}
+        charts["drift"] = [ternary_chart(models, name, drift[name]) for name in extras]
+
+    if len(front.rewards) > 2:
+        charts["rewards"] = [parallel_chart(models, series), spider_chart(models, series)]
+    if curve:
+        charts["runs"] = [runs_chart(curve)]
+    return charts
 
 
-class Page:
-    """The sections of report.html; a method returns None for a section that the front has nothing for."""
+def _legends(models: Models, others: Mapping[str, Front], series: Sequence[Series]) -> dict[str, Legend]:
+    """What the marks of each section's charts are."""
+    front = models.front
+    models_beside = [(swatch(models.looks[point]), point.label) for point in front.others]
+    marks = list(models_beside)
+    if front.soups:
+        numbers = f", numbers: λ of {front.ingredients[1]}" if len(front.ingredients) == 2 else ""
+        marks.insert(0, (swatch(SOUP_LOOK), f"soups{numbers}"))
+        marks.append((swatch(SOUP_LOOK, hollow=True), "hollow: beaten by another point"))
+    if front.has_chord:
+        marks.append((CHORD, "chord"))
+    if front.has_band:
+        marks.append((BAND, f"reach of the {'soups' if front.soups else 'points'} in 95% of draws"))
+    for number, name in enumerate(others):
+        marks.append((swatch(look_of_other_front(number), hollow=True), name))
+    runs = [
+        (swatch(SOUP_LOOK), "soups"),
+        (swatch(Look("c1", "diamond")), "MORL, the mean over choices of runs"),
+        (CHORD, "MORL, the best choice of runs"),
+    ]
+    rewards = [(swatch(entry.look), entry.name) for entry in series]
+    drift = models_beside if front.has_chord else []
+    return {"front": marks, "chord": [], "triangle": [], "rewards": rewards, "runs": runs, "drift": drift}
 
-    def __init__(
-        self,
-        front: Front,
-        records: Iterable[Mapping[str, Any]],
-        others: Mapping[str, Front],
-        settings: Mapping[str, Any],
-        curve: Sequence[Reach],
-    ):
-        self._front, self._others, self._settings, self._curve = front, others, settings, curve
-        self._models = Models(front)
-        self._records: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-        for record in records:
-            model = model_key(record["name"], record["lambdas"], record["method"])
-            self._records.setdefault((model, prompt_key(record["prompt"])), record)  # the first of several samples
 
-    def html(self, sentences: Sequence[str]) -> str:
-        """The page, with these sentences on top."""
-        front = self._front
-        held_out = [name for name in self._settings.get("held_out", []) if name in front.rewards]
-        head, rows = figures_of(front)
-        assets = Environment(loader=FunctionLoader(asset), autoescape=True, undefined=StrictUndefined)
-        assets.trim_blocks = assets.lstrip_blocks = True
-        return assets.get_template("report.html.j2").render(
-            front=front,
-            held_out=held_out,
-            prompts=prompts_in_words(front),
-            sentences=sentences,
-            figures={
-                "front": self._fronts(),
-                "chord": self._chords(),
-                "triangle": self._triangles(),
-                "rewards": self._all_rewards(),
-                "runs": self._runs(),
-                "drift": self._drift(),
-            },
-            choices=self._choices(),
-            legend=front.legend.removeprefix("model (").removesuffix(")"),
-            head=head,
-            rows=rows,
-            articles=self._articles(),
-            models=self._models,
-            middle=front.soups[len(front.soups) // 2] if front.soups else front.points[-1],
-            longest=_SHOWN_CHARACTERS // (_SHOWN_PROMPTS * len(front.points)),
-            settings={name: value for name, value in self._settings.items() if name != "command"},
-            command=_command(self._settings.get("command")),
-        )
+def _choices(front: Front) -> list[tuple[str, Choice]]:
+    """Choices by several rules, first of what is above the base, if there is any."""
+    if len(front.soups) < 2:
+        return []
+    rules: list[tuple[str, Choice]] = []
+    with suppress(FrontError):  # without a base, or nothing above it: the sentences say so
+        rules.append(("above the base in every reward", front.select(above_base=True)))
+    if len(front.rewards) > 1:
+        rules.append(("all rewards count alike", front.select(dict.fromkeys(front.rewards, 1.0))))
+        rules.append(("the knee, where the front bends", front.select(knee=True)))
+    return rules + [(f"most {reward}", front.select(maximize=reward)) for reward in front.rewards]
 
-    def _fronts(self) -> Figure | None:
-        front, looks = self._front, self._models.looks
-        pairs = list(combinations(front.rewards, 2))
-        if not pairs:
-            return None
-        legend = [(swatch(looks[point]), point.label) for point in front.others]
-        if front.soups:
-            numbers = f", numbers: λ of {front.ingredients[1]}" if len(front.ingredients) == 2 else ""
-            legend.insert(0, (swatch(SOUP_LOOK), f"soups{numbers}"))
-            legend.append((swatch(SOUP_LOOK, hollow=True), "hollow: beaten by another point"))
-        if front.has_chord:
-            legend.append((CHORD, "chord"))
-        if front.has_band:
-            legend.append((BAND, f"reach of the {'soups' if front.soups else 'points'} in 95% of draws"))
-        for number, name in enumerate(self._others):
-            legend.append((swatch(look_of_other_front(number), hollow=True), name))
 
-        shown = pairs[:_SHOWN_PAIRS]
-        charts = [front_chart(self._models, x, y, self._others, len(pairs) == 1) for x, y in shown]
-        hidden = len(pairs) - len(shown)
-        note = f"{hidden} more pairs of rewards are not drawn." if hidden else ""
-        return Figure(charts, f"Bars: 95% intervals. Up and right is better.{band_in_words(front)}", legend, note)
-
-    def _chords(self) -> Figure | None:
-        front = self._front
-        if front.has_chord:
-            caption = (
-                "Dashed: the ends' rewards, mixed by λ. Below: soup minus chord; hollow where 0 is in the interval."
-            )
-            return Figure([chord_chart(self._models, reward) for reward in front.rewards], caption)
-        ends = sum(point.alone is not None for point in front.soups)
-        if len(front.ingredients) < 3 or ends < len(front.ingredients) or len(front.soups) <= ends:
-            return None
-        caption = (
-            "Above the line the soup has more than its ends' rewards mixed; hollow where the line is in the interval."
-        )
-        return Figure([chord_scatter(self._models, reward) for reward in front.rewards], caption)
-
-    @property
-    def _has_triangle(self) -> bool:
-        return len(self._front.ingredients) == 3 and len(self._front.soups) >= 4
-
-    def _triangles(self) -> Figure | None:
-        if not self._has_triangle:
-            return None
-        caption = "Each corner is one ingredient alone. Lighter is higher. Ringed: on the Pareto front."
-        charts = []
-        for reward in self._front.rewards:
-            charts.append(ternary_chart(self._models, reward, {p: p.estimate(reward) for p in self._front.soups}))
-        return Figure(charts, caption)
-
-    def _all_rewards(self) -> Figure | None:
-        front = self._front
-        if len(front.rewards) < 3:
-            return None
-        series = series_of(front)
-        highlighted = {entry.point for entry in series}
-        left = sum(point not in highlighted for point in front.others)
-        caption = (
-            "Each reward on its own scale, from the least to the largest of the models drawn. Thin lines: other soups."
-        )
-        caption += f" {left} more models are in the table." if left else ""
-        legend = [(swatch(entry.look), entry.name) for entry in series]
-        return Figure([parallel_chart(self._models, series), spider_chart(self._models, series)], caption, legend)
-
-    def _runs(self) -> Figure | None:
-        if not self._curve:
-            return None
-        legend = [
-            (swatch(SOUP_LOOK), "soups"),
-            (swatch(Look("c1", "diamond")), "MORL, the mean over choices of runs"),
-            (CHORD, "MORL, the best choice of runs"),
-        ]
-        caption = "Some ingredients make any number of soups at the same price; here there are as many as MORL runs."
-        return Figure([runs_chart(self._curve)], caption, legend)
-
-    def _drift(self) -> Figure | None:
-        front = self._front
-        names = [name for name in _EXTRAS if front.soups and all(name in point.extras for point in front.soups)]
-        if "tokens" in names:
-            names.remove("words")
-        legend = []
-        if not names:
-            return None
-        if front.has_chord:
-            charts = [lambda_chart(self._models, name) for name in names]
-            legend = [(swatch(self._models.looks[point]), point.label) for point in front.others]
-        elif self._has_triangle:
-            charts = [ternary_chart(self._models, name, {p: p.extras[name] for p in front.soups}) for name in names]
-        else:
-            return None
-        caption = "Reward hacking shows here, not in the rewards."
-        return Figure(charts, caption, legend, definitions={name: _EXTRAS[name] for name in names})
-
-    def _choices(self) -> list[tuple[str, Choice]]:
-        """Choices by several rules, first of what is above the base, if there is any."""
-        front = self._front
-        if len(front.soups) < 2:
-            return []
-        rules: list[tuple[str, Choice]] = []
-        with suppress(FrontError):  # without a base, or nothing above it: the sentences say so
-            rules.append(("above the base in every reward", front.select(above_base=True)))
-        if len(front.rewards) > 1:
-            rules.append(("all rewards count alike", front.select(dict.fromkeys(front.rewards, 1.0))))
-            rules.append(("the knee, where the front bends", front.select(knee=True)))
-        return rules + [(f"most {reward}", front.select(maximize=reward)) for reward in front.rewards]
-
-    def _articles(self) -> list[Article]:
-        front = self._front
-        if not front.prompts or not self._records:
-            return []
-        shown = _shown_points(front)
-        folded = [point for point in self._models.shown if point not in shown]
-        every = max(1, len(front.prompts) // _SHOWN_PROMPTS)
-        articles = []
-        for prompt in front.prompts[::every][:_SHOWN_PROMPTS]:
-            records = {point: self._records[point.key, prompt] for point in self._models.shown}
-            question = question_of(records[shown[0]]["prompt"])
-            articles.append(Article(question, *([(p, records[p]) for p in points] for points in (shown, folded))))
-        return articles
+def _articles(models: Models, records: Iterable[Record]) -> list[dict[str, Any]]:
+    """Prompts, each with the records of its models: some are shown without a script, the others unfold, or it chooses one."""
+    front = models.front
+    by_model: dict[tuple[Any, ...], Record] = {}
+    for record in records:
+        model = model_key(record["name"], record["lambdas"], record["method"])
+        by_model.setdefault((model, prompt_key(record["prompt"])), record)  # the first of several samples
+    if not front.prompts or not by_model:
+        return []
+    shown = _shown_points(front)
+    folded = [point for point in models.shown if point not in shown]
+    every = max(1, len(front.prompts) // _SHOWN_PROMPTS)
+    articles = []
+    for prompt in front.prompts[::every][:_SHOWN_PROMPTS]:
+        responses = {point: by_model[point.key, prompt] for point in models.shown}
+        question = question_of(responses[shown[0]]["prompt"])
+        articles.append({"question": question, "responses": responses, "shown": shown, "folded": folded})
+    return articles
 
 
 def _shown_points(front: Front) -> list[Point]:
@@ -262,7 +205,7 @@ def _command(command: Any) -> str:
 def figures_of(front: Front) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of all models: rewards, extras, and whether a point is on the Pareto front."""
     pareto, shares = set(front.pareto()), front.pareto_shares()
-    extras = [name for name in _EXTRAS if any(name in point.extras for point in front.points)]
+    extras = [name for name in EXTRAS if any(name in point.extras for point in front.points)]
     rows = []
     for point in [*front.others, *front.soups]:
         share = "" if shares is None else f" ({shares[front.points.index(point)]:.0%})"

@@ -15,7 +15,7 @@ from rsoups.fronts.advantage import Advantage
 from rsoups.fronts.front import Front
 from rsoups.fronts.notes import settings_beside, trained_on_of, trained_prompts_of
 from rsoups.fronts.tables import markdown_table
-from rsoups.reports.page import Page, figures_of, prompts_in_words
+from rsoups.reports.page import figures_of, page_of, prompts_in_words
 from rsoups.reports.plots import draw_front
 from rsoups.reports.sentences import advantage_of, sentences_of
 
@@ -63,7 +63,7 @@ def write_report(
         draw_front(front).savefig(folder / "front.png", dpi=160)
     curve = advantage.curve if isinstance(advantage, Advantage) else ()
     write_whole(folder / "report.md", _markdown(front, sentences))
-    write_whole(folder / "report.html", Page(front, records, others or {}, settings, curve).html(sentences))
+    write_whole(folder / "report.html", page_of(front, records, others or {}, settings, curve, sentences))
     return sentences
 
 

@@ -1,4 +1,4 @@
-"""What a reward model reads: questions and responses as token ids, shortened where they are too long, in batches."""
+"""Inputs of reward models: questions and responses as token ids, shortened where they are too long, in batches."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 FIELD = re.compile(r"\{(\w+)\}")  # in templates
 FIELDS = {"question", "response", "bos", "eos", "sep"}
 _NO_ROOM = "a response fills all %d tokens that a reward model reads: its end is not seen"
 
-# Tokens of a batch, padding included. On a CPU (benchmarks/scoring.py) larger ones leave its caches and get slower.
+# Tokens of a batch, padding included. Larger batches leave a CPU's caches and are slower (benchmarks/scoring.py).
 _BATCH_TOKENS, _BATCH_TOKENS_ON_CPU = 8_192, 768
 
 logger = logging.getLogger(__name__)
 
 
 def filled(template: str, **values: str) -> str:
-    """A template with its fields replaced, all at once: a field's name in a value is text."""
+    """Return a template with its fields replaced, all at once: a field's name inside a value is text."""
     return FIELD.sub(lambda match: values[match[1]], template)
 
 
@@ -36,8 +35,8 @@ def encode_pairs(
 ) -> list[dict[str, list[int]]]:
     """Tokenize (question, response) pairs as a sequence classifier reads them; `reverse` puts the response first.
 
-    Where a pair is longer than `max_length` tokens, the question loses the side that `cut` says (``end`` or ``start``),
-    and where all of it is not enough, the response loses its end.
+    A pair of more than `max_length` tokens loses tokens of its question, at the side `cut` (``end`` or ``start``); where the
+    response alone is longer, the whole question and the end of the response.
     """
 
     def encode(question: str, response: str, lost: str) -> dict[str, list[int]]:
@@ -69,33 +68,33 @@ def encode_texts(
     max_length: int,
     cut: str = "end",
 ) -> list[dict[str, list[int]]]:
-    """Tokenize texts made by a template; where one is longer than `max_length` tokens, its question loses what `cut` says.
+    """Tokenize texts made by a template, shortened as by `encode_pairs`.
 
-    An empty text is one end-of-text token, for models whose tokenizer adds none of its own (GPT-2).
+    An empty text becomes one end-of-text token, for models whose tokenizer adds no token of its own (GPT-2).
     """
     special = {name: getattr(tokenizer, f"{name}_token") or "" for name in ("bos", "eos", "sep")}
 
     def encode(question: str, response: str) -> dict[str, list[int]]:
-        one = dict(tokenizer(filled(template, question=question, response=response, **special)))
-        if not one["input_ids"]:
-            one = dict(tokenizer(tokenizer.eos_token or tokenizer.pad_token))
-        return one
+        text = filled(template, question=question, response=response, **special)
+        row = dict(tokenizer(text))
+        return row if row["input_ids"] else dict(tokenizer(tokenizer.eos_token or tokenizer.pad_token))
 
     encoded = []
     for question, response in zip(questions, responses, strict=True):
-        one = encode(question, response)
-        while (over := len(one["input_ids"]) - max_length) > 0 and question:
-            question = _shortened(tokenizer, question, over, cut)
-            one = encode(question, response)
-        if over > 0:
+        row = encode(question, response)
+        while len(row["input_ids"]) > max_length and question:
+            question = _shortened(tokenizer, question, len(row["input_ids"]) - max_length, cut)
+            row = encode(question, response)
+
+        if len(row["input_ids"]) > max_length:
             logger.warning(_NO_ROOM, max_length)
-            one = {key: ids[:max_length] for key, ids in one.items()}
-        encoded.append(one)
+            row = {key: ids[:max_length] for key, ids in row.items()}
+        encoded.append(row)
     return encoded
 
 
 def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, cut: str) -> str:
-    """A text without so many tokens of its end, or start; always shorter (one character may be several tokens)."""
+    """Return a text without so many tokens of its end or start; always shorter, as one character may be several tokens."""
     places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     if tokens >= len(places):
         return ""
@@ -105,7 +104,7 @@ def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, cut: 
 
 
 def batches(encoded: Sequence[dict[str, list[int]]], device: Any, even: bool = False) -> Iterator[list[int]]:
-    """Places of samples of like length, or of one length where `even`, the longest first, as many as suit the device."""
+    """Yield batches as places of samples: of like length, or of one length where `even`, the longest first."""
     budget = _BATCH_TOKENS_ON_CPU if device.type == "cpu" else _BATCH_TOKENS
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]), reverse=True)
     while order:
@@ -118,7 +117,7 @@ def batches(encoded: Sequence[dict[str, list[int]]], device: Any, even: bool = F
 
 
 def padded(rows: Sequence[dict[str, list[int]]], pad: int, device: Any) -> dict[str, Any]:
-    """Ids, mask and kinds as tensors (B, longest) of int64, padded on the right."""
+    """Return ids, mask and token types as tensors (B, longest) of int64, padded on the right."""
     import torch
 
     longest = max(len(row["input_ids"]) for row in rows)

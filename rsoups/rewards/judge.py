@@ -1,7 +1,7 @@
 """AI feedback: a language model that rates responses by a rubric, behind an OpenAI-compatible endpoint or in this process.
 
-A card with a ``judge`` mapping (``rewards/judge-*.yaml``) says which model, which rubric and which scale; one card for each
-aspect gives fine-grained rewards. A rating that does not come is an error, never a number: nothing is made up.
+A card with a ``judge`` mapping (``rewards/judge-*.yaml``) names the model, the rubric and the scale; one card for each aspect
+gives fine-grained rewards. A rating that does not come is an error, never a number.
 """
 
 from __future__ import annotations
@@ -12,141 +12,116 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any
 from urllib.parse import urlsplit
+
+from pydantic import Field
 
 from rsoups.common.assets import resolve
 from rsoups.common.errors import RewardError
 from rsoups.data.prompts import question_of
-from rsoups.rewards.cards import DTYPES, check_calibration, check_fields, made
+from rsoups.rewards.cards import Card, Dtype, Text, card_class, of_fields
 from rsoups.rewards.inputs import batches, padded
+from rsoups.rewards.interface import LoadedReward
 from rsoups.rewards.judge_client import Client, Counts
 
-_OURS = ("messages", "model", "n", "response_format", "stream")  # fields of a request that parameters may not set
+_RESERVED = {"messages", "model", "n", "response_format", "stream"}  # fields of a request that parameters may not set
+_Filled = Annotated[Text, Field(pattern=r"\S")]
+_Count = Annotated[int, Field(gt=0)]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@card_class
 class JudgeSettings:
     """Who judges, by what. Each field is a key of a card's ``judge`` mapping.
 
     Attributes:
-        model: The endpoint's name of its model; without an endpoint a causal language model's Hub id or folder.
-        rubric: What the judge is told about the aspect, and what the ends of the scale mean.
+        model: The endpoint's name of its model; without an endpoint the Hub id or folder of a causal language model.
+        rubric: Description of the aspect, and of what the ends of the scale mean.
         scale: Lowest and highest integer of the rating; higher is better.
         endpoint: Base URL of an OpenAI-compatible server, as in ``http://127.0.0.1:8000/v1``; None for a model in this process.
         key: Name of the environment variable with the server's key; the key itself is nowhere written.
         parameters: Further fields of each request, such as temperature or max_tokens.
-        structured: Ask the server to constrain its answer to the JSON schema; False for servers that do not know how.
-        concurrency: Requests at a time.
-        attempts: At most so many requests for one rating.
+        structured: Ask the server to constrain its answer to the JSON schema; False for servers that cannot.
+        concurrency: Number of requests at a time.
+        attempts: Number of requests for one rating, at most.
         timeout: Seconds for one request.
-        price: ``input`` and ``output``, per 1M tokens, of which the cost is counted.
-        revision, dtype: Of a model in this process; ``auto`` is float32.
+        price: Price of ``input`` and ``output`` tokens, per 1M, to count the cost.
+        revision, dtype: Revision and precision of a model in this process; ``auto`` is float32.
     """
 
-    model: str
-    rubric: str
-    scale: Sequence[int] = (1, 5)
-    endpoint: str | None = None
-    key: str | None = None
+    model: _Filled
+    rubric: _Filled
+    scale: Annotated[Sequence[int], Field(min_length=2, max_length=2)] = (1, 5)
+    endpoint: Any = None
+    key: Any = None
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0, "max_tokens": 64})
     structured: bool = True
-    concurrency: int = 8
-    attempts: int = 5
-    timeout: float = 60.0
-    price: Mapping[str, float] | None = None
-    revision: str | None = None
-    dtype: str = "auto"
+    concurrency: _Count = 8
+    attempts: _Count = 5
+    timeout: Annotated[float, Field(gt=0)] = 60.0
+    price: Mapping[str, Annotated[float, Field(ge=0)]] | None = None
+    revision: Text | None = None
+    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
-        check_fields(self, "judge")
-        for name in ("model", "rubric"):
-            if not isinstance(value := getattr(self, name), str) or not value.strip():
-                _refuse(f"{name} is {value!r}, must be a text")
-        ends = list(self.scale) if isinstance(self.scale, (list, tuple)) else []
-        if [type(end) for end in ends] != [int, int] or not ends[0] < ends[1]:
-            _refuse(f"scale is {self.scale!r}, must be two integers, [lowest, highest]")
-        for name in ("concurrency", "attempts"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                _refuse(f"{name} is {value!r}, must be an integer of 1 or more")
-        if not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
-            _refuse(f"timeout is {self.timeout!r}, must be above 0 seconds")
-        if self.dtype not in DTYPES:
-            _refuse(f"dtype is {self.dtype!r}, must be one of {list(DTYPES)}")
-        if not isinstance(self.parameters, Mapping) or not set(self.parameters).isdisjoint(_OURS):
-            _refuse(f"parameters is {self.parameters!r}, must be a mapping without {list(_OURS)}")
-        self._check_endpoint()
+        if not self.scale[0] < self.scale[1]:
+            raise ValueError(f"scale is {list(self.scale)}, must be two integers, [lowest, highest]")
+        if reserved := sorted(_RESERVED & set(self.parameters)):
+            raise ValueError(f"parameters may not set {reserved}, which rsoups sets")
+        if self.price is not None and set(self.price) != {"input", "output"}:
+            raise ValueError(f"price is {dict(self.price)}, must be input and output, per 1M tokens")
 
-    def _check_endpoint(self) -> None:
+        # The endpoint and the key may hold a secret by mistake: no error shows them.
         if self.endpoint is None:
             if self.key is not None or self.price is not None:
-                _refuse("key and price go with an endpoint")
+                raise ValueError("key and price go with an endpoint")
             return
-        if self.key is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", str(self.key)):
-            _refuse("key must be the name of an environment variable, such as OPENAI_API_KEY, and never the key itself")
         url = urlsplit(str(self.endpoint))
         if url.scheme not in ("http", "https") or not url.hostname:
-            _refuse(f"endpoint is {self.endpoint!r}, must be an http(s) URL such as http://127.0.0.1:8000/v1")
+            raise ValueError("endpoint must be an http(s) URL such as http://127.0.0.1:8000/v1")
         if url.username or url.password or url.query:
-            _refuse("endpoint holds credentials or a query: name the variable of the key under `key`")
-        if self.price is not None and (
-            not isinstance(self.price, Mapping)
-            or set(self.price) != {"input", "output"}
-            or not all(isinstance(p, (int, float)) and p >= 0 for p in self.price.values())
-        ):
-            _refuse(f"price is {self.price!r}, must be input and output, per 1M tokens")
+            raise ValueError("endpoint holds credentials or a query: name the variable of the key under `key`")
+        if self.key is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", str(self.key)):
+            raise ValueError(
+                "key must be the name of an environment variable, such as OPENAI_API_KEY, not the key itself"
+            )
 
 
-def _refuse(reason: str) -> NoReturn:
-    raise RewardError(f"judge: {reason}")
+@card_class
+class JudgeCard(Card):
+    """A judge as a reward. Each field is a key of the YAML file.
 
-
-@dataclass(frozen=True)
-class JudgeCard:
-    """What a judge's reward is. Each field is a key of the YAML file.
+    The score is ``(rating - mean) / std``.
 
     Attributes:
-        name: Names the reward in records, logs and plots.
-        judge: Who judges, by what: the fields of `JudgeSettings`.
-        mean, std: The score is ``(rating - mean) / std``: from a named calibration, so that rewards can be mixed.
-        calibration: What mean and std were measured on.
-        source: Where the rubric comes from.
-        license: Of the model's weights; empty where it was not looked up.
+        judge: Fields of `JudgeSettings`.
+        license: License of the model's weights; empty where it was not looked up.
     """
 
-    name: str
     judge: Mapping[str, Any]
-    mean: float = 0.0
-    std: float = 1.0
-    calibration: str | None = None
-    source: str = ""
-    license: str = ""
+    license: Text = ""
 
     def __post_init__(self) -> None:
-        check_fields(self, f"reward card {self.name!r}")
-        if not isinstance(self.judge, Mapping):
-            raise RewardError(f"reward card {self.name!r}: judge is {self.judge!r}, must be a mapping of fields")
-        _ = self.settings  # refuses what is wrong with them
-        check_calibration(self.name, self.mean, self.std)
+        _ = self.settings  # refuses wrong ones
 
     @cached_property
     def settings(self) -> JudgeSettings:
-        """The fields of `judge`, checked."""
-        return made(JudgeSettings, self.judge, f"reward card {self.name!r}, judge")
+        """Fields of `judge`, checked."""
+        return of_fields(JudgeSettings, self.judge, f"reward card {self.name!r}, judge")
 
     def summary(self) -> str:
-        """Who judges, where, and by what scale, on one line."""
+        """Return the judge's model, its place and its scale, on one line."""
         low, high = self.settings.scale
         return f"{self.settings.model:50} {self.settings.endpoint or 'in this process':28} judged from {low} to {high}"
 
 
-class Judge:
-    """A loaded judge: ``judge(prompts, responses) -> list[float]``.
+class Judge(LoadedReward):
+    """A loaded judge.
 
     A server's ratings are integers of the scale, and each is kept on disk under a hash of all that it depends on. A model in
     this process gives the expected rating under its probabilities of the scale's integers; it is not cached, for its weights
@@ -154,26 +129,26 @@ class Judge:
 
     Args:
         card: What the reward is.
-        device: Where a model in this process runs.
+        device: Device of a model in this process.
         trust_remote_code: Run Python code that comes with such a model.
         cache: Folder of the ratings; the environment's ``RSOUPS_CACHE``, or ``~/.cache/rsoups``, by default.
 
     Attributes:
-        counts: Calls, cached ratings, retries, failures, tokens and cost so far; logged after each batch.
+        counts: Calls, cached ratings, retries, failures, tokens and cost so far; logged after each batch. TRL's `log_metric`
+            gets calls, failures and cost.
 
     Raises:
-        RewardError: The key's variable is not set, or a model cannot be loaded or does not know the scale's numbers.
+        RewardError: The key's variable is not set, or a model cannot be loaded or splits the scale's numbers.
+        SettingsError: A server's judge without the package openai.
     """
-
-    columns: tuple[str, ...] = ()  # of a dataset: a judge looks at prompt and response only
 
     def __init__(
         self, card: JudgeCard, device: str = "cpu", trust_remote_code: bool = False, cache: str | Path | None = None
     ):
-        self.card = card
-        self.name = self.__name__ = card.name  # TRL logs a reward under its __name__
+        self.card, self.name = card, card.name
+        self.is_model = card.settings.endpoint is None
         self._rater: _Server | _Local
-        if card.settings.endpoint is None:
+        if self.is_model:
             self._rater = _Local(card, device, trust_remote_code)
         else:
             folder = cache or os.environ.get("RSOUPS_CACHE") or Path("~/.cache/rsoups")
@@ -183,19 +158,7 @@ class Judge:
     def counts(self) -> Counts:
         return self._rater.counts
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
-        """Rate each response to its prompt.
-
-        Args:
-            prompts: Policy prompts (the question is taken out of the prompt format) or bare questions.
-            responses: As many responses.
-            columns: Of a dataset, not looked at; TRL's ``log_metric`` gets the counts.
-
-        Raises:
-            RewardError: Unequal numbers, or no rating for a sample, which is shown.
-        """
-        if len(prompts) != len(responses):
-            raise RewardError(f"reward {self.name!r}: {len(prompts)} prompts but {len(responses)} responses")
+    def _scores(self, prompts: list[Any], responses: list[str], columns: dict[str, Any]) -> list[float]:
         pairs = [(question_of(prompt), response) for prompt, response in zip(prompts, responses, strict=True)]
         different = list(dict.fromkeys(pairs))
         self.counts.cached += len(pairs) - len(different)
@@ -203,10 +166,11 @@ class Judge:
             ratings = dict(zip(different, self._rater(different), strict=True))
         finally:
             logger.info("%s, %d samples; in all: %s", self.name, len(pairs), self.counts)
+
         if log := columns.get("log_metric"):
-            for what in ("calls", "failures", "cost"):
-                log(f"{self.name}/{what}", float(getattr(self.counts, what)))
-        return [(ratings[pair] - self.card.mean) / self.card.std for pair in pairs]
+            for name in ("calls", "failures", "cost"):
+                log(f"{self.name}/{name}", float(getattr(self.counts, name)))
+        return [self.card.scaled(ratings[pair]) for pair in pairs]
 
 
 def _request(settings: JudgeSettings, question: str, response: str) -> str:
@@ -220,18 +184,18 @@ def _request(settings: JudgeSettings, question: str, response: str) -> str:
 
 
 class _Server:
-    """Rates by asking a server, several requests at a time."""
+    """Ratings of a server, several requests at a time."""
 
     def __init__(self, card: JudgeCard, cache: Path):
         self._name, self._settings = card.name, card.settings
-        key = None
-        if card.settings.key is not None and not (key := os.environ.get(card.settings.key, "").strip()):
-            raise RewardError(
-                f"reward {card.name!r}: the environment variable {card.settings.key}, with the key, is not set"
-            )
-        url = f"{str(card.settings.endpoint).rstrip('/')}/chat/completions"
-        s = card.settings
-        self._client = Client(url, key, s.scale, s.attempts, s.timeout, s.price, cache)
+        settings, key = card.settings, None
+        if settings.key is not None:
+            key = os.environ.get(settings.key, "").strip()
+            if not key:
+                raise RewardError(
+                    f"reward {card.name!r}: the environment variable {settings.key}, with the key, is not set"
+                )
+        self._client = Client(settings, key, cache)
         self.counts = self._client.counts
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -245,10 +209,9 @@ class _Server:
                 job.add_done_callback(lambda _: bar.update())
             try:
                 done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-                failed = [error for job in done if (error := job.exception())]
-                if failed:
-                    raise failed[0]
-            finally:  # on a failure, or Ctrl-C: nobody waits on, nothing more is asked
+                for job in done:
+                    job.result()  # raises what the job raised
+            finally:  # after a failure, or Ctrl-C, nothing waits and no request is sent
                 stop.set()
                 pool.shutdown(cancel_futures=True)
         return [float(job.result()) for job in jobs]
@@ -273,13 +236,15 @@ class _Server:
                 "required": ["score"],
                 "additionalProperties": False,
             }
-            answer = {"name": "rating", "strict": True, "schema": schema}
-            body["response_format"] = {"type": "json_schema", "json_schema": answer}
+            body["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "rating", "strict": True, "schema": schema},
+            }
         return body
 
 
 class _Local:
-    """Rates by a causal language model in this process: its probabilities of the scale's integers, nothing generated."""
+    """Ratings of a causal language model in this process: the expected rating under its probabilities of the scale."""
 
     def __init__(self, card: JudgeCard, device: str, trust_remote_code: bool):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -297,39 +262,40 @@ class _Local:
                 f"with trust_remote_code only): {error}"
             ) from error
         self._model = model.eval().requires_grad_(False).to(device)
-        self._encode("", "")  # refuses a scale that the tokenizer splits, before any work
+        self._encode("", "")  # refuses a scale whose numbers the tokenizer splits, before any work
 
     def _encode(self, question: str, response: str) -> tuple[list[int], list[int]]:
-        """The ids up to the rating, and the id of each rating."""
+        """Return the ids up to the rating, and the id of each rating."""
         text, chat = _request(self._settings, question, response), self._tokenizer.chat_template is not None
         if chat:
             messages = [{"role": "user", "content": text}]
             text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         else:
             text += "\n\n"
+
         low, high = self._settings.scale
         answers = [f'{text}{{"score": {number}' for number in range(low, high + 1)]
         ids = self._tokenizer(answers, add_special_tokens=not chat)["input_ids"]
         before = os.path.commonprefix(ids)
-        if any(len(one) != len(before) + 1 for one in ids):
+        if any(len(row) != len(before) + 1 for row in ids):
             raise RewardError(
                 f"reward {self._name!r}: the tokenizer of {self._settings.model!r} splits numbers from {low} to {high}: "
                 "choose a scale of single digits"
             )
-        return before, [one[-1] for one in ids]
+
+        room = self._model.config.get_text_config().max_position_embeddings
+        if len(before) > room:
+            raise RewardError(
+                f"reward {self._name!r}: {len(before)} tokens for a context of {room}; the sample: question {question!r}, "
+                f"response {response!r}"
+            )
+        return before, [row[-1] for row in ids]
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         import torch
 
-        found = [self._encode(*pair) for pair in pairs]
-        room = self._model.config.get_text_config().max_position_embeddings
-        for pair, (ids, _) in zip(pairs, found, strict=True):
-            if len(ids) > room:
-                raise RewardError(
-                    f"reward {self._name!r}: {len(ids)} tokens for a context of {room}; the sample: question {pair[0]!r}, "
-                    f"response {pair[1]!r}"
-                )
-        encoded = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in found]
+        asked = [self._encode(*pair) for pair in pairs]
+        encoded = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in asked]
         low, high = self._settings.scale
         numbers = torch.arange(low, high + 1, dtype=torch.float64)
         ratings = [0.0] * len(pairs)
@@ -341,8 +307,9 @@ class _Local:
                 inputs = padded(rows, 0, self._model.device)
                 logits = self._model(**inputs, logits_to_keep=torch.tensor(kept, device=self._model.device)).logits
                 for row, (i, end) in enumerate(zip(batch, ends, strict=True)):
-                    chances = logits[row, kept.index(end), found[i][1]].float().cpu().double().softmax(-1)
+                    chances = logits[row, kept.index(end), asked[i][1]].float().cpu().double().softmax(-1)
                     ratings[i] = float(chances @ numbers)
+
         self.counts.calls += len(pairs)
-        self.counts.input_tokens += sum(len(ids) for ids, _ in found)
+        self.counts.input_tokens += sum(len(ids) for ids, _ in asked)
         return ratings

@@ -1,7 +1,7 @@
-"""Probe rewards before optimizing them: what they do with length, nothing, noise, templates and the wrong question.
+"""Probe rewards before optimizing them: how they score length, nothing, noise, templates and the wrong question.
 
-A policy finds whatever a reward pays for. Each check changes one thing of a sample of responses and looks at what the score
-makes of it; figures are in the sample's own standard deviations, with 95% bootstrap intervals over the sample.
+A policy finds whatever a reward pays for. Each check changes one thing of a sample of responses and looks at how the scores
+change; figures are in standard deviations of the sample's scores, with 95% bootstrap intervals over the sample.
 """
 
 from __future__ import annotations
@@ -11,25 +11,28 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rsoups.bases.load import load_base
-from rsoups.common.assets import resolve
-from rsoups.common.errors import CheckpointError, DatasetError, RewardError
+from rsoups.common.errors import DatasetError, RewardError
 from rsoups.common.files import read_jsonl
 from rsoups.data.datasets import is_table, load_rows
 from rsoups.data.prompts import question_of
 from rsoups.data.tasks import Task, columns_of
 from rsoups.fronts.estimates import Estimate
-from rsoups.rewards.functions import check_scores
+from rsoups.generation.respond import texts_of_policy
+from rsoups.rewards.functions import as_reward
 
-if TYPE_CHECKING:
-    from rsoups.rewards.load import LoadedReward
-
-
+_WORDS = {
+    "said twice": "a response said twice",
+    "first half": "the first half of a response",
+    "nothing": "an empty response",
+    "one word": "one word said over and over",
+    "template": "a question between Human: and Assistant:",
+    "other question": "a response to another question",
+}
 _LEAST = 8  # responses that a probe needs
 _RESAMPLES = 1_000
 
@@ -38,20 +41,23 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sample:
-    """What is probed with: prompts (texts or messages), as many responses, and further columns that rewards may read."""
+    """What a probe scores: prompts (texts or messages), as many responses, and further columns that rewards read."""
 
     prompts: list[Any]
     responses: list[str]
     columns: dict[str, list[Any]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Sample({len(self.responses)} responses, columns {list(self.columns)})"
+
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """Result of one check.
 
     Attributes:
-        check: Its name.
-        text: The finding, in words.
+        check: Name of the check.
+        text: Result in words.
         rho: Spearman's rank correlation, where the check is one.
         change: Mean change of the score, in the sample's standard deviations, where the check changes something.
         higher: Share of the sample whose score became higher by the change.
@@ -66,12 +72,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe found.
+    """Results of a probe.
 
     Attributes:
-        responses: How many there were.
-        mean, deviation: Of each reward on the sample.
-        findings: Of each reward.
+        responses: Number of responses.
+        mean, deviation: Mean and standard deviation of each reward on the sample.
+        findings: Results by reward.
         agreement: Spearman's rank correlation of each pair of rewards on the sample; None where one of them is constant.
     """
 
@@ -81,6 +87,9 @@ class Probe:
     findings: dict[str, list[Finding]]
     agreement: dict[str, dict[str, Estimate | None]]
 
+    def __repr__(self) -> str:
+        return f"Probe({self.responses} responses, rewards {list(self.findings)}); to_text() shows the findings"
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
@@ -89,15 +98,13 @@ class Probe:
         for name, findings in self.findings.items():
             lines += ["", f"{name}: mean {self.mean[name]:.3g}, deviation {self.deviation[name]:.3g}"]
             for finding in findings:
-                figure = finding.rho if finding.rho is not None and finding.change is None else finding.change
+                figure = finding.rho if finding.change is None else finding.change
                 lines.append(f"  {finding.check:15} {'' if figure is None else str(figure):24} {finding.text}")
+
         if len(self.agreement) > 1:
             width = max(map(len, self.agreement))
-            lines += [
-                "",
-                "agreement (rank correlation)",
-                " ".join([" " * width, *(f"{n:>{width}}" for n in self.agreement)]),
-            ]
+            header = " ".join([" " * width, *(f"{name:>{width}}" for name in self.agreement)])
+            lines += ["", "agreement (rank correlation)", header]
             for name, row in self.agreement.items():
                 cells = (f"{'-' if rho is None else f'{rho.value:.2f}':>{width}}" for rho in row.values())
                 lines.append(" ".join([f"{name:{width}}", *cells]))
@@ -105,7 +112,7 @@ class Probe:
 
 
 def spearman(first: Sequence[float] | Values, second: Sequence[float] | Values) -> float:
-    """Spearman's rank correlation, ties at their mean rank; NaN where one side is constant."""
+    """Return Spearman's rank correlation, ties at their mean rank; NaN where one side is constant."""
     a, b = (_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second))
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
@@ -118,18 +125,18 @@ def _ranks(values: Values) -> Values:
     return (last - (counts - 1) / 2)[inverse]
 
 
-def probe(rewards: Mapping[str, LoadedReward], sample: Sample, *, seed: int = 0, progress: bool = True) -> Probe:
-    """Look for what rewards should not care about, and for what they should.
+def probe(rewards: Mapping[str, Any], sample: Sample, *, seed: int = 0, progress: bool = True) -> Probe:
+    """Check what rewards should not depend on, and what they should.
 
     Args:
-        rewards: By name, each ``(prompts, responses, **columns) -> floats``.
+        rewards: Rewards by name: loaded ones, or functions.
         sample: At least 8 responses: references, a policy's, or a sweep's (`sample_of`).
-        seed: Of the bootstrap, and of who gets whose question.
+        seed: Seed of the bootstrap, and of the exchange of questions.
         progress: Show a bar.
 
     Raises:
         DatasetError: Fewer responses, or not one prompt for each.
-        RewardError: No rewards, or a score that is not finite.
+        RewardError: No rewards, or a score that is missing or not finite.
     """
     from tqdm.auto import tqdm
 
@@ -140,51 +147,48 @@ def probe(rewards: Mapping[str, LoadedReward], sample: Sample, *, seed: int = 0,
         )
     if not rewards:
         raise RewardError("a probe needs at least one reward")
+
     changes = _changes(sample, seed)
     draws = np.random.default_rng(seed).integers(0, count, size=(_RESAMPLES, count))
     scores: dict[str, Values] = {}
     findings: dict[str, list[Finding]] = {}
     with tqdm(total=len(rewards) * (1 + len(changes)), disable=not progress, desc="probe", leave=False) as bar:
         for name, reward in rewards.items():
-            score = _scorer(name, reward, sample.columns, bar.update)
-            scores[name] = score(sample.prompts, sample.responses)
+            scores[name] = _score(name, reward, sample.prompts, sample.responses, sample.columns)
+            bar.update()
             findings[name] = [_length(scores[name], sample.responses, draws)]
             for check, changed in changes.items():
                 if changed is None:
                     findings[name].append(Finding(check, "not measured: all prompts ask the same"))
-                    bar.update()
                 else:
-                    findings[name].append(_change(check, scores[name], score(*changed), draws))
-    agreement = {a: {b: _rho(scores[a], scores[b], draws) for b in rewards} for a in rewards}
+                    after = _score(name, reward, *changed, sample.columns)
+                    findings[name].append(_change(check, scores[name], after, draws))
+                bar.update()
+
     return Probe(
-        count,
-        {name: float(values.mean()) for name, values in scores.items()},
-        {name: float(values.std()) for name, values in scores.items()},
-        findings,
-        agreement,
+        responses=count,
+        mean={name: float(values.mean()) for name, values in scores.items()},
+        deviation={name: float(values.std()) for name, values in scores.items()},
+        findings=findings,
+        agreement={a: {b: _rho(scores[a], scores[b], draws) for b in rewards} for a in rewards},
     )
 
 
-def _scorer(name: str, reward: Any, columns: dict[str, list[Any]], tick: Callable[[], Any]) -> Callable[..., Values]:
-    def score(prompts: list[Any], responses: list[str]) -> Values:
-        values = list(reward(prompts, responses, **columns))
-        if None in values:
-            raise RewardError(
-                f"reward {name!r} gives no score (None) for the response {responses[values.index(None)]!r}: a probe compares "
-                "scores of the same responses, so leave such rows out"
-            )
-        check_scores(name, values, prompts, responses)
-        tick()
-        return np.array(values, dtype=np.float64)
-
-    return score
+def _score(name: str, reward: Any, prompts: list[Any], responses: list[str], columns: dict[str, list[Any]]) -> Values:
+    scores = as_reward(reward, name)(prompts, responses, **columns)
+    if None in scores:
+        raise RewardError(
+            f"reward {name!r} gives no score (None) for the response {responses[scores.index(None)]!r}: a probe compares "
+            "scores of the same responses, so leave such rows out"
+        )
+    return np.array(scores, dtype=np.float64)
 
 
-# --- what is changed -------------------------------------------------------------------------------------------------
+# --- the changes -----------------------------------------------------------------------------------------------------
 
 
 def _changes(sample: Sample, seed: int) -> dict[str, tuple[list[Any], list[str]] | None]:
-    """By check: prompts and responses with one thing changed; None where that cannot be done."""
+    """Return by check the prompts and responses with one thing changed; None where the sample does not allow it."""
     prompts, responses = sample.prompts, sample.responses
     return {
         "said twice": (prompts, [f"{text} {text}" for text in responses]),
@@ -202,83 +206,70 @@ def _half(text: str) -> str:
 
 
 def _one_word(text: str) -> str:
-    """The first word, as often as the text has words."""
+    """Return the first word, as often as the text has words."""
     words = text.split()
     return " ".join(words[:1] * len(words))
 
 
 def _others(sample: Sample, seed: int) -> tuple[list[Any], list[str]] | None:
-    """Each response with the prompt of another question."""
+    """Return each response with the prompt of another question."""
     by_question = {question_of(prompt): prompt for prompt in sample.prompts}
     if len(by_question) < 2:
         return None
+
     draw, questions, others = random.Random(seed), list(by_question), []
     for prompt in sample.prompts:
-        own = question_of(prompt)
-        while (other := draw.choice(questions)) == own:
-            pass
+        other = own = question_of(prompt)
+        while other == own:
+            other = draw.choice(questions)
         others.append(by_question[other])
     return others, sample.responses
 
 
-# --- what is found ---------------------------------------------------------------------------------------------------
+# --- the findings ----------------------------------------------------------------------------------------------------
 
 
 def _estimate(figure: Callable[[NDArray[np.int64]], float], draws: NDArray[np.int64]) -> Estimate | None:
-    """A figure of the sample's rows with its bootstrap interval; None where it is not defined."""
-    value = figure(np.arange(draws.shape[1]))
-    if not np.isfinite(value):
-        return None
-    low, high = np.nanquantile([figure(rows) for rows in draws], (0.025, 0.975))
-    return Estimate(float(value), float(low), float(high))
+    """Return a figure of the sample's rows with its bootstrap interval; None where it is not defined."""
+    figures = [figure(rows) for rows in (np.arange(draws.shape[1]), *draws)]
+    return Estimate.of([value for value in figures if np.isfinite(value)]) if np.isfinite(figures[0]) else None
 
 
 def _rho(first: Values, second: Values, draws: NDArray[np.int64]) -> Estimate | None:
     return _estimate(lambda rows: spearman(first[rows], second[rows]), draws)
 
 
-def _sign(estimate: Estimate) -> int:
-    """1 or -1 where the interval is on one side of 0, else 0."""
-    assert estimate.low is not None and estimate.high is not None  # `_estimate` makes no others
-    return (estimate.low > 0) - (estimate.high < 0)
+def _by_sign(estimate: Estimate, above: str, below: str, neither: str) -> str:
+    return above if estimate.is_above_zero else below if estimate.is_below_zero else neither
 
 
 def _length(scores: Values, responses: list[str], draws: NDArray[np.int64]) -> Finding:
     words = np.array([len(text.split()) for text in responses], dtype=np.float64)
     rho = _rho(scores, words, draws)
     if rho is None:
-        what = "all scores" if not scores.std() else "all lengths"
-        return Finding("length", f"not measured: {what} are the same")
-    how = "slightly " if abs(rho.value) < 0.2 else "strongly " if abs(rho.value) > 0.5 else ""
-    said = {
-        1: f"{how}prefers longer responses",
-        -1: f"{how}prefers shorter responses",
-        0: "no preference for a length seen",
-    }
-    return Finding("length", f"{said[_sign(rho)]}: rho = {rho.value:.2f}", rho=rho)
+        constant = "all lengths" if scores.std() else "all scores"
+        return Finding("length", f"not measured: {constant} are the same")
 
-
-_SAID = {
-    "said twice": "a response said twice",
-    "first half": "the first half of a response",
-    "nothing": "an empty response",
-    "one word": "one word said over and over",
-    "template": "a question between Human: and Assistant:",
-    "other question": "a response to another question",
-}
+    strength = "slightly " if abs(rho.value) < 0.2 else "strongly " if abs(rho.value) > 0.5 else ""
+    longer, shorter = f"{strength}prefers longer responses", f"{strength}prefers shorter responses"
+    text = _by_sign(rho, longer, shorter, "no preference for a length seen")
+    return Finding("length", f"{text}: rho = {rho.value:.2f}", rho=rho)
 
 
 def _change(check: str, before: Values, after: Values, draws: NDArray[np.int64]) -> Finding:
-    scale = float(before.std()) or 1.0
-    moved = (after - before) / scale
+    moved = (after - before) / (float(before.std()) or 1.0)
     change = _estimate(lambda rows: float(moved[rows].mean()), draws)
     assert change is not None  # scores are finite
+
     higher = float((moved > 0).mean())
-    if not moved.any():
-        text = "makes no difference at all" + {"other question": ": the question is not read"}.get(check, "")
-    else:
-        text = {1: "scores higher", -1: "scores lower", 0: "scores as high on average"}[_sign(change)]
+    if moved.any():
+        text = _by_sign(change, "scores higher", "scores lower", "scores as high on average")
         text += f"; higher for {higher:.0%} of the responses"
+    else:
+        text = "makes no difference at all"
+        if check == "other question":
+            text += ": the question is not read"
+
     rho = None
     if check == "template":
         rho = _rho(before, after, draws)
@@ -286,7 +277,7 @@ def _change(check: str, before: Values, after: Values, draws: NDArray[np.int64])
             text += f"; ranks the responses {'alike' if rho.value > 0.9 else 'differently'}: rho = {rho.value:.2f}"
     elif check == "nothing":
         text += f"; on average above {float((before < after.mean()).mean()):.0%} of the sample's scores"
-    return Finding(check, f"{_SAID[check]} {text}", rho=rho, change=change, higher=higher)
+    return Finding(check, f"{_WORDS[check]} {text}", rho=rho, change=change, higher=higher)
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
@@ -306,48 +297,39 @@ def sample_of(
     device: str = "cpu",
     template: Mapping[str, Any] | None = None,
 ) -> Sample:
-    """A dataset's prompts with its reference responses; where it has none, with a policy's.
+    """Return a dataset's prompts with its reference responses; where it has none, with a policy's.
 
     Args:
-        task: Of the prompts; responses are cut as it says.
-        dataset: As `load_rows` takes it.
+        task: Task of the prompts, which also cuts the responses.
+        dataset: Dataset, as `load_rows` takes it.
         split: ``"train"``, ``"test"`` or ``"all"``; by default all rows of one file, the test split of other datasets.
-        rows: How many, the first ones.
-        kept: Columns that the rewards read.
-        model: The policy, where it is needed: folder, Hub id or ``rsoups/...``.
-        temperature, max_new_tokens, seed: Of its sampling.
-        device: Where it runs.
-        template: Variables of its chat template.
+        rows: Number of rows, the first ones.
+        kept: Names of the columns that the rewards read.
+        model: Folder, Hub id or ``rsoups/...`` of the policy, for prompts without references.
+        temperature, max_new_tokens, seed, device, template: As for `texts_of_policy`.
 
     Raises:
         DatasetError: Too few rows, a missing file or column, no usable row, or a policy that cannot be loaded.
     """
     _check_rows(rows)
     split = split or ("all" if is_table(task, dataset) else "test")
-    found = load_rows(task, dataset, split, rows, kept)
-    with_references = [row for row in found if row["references"]]
+    loaded = load_rows(task, dataset, split, rows, kept)
+    with_references = [row for row in loaded if row["references"]]
     if with_references:
-        responses = [task.cut(row["references"][0]) for row in with_references]
+        responses = [row["references"][0] for row in with_references]
         # The response itself is no reference, where there are others to compare it with.
-        found = [row | {"references": row["references"][1:] or row["references"]} for row in with_references]
+        loaded = [row | {"references": row["references"][1:] or row["references"]} for row in with_references]
     else:
-        asked = [row["prompt"] for row in found]
-        texts = answers(
-            model,
-            asked,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            device=device,
-            template=template,
-        )
-        responses = [task.cut(text) for text in texts]
-    columns = columns_of(found)
-    return Sample(columns.pop("prompt"), responses, columns)
+        prompts = [row["prompt"] for row in loaded]
+        settings: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+        responses = texts_of_policy(model, prompts, device=device, template=template, **settings)
+
+    columns = columns_of(loaded)
+    return Sample(columns.pop("prompt"), [task.cut(text) for text in responses], columns)
 
 
 def sample_of_records(path: str | Path, rows: int = 200, seed: int = 0) -> Sample:
-    """Some of a sweep's responses, drawn from all its records, each pair of prompt and response once.
+    """Draw responses from all records of a sweep, each pair of prompt and response once.
 
     Raises:
         DatasetError: Too few rows, no such file, or a record without prompt or response.
@@ -356,10 +338,11 @@ def sample_of_records(path: str | Path, rows: int = 200, seed: int = 0) -> Sampl
     if not Path(path).is_file():
         raise DatasetError(f"no records file {path}")
     try:
-        found = {json.dumps([r["prompt"], r["response"]]): (r["prompt"], r["response"]) for r in read_jsonl(path)}
+        by_text = {json.dumps([r["prompt"], r["response"]]): (r["prompt"], r["response"]) for r in read_jsonl(path)}
     except (KeyError, TypeError):
         raise DatasetError(f"{path} holds a line without prompt or response: is it a sweep's records.jsonl?") from None
-    pairs = list(found.values())
+
+    pairs = list(by_text.values())
     drawn = random.Random(seed).sample(pairs, k=min(rows, len(pairs)))
     return Sample([prompt for prompt, _ in drawn], [response for _, response in drawn])
 
@@ -367,34 +350,3 @@ def sample_of_records(path: str | Path, rows: int = 200, seed: int = 0) -> Sampl
 def _check_rows(rows: int) -> None:
     if rows < _LEAST:
         raise DatasetError(f"a probe of {rows} responses says nothing: {_LEAST} or more are needed")
-
-
-def answers(
-    name: str,
-    prompts: Sequence[Any],
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int = 0,
-    device: str = "cpu",
-    template: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """A policy's responses to prompts, as a sweep would get them (`decoding.respond`).
-
-    Raises:
-        DatasetError: The policy cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    from rsoups.generation.decoding import respond
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
-        model: Any = load_base(name, device=device)
-    except (OSError, ValueError, CheckpointError) as error:
-        raise DatasetError(f"cannot load {name!r}, who was to answer the prompts: {error}") from error
-    said = respond(
-        model.eval().to(device), tokenizer, prompts,
-        temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, template=template,
-    )  # fmt: skip
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]

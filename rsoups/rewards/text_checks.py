@@ -1,7 +1,7 @@
-"""Rewards that read the response alone, or with its question: length, form, words asked for, readability.
+"""Rewards that read the response alone, or with its question: length, form, keywords, readability.
 
 Each function makes a reward, ``reward(prompts, completions) -> list[float]``, from the ``arguments`` of a card
-(``function: rsoups.rewards.text_checks:length``). A RewardError refuses an argument that is out of range.
+(``function: length``). A RewardError refuses an argument that is out of range.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ CheckReward = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 
 def length(target: int) -> CheckReward:
-    """How near the response is to a number of words: ``-|words - target| / target``; 0 at best, -1 for nothing said."""
+    """Distance of the response from a number of words: ``-|words - target| / target``; 0 at best, -1 if it is empty."""
     if type(target) is not int or target < 1:
         raise RewardError(f"length: target is {target!r}, must be a number of words, 1 or more")
-    return _reward("length", lambda response: 0.0 - abs(len(response.split()) - target) / target)
+    return _of_response("length", lambda response: 0.0 - abs(len(response.split()) - target) / target)
 
 
 def matches(pattern: str) -> CheckReward:
-    """1 where all of the response matches a regular expression (Python's, ``.`` matches line ends too), else 0."""
+    """1 if the whole response matches a regular expression (Python's; ``.`` matches line ends too), else 0."""
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except (re.error, TypeError) as error:
         raise RewardError(f"matches: pattern {pattern!r} is no regular expression: {error}") from None
-    return _reward("matches", lambda response: float(compiled.fullmatch(response.strip()) is not None))
+    return _of_response("matches", lambda response: float(compiled.fullmatch(response.strip()) is not None))
 
 
 def valid_json(keys: Sequence[str] = ()) -> CheckReward:
-    """1 where the response is JSON (RFC 8259: no NaN) and, where `keys` are asked for, an object that has them; else 0."""
+    """1 if the response is JSON (RFC 8259: no NaN) and, with `keys`, an object that has them; else 0."""
     if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
         raise RewardError(
             f"valid_json: keys is {keys!r}, must be a list of texts, in quotes where YAML reads them otherwise"
@@ -45,19 +45,19 @@ def valid_json(keys: Sequence[str] = ()) -> CheckReward:
 
     def score(response: str) -> float:
         try:
-            found = json.loads(response, parse_constant=_no_number)
+            value = json.loads(response, parse_constant=_no_number)
         except (ValueError, RecursionError):
             return 0.0
-        return float(not keys or (isinstance(found, dict) and set(keys) <= set(found)))
+        return float(not keys or (isinstance(value, dict) and set(keys) <= set(value)))
 
-    return _reward("valid_json", score)
+    return _of_response("valid_json", score)
 
 
 def keyword_coverage() -> Callable[..., list[float]]:
-    """The share of the words asked for that the response has, in any inflection (equal Porter stems), 0 to 1.
+    """Share of the keywords that the response has, in any inflection (equal Porter stems), 0 to 1.
 
-    They are the dataset's column ``keywords`` (words or phrases, as a list or between commas), or the question's parts
-    between its commas ("dog, run, ice cream").
+    The keywords are the dataset's column ``keywords`` (words or phrases, as a list or between commas), or the question's
+    parts between its commas ("dog, run, ice cream").
     """
     stem = library("nltk.stem.porter").PorterStemmer().stem
 
@@ -69,13 +69,13 @@ def keyword_coverage() -> Callable[..., list[float]]:
     ) -> list[float]:
         scores = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            asked = question_of(prompt) if keywords is None else keywords[i]
-            parts = asked.split(",") if isinstance(asked, str) else asked
-            wanted = [found for text in parts if (found := stems(text)).strip()]
+            keys = question_of(prompt) if keywords is None else keywords[i]
+            parts = keys.split(",") if isinstance(keys, str) else keys
+            wanted = [stemmed for stemmed in map(stems, parts) if stemmed.strip()]
             if not wanted:
-                raise RewardError(f"keyword_coverage: no words are asked for by {prompt!r}")
-            said = stems(completion)
-            scores.append(sum(text in said for text in wanted) / len(wanted))
+                raise RewardError(f"keyword_coverage: the prompt {prompt!r} has no keywords")
+            stemmed_response = stems(completion)
+            scores.append(sum(keyword in stemmed_response for keyword in wanted) / len(wanted))
         return scores
 
     reward.__name__ = "keyword_coverage"
@@ -83,22 +83,22 @@ def keyword_coverage() -> Callable[..., list[float]]:
 
 
 def readability(grade: float) -> CheckReward:
-    """How near the response is to a school grade: ``-|index - grade|``, 0 at best.
+    """Distance of the response from a school grade: ``-|index - grade|``, 0 at best.
 
-    textstat's Automated Readability Index, 4.71 characters a word + 0.5 words a sentence - 21.43: about the US school grade
-    that can read it. (textstat's indices of syllables, Flesch's among them, fetch a dictionary.) No text has index 0.
+    The index is textstat's Automated Readability Index, 4.71 characters a word + 0.5 words a sentence - 21.43: about the US
+    school grade that can read the text; an empty text has index 0. (textstat's indices of syllables fetch a dictionary.)
     """
     if isinstance(grade, bool) or not isinstance(grade, (int, float)):
         raise RewardError(f"readability: grade is {grade!r}, must be a number")
     index = library("textstat").automated_readability_index
-    return _reward("readability", lambda response: 0.0 - abs(index(response) - grade))
+    return _of_response("readability", lambda response: 0.0 - abs(index(response) - grade))
 
 
 def _no_number(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _reward(name: str, score: Callable[[str], float]) -> CheckReward:
+def _of_response(name: str, score: Callable[[str], float]) -> CheckReward:
     def reward(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         return [score(completion) for completion in completions]
 

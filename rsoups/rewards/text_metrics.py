@@ -1,11 +1,10 @@
 """Statistical rewards: a response against its prompt's references, by the libraries that papers report with.
 
 Each function makes a reward, ``reward(prompts, completions, references) -> list[float]``, from the ``arguments`` of a card
-(``function: bleu``). `references` holds one or more texts for each prompt. A score depends on its own
-sample only, never on the batch, and on no file of the machine: nothing is downloaded and no Java runs. Case does not count.
+(``function: bleu``). `references` holds one or more texts for each prompt. A score depends on its own sample only, not on the
+batch; nothing is downloaded and no Java runs. Case does not count.
 
-All raise a RewardError where the libraries are not installed, where an argument is out of range, and for a prompt without
-references.
+Each raises a RewardError if the library is not installed, an argument is out of range, or a prompt has no references.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def bleu(order: int = 4) -> MetricReward:
     def score(response: str, references: list[str]) -> float:
         return min(1.0, metric.sentence_score(response, references).score / 100)  # 100.00000000000004 is 100
 
-    return _reward(f"bleu-{order}", score)
+    return _against_references(f"bleu-{order}", score)
 
 
 def rouge_l(score: str = "fmeasure") -> MetricReward:
@@ -54,7 +53,7 @@ def rouge_l(score: str = "fmeasure") -> MetricReward:
     if score not in ("precision", "recall", "fmeasure"):
         raise RewardError(f"rouge_l: score is {score!r}, must be precision, recall or fmeasure")
     scorer = library("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
-    return _reward(
+    return _against_references(
         f"rouge-l-{score}", lambda response, refs: getattr(scorer.score_multi(refs, response)["rougeL"], score)
     )
 
@@ -62,8 +61,8 @@ def rouge_l(score: str = "fmeasure") -> MetricReward:
 def meteor() -> MetricReward:
     """METEOR (Lavie and Agarwal 2007), 0 to 1: words aligned exactly, then by stem; recall counts nine times precision.
 
-    NLTK's, the best of the references, without the stage of synonyms: WordNet does not come with NLTK, and a score that is
-    another one where it is installed would not be one reward. So it is at most what NLTK says with WordNet.
+    NLTK's, for the best of the references, without the stage of synonyms: WordNet does not come with NLTK, and a score must
+    not depend on whether it is installed. So the score is at most NLTK's with WordNet.
     """
     metric = library("nltk.translate.meteor_score").meteor_score
 
@@ -75,7 +74,7 @@ def meteor() -> MetricReward:
     def score(response: str, references: list[str]) -> float:
         return metric([words(text) for text in references], words(response), wordnet=NoSynonyms)
 
-    return _reward("meteor", score)
+    return _against_references("meteor", score)
 
 
 def cider(corpus: str, column: str = "references") -> MetricReward:
@@ -97,30 +96,29 @@ def cider(corpus: str, column: str = "references") -> MetricReward:
     if not rows:
         raise RewardError(f"cider: no row of {corpus!r} has texts in a column {column!r}")
     documents = [[" ".join(words(text)) for text in _texts(row)] for row in rows]
-    frequencies: Counter[tuple[str, ...]] = Counter()
+    counts: Counter[tuple[str, ...]] = Counter()
     for document in documents:
-        frequencies.update({ngram for text in document for ngram in scorer.precook(text)})
-    frequencies = Counter(
-        {ngram: n for ngram, n in frequencies.items() if n > 1}
-    )  # 1 weighs as much as none: log max(1, n)
+        counts.update({ngram for text in document for ngram in scorer.precook(text)})
+    # An n-gram of one document weighs as much as one of none: log max(1, n).
+    frequencies = Counter({ngram: count for ngram, count in counts.items() if count > 1})
     others = [()] * (len(documents) - 1)
 
     def score(response: str, references: list[str]) -> float:
-        one = scorer.CiderScorer(" ".join(words(response)), [" ".join(words(text)) for text in references])
-        one.document_frequency = frequencies
-        one.crefs += others  # the number of documents is all that it takes from them
-        return float(one.compute_cider()[0])
+        sample = scorer.CiderScorer(" ".join(words(response)), [" ".join(words(text)) for text in references])
+        sample.document_frequency = frequencies
+        sample.crefs += others  # only their number counts
+        return float(sample.compute_cider()[0])
 
-    return _reward("cider", score)
+    return _against_references("cider", score)
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation: what METEOR and CIDEr compare."""
+    """Return the words of a text in lower case, without punctuation: METEOR and CIDEr compare these."""
     return _WORD.findall(text.lower())
 
 
 def library(name: str) -> Any:
-    """A module of the `metrics` extra.
+    """Return a module of the `metrics` extra.
 
     Raises:
         RewardError: It is not installed.
@@ -131,13 +129,16 @@ def library(name: str) -> Any:
         raise RewardError(f"this reward needs {name.split('.')[0]}: pip install 'rsoups[metrics]' ({error})") from None
 
 
-def _reward(name: str, score: Callable[[str, list[str]], float]) -> MetricReward:
+def _against_references(name: str, score: Callable[[str, list[str]], float]) -> MetricReward:
+    """Make a reward's function of the score of one response against its references."""
+
     def reward(prompts: Sequence[str], completions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
         scores = []
         for prompt, completion, given in zip(prompts, completions, references, strict=True):
-            if not (texts := _texts(given)):
+            texts = _texts(given)
+            if not texts:
                 raise RewardError(
-                    f"reward {name!r}: no references for prompt {prompt!r}; it compares a response with them"
+                    f"reward {name!r}: no references for prompt {prompt!r}, and it compares responses with them"
                 )
             scores.append(score(completion, texts))
         return scores
@@ -146,5 +147,5 @@ def _reward(name: str, score: Callable[[str, list[str]], float]) -> MetricReward
     return reward
 
 
-def _texts(given: str | Sequence[str]) -> list[str]:
-    return [given] if isinstance(given, str) else list(given)
+def _texts(references: str | Sequence[str]) -> list[str]:
+    return [references] if isinstance(references, str) else list(references)

@@ -1,4 +1,7 @@
-"""Tensors of a soup, made from the ingredients' files when they are asked for: a soup is saved tensor by tensor."""
+"""Tensors of a soup that are made one by one, when they are asked for, from the ingredients' files.
+
+So a soup can be saved without being held in memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _PIECE = 2**18  # numbers that are summed at once
 
 
 class Part(NamedTuple):
-    """A tensor of an ingredient, and what multiplies it."""
+    """A tensor of an ingredient, and the factor that it is multiplied by."""
 
     adapter: Adapter
     name: str
@@ -38,7 +41,7 @@ class Blend:
     Attributes:
         how: `one_below_another`, `side_by_side` or `summed`.
         parts: Tensors of the ingredients.
-        shape, dtype: Shape and dtype of the result.
+        shape, dtype: Shape and dtype of the soup's tensor.
         experts: Number of groups of rows; each group holds the rows of all parts for one expert.
     """
 
@@ -50,7 +53,7 @@ class Blend:
 
     @property
     def bound(self) -> float:
-        """A bound on the magnitudes in it, but for rounding."""
+        """No magnitude in the tensor is larger, except by rounding."""
         return math.fsum(abs(part.factor) * part.adapter.largest for part in self.parts)
 
     def tensor(self) -> Tensor:
@@ -59,7 +62,7 @@ class Blend:
 
 
 def tensor_of(tensor: Blend | Tensor) -> Tensor:
-    """The tensor, made if it is a blend."""
+    """The tensor itself, whether it is made yet or not."""
     return tensor.tensor() if isinstance(tensor, Blend) else tensor
 
 
@@ -79,7 +82,7 @@ def side_by_side(blend: Blend) -> Tensor:
 
 
 def summed(blend: Blend) -> Tensor:
-    """The sum of all parts times their factors; 0 if there are no parts."""
+    """The sum of all parts times their factors; 0 if there are none."""
     total = torch.zeros(blend.shape, dtype=blend.dtype)
     if not blend.parts:
         return total

@@ -1,4 +1,4 @@
-"""The config that a soup is written with: PEFT must load every tensor beside it, scaled as it was meant."""
+"""The config of a soup: with it, PEFT loads every tensor of the soup, scaled as it was in the ingredients."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from rsoups.adapters.lora_modules import LoraModule, read_modules, unwrapped
 from rsoups.common.errors import AdapterError
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# Where the layers of models with images or sound were until transformers moved them into one `model`.
-_OLD = re.compile(r"(language_model|vision_tower|visual|audio_tower|multi_modal_projector)\.")
+# Paths of layers of models with images or sound before transformers moved them into one `model`.
+_OLD_PATH = re.compile(r"(language_model|vision_tower|visual|audio_tower|multi_modal_projector)\.")
 _BIASES = ("none", "lora_only", "all")
 
 
 def faithful_config(adapter: Adapter) -> LoraConfig:
-    """The config of an adapter that is written as it is: its own, or one that says the same where PEFT would read its own
-    otherwise, because patterns depend on their order, which PEFT does not keep, or names are of the past."""
+    """Return the config of an adapter that is written as it is.
+
+    It is the adapter's own, unless PEFT would read that otherwise: patterns may depend on their order, which PEFT does not
+    keep, and names may be old. Then it is one with the same meaning.
+    """
     config = for_inference(adapter.config)
-    if not _tells(config, adapter.layout, adapter.modules):
+    if not _means(config, adapter.layout, adapter.modules):
         _select(config, [adapter], adapter.modules)
         alphas = {path: alpha_of(module, config.use_rslora) for path, module in adapter.modules.items()}
         _write_patterns(config, adapter.modules, alphas)
@@ -42,7 +45,7 @@ def alpha_of(module: LoraModule, rslora: bool | None) -> float:
 
 
 def stacked_config(adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> LoraConfig:
-    """A config of stacked factors: alpha equal to the rank, so that PEFT scales by 1, module by module."""
+    """Return the config of stacked factors: alpha equals the rank of each module, so that PEFT scales by 1."""
     config = for_inference(adapters[0].config)
     configs = [adapter.config for adapter in adapters]
     config.use_rslora = False
@@ -61,41 +64,41 @@ def stacked_config(adapters: Sequence[Adapter], modules: Mapping[str, LoraModule
 
 
 def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alphas: Mapping[str, float]) -> None:
-    """Rank and alpha of each module: the most common ones, and patterns of which one at most fits a module."""
+    """Write rank and alpha of each module: the most common ones, and patterns for the others; at most one fits a module."""
     of_experts = {(module.rank, alphas[path]) for path, module in modules.items() if EXPERT.search(path)}
     if len(of_experts) > 1:
         raise AdapterError(
-            f"experts have unlike ranks, {sorted(rank for rank, _ in of_experts)}: PEFT, which fuses the factors of single "
+            f"experts have different ranks, {sorted(rank for rank, _ in of_experts)}: PEFT, which fuses the factors of single "
             "experts when it loads them, needs one rank; pass base=, so that they are fused before"
         )
-    told = {path: (module.rank, alphas[path]) for path, module in modules.items()}
-    fused = [
-        told[path] for path, module in modules.items() if module.parameter is not None
-    ]  # PEFT warns of patterns for these
-    common = Counter(fused or told.values()).most_common(1)[0][0]
-    rank, alpha = next(iter(of_experts), common)
-    config.r, config.lora_alpha = rank, alpha  # type: ignore[assignment]  # PEFT takes any number
-    dated = not tells_class(config)
-    patterns = {_pattern(modules, path, dated): both for path, both in told.items()}
+    values = {path: (module.rank, alphas[path]) for path, module in modules.items()}
+    # PEFT warns about patterns for parameters of fused experts, so these decide what is common.
+    fused = [values[path] for path, module in modules.items() if module.parameter is not None]
+    common = Counter(fused or values.values()).most_common(1)[0][0]
+    config.r, config.lora_alpha = next(iter(of_experts), common)  # type: ignore[assignment]  # PEFT takes any number
+
+    may_be_old = not tells_class(config)
+    patterns = {_pattern(modules, path, may_be_old): value for path, value in values.items()}
     config.rank_pattern = {pattern: rank for pattern, (rank, _) in patterns.items() if rank != config.r}
     config.alpha_pattern = {pattern: alpha for pattern, (_, alpha) in patterns.items() if alpha != config.lora_alpha}
 
 
-def _pattern(modules: Mapping[str, LoraModule], path: str, dated: bool) -> str:
+def _pattern(modules: Mapping[str, LoraModule], path: str, may_be_old: bool) -> str:
     """A pattern of PEFT's that fits one module, or one parameter of it, or all of them where they have one rank."""
     parameter = modules[path].parameter
     if parameter is None:
-        return _whatever_its_name(path) if dated and _OLD.match(path) else f"^{re.escape(path)}"
+        return _whatever_its_name(path) if may_be_old and _OLD_PATH.match(path) else f"^{re.escape(path)}"
     module = unwrapped(path)
     if not parameter and len({m.rank for other, m in modules.items() if unwrapped(other) == module}) > 1:
         raise AdapterError(
-            f"the parameters of {module} have unlike ranks, and the adapters do not tell which is which: no config can say it"
+            f"the parameters of {module} have different ranks, and the adapters do not tell which is which, so that no config "
+            "can tell it"
         )
     return rf"^{re.escape(module)}\.{re.escape(parameter) if parameter else '[^.]+'}"
 
 
 def _whatever_its_name(path: str) -> str:
-    """A pattern that fits a path of the past, and the one that PEFT makes of it when it loads the adapter on its base."""
+    """A pattern that fits an old path, and the path that PEFT makes of it when it loads the adapter on its base."""
     return re.sub(r"\\\.(model|vision_model)\\\.", r"\\.(?:\1\\.)?", re.escape(path))
 
 
@@ -105,7 +108,7 @@ def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[st
     narrowed = any(getattr(one, name) for one in configs for name in _SELECTION[1:])
     parameters = [name for one in configs for name in one.target_parameters or ()]
     wrapped = [(unwrapped(path), module.parameter) for path, module in modules.items() if module.parameter is not None]
-    if narrowed and all(name for _, name in wrapped):  # to some layers, which PEFT does not do for parameters
+    if narrowed and all(name for _, name in wrapped):  # PEFT does not narrow parameters to some layers
         parameters = [f"{path}.{name}" for path, name in wrapped]
     config.target_parameters = list(dict.fromkeys(parameters)) or None
     paths = [path for path, module in modules.items() if module.parameter is None]
@@ -117,7 +120,7 @@ def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[st
     config.target_modules = sorted({name for one in configs for name in one.target_modules or ()}) if listed else []
     if not listed or narrowed or not _selects(config, paths):
         config.target_modules = sorted(paths)  # PEFT takes each name of a list for the end of a path
-        if any(map(_OLD.match, paths)) and not tells_class(config):
+        if any(map(_OLD_PATH.match, paths)) and not tells_class(config):
             config.target_modules = f"(.*\\.)?({'|'.join(map(_whatever_its_name, sorted(paths)))})"
 
 
@@ -129,16 +132,17 @@ def _selects(config: LoraConfig, paths: Sequence[str]) -> bool:
     )
 
 
-def _tells(config: LoraConfig, layout: Mapping[str, Tensor], modules: Mapping[str, LoraModule]) -> bool:
+def _means(config: LoraConfig, layout: Mapping[str, Tensor], modules: Mapping[str, LoraModule]) -> bool:
+    """Whether PEFT reads these modules, with their scalings, from a config."""
     try:
-        found = read_modules("the soup", as_written(config), layout)
+        read = read_modules("the soup", as_written(config), layout)
     except AdapterError:
         return False
-    return found.keys() == modules.keys() and all(found[path].scaling == modules[path].scaling for path in modules)
+    return read.keys() == modules.keys() and all(read[path].scaling == modules[path].scaling for path in modules)
 
 
 def as_written(config: LoraConfig) -> LoraConfig:
-    """A config as it comes back from its file, in which PEFT sorts all keys and sets have no order."""
+    """Return a config as PEFT reads it back from its file, where all keys are sorted."""
     config = deepcopy(config)
     for name, value in vars(config).items():
         if isinstance(value, dict):

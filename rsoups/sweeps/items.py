@@ -1,53 +1,67 @@
-"""The units of a sweep's work."""
+"""The units of a sweep's work: models, responses to generate, and responses."""
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from rsoups.fronts.points import BASE, SOUP, model_key
 from rsoups.generation.decoding import Prompt, Said
 
-logger = logging.getLogger(__name__)
+ENSEMBLE = "ensemble"
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One model of the sweep: a soup, another adapter, the ensemble of the ingredients, or the base where it is none.
+    """One model of the sweep: a soup, the base, another adapter, or the ensemble of the ingredients.
 
     Attributes:
-        name: In the records.
-        soup: λ by ingredient.
-        other: Name of another adapter.
-        ensemble: Whether it is the mean of the ingredients' next-token distributions.
+        name: Name in the records.
+        lambdas: λ by ingredient; None unless the model is a soup.
+        method: Interpolation method; None unless the model is a soup.
     """
 
     name: str
-    soup: Mapping[str, float] | None = None
+    lambdas: Mapping[str, float] | None = None
     method: str | None = None
-    other: str | None = None
-    ensemble: bool = False
 
     @property
-    def head(self) -> dict[str, Any]:
-        """What a record says of it."""
-        return {"name": self.name, "lambdas": self.soup and dict(self.soup), "method": self.method}
+    def key(self) -> tuple[Any, ...]:
+        """The key of the model, the same as that of its records."""
+        return model_key(self.name, self.lambdas, self.method)
 
     @property
-    def key(self) -> str:
-        return json.dumps([self.name, self.soup and dict(self.soup), self.method])
+    def weights(self) -> list[float]:
+        """λ in the order of the ingredients; empty unless the model is a soup."""
+        return list((self.lambdas or {}).values())
+
+    @property
+    def other(self) -> str | None:
+        """Name of the model among the other adapters; None if it is not one of them."""
+        return None if self.name in (SOUP, BASE, ENSEMBLE) else self.name
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the model is the base, without any adapter."""
+        return self.name == BASE
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether the model is the mean of the ingredients' next-token distributions."""
+        return self.name == ENSEMBLE
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One response to be made.
+    """One response to generate.
 
     Attributes:
-        place: Of the prompt in the sweep.
-        ids: The prompt's tokens.
-        sample: Which response of this model to it.
+        model: Model that responds.
+        place: Place of the prompt in the sweep.
+        prompt: Text or messages.
+        ids: Tokens of the prompt.
+        sample: Number of the response among those of this model to this prompt, from 0.
     """
 
     model: Model
@@ -59,7 +73,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole response: its text, how many tokens it has and, unless a server gave it, these and their log p."""
+    """A whole response: its text, the number of its tokens (the one that ends it included), and these (unless a server's)."""
 
     text: str
     tokens: int
@@ -67,11 +81,15 @@ class Answer:
 
 
 class Nats(NamedTuple):
-    """What the base makes of a response, as records tell it; None where it is not known."""
+    """KL to the base and negative log-likelihood under the base, of a whole response, in nats; None if unknown."""
 
     kl: float | None = None
     base_nll: float | None = None
 
 
-def is_base(model: Model) -> bool:
-    return model.soup is None and model.other is None and not model.ensemble
+def by_model(items: list[Item]) -> list[list[Item]]:
+    """Items of each model, in order."""
+    groups: dict[tuple[Any, ...], list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.model.key, []).append(item)
+    return list(groups.values())

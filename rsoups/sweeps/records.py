@@ -1,7 +1,8 @@
-"""Records of a sweep on disk: one line of JSON for each response, appended as they come, with their settings beside them.
+"""Records of a sweep on disk: one line of JSON for each response, and a file with the settings of the sweep.
 
-``records.jsonl`` holds them, ``records.settings.json`` how they were made. Of several processes each appends to a file of its
-own, ``records.RANK.jsonl``, until one of them gathers them, so that any number of processes goes on after a kill.
+``records.jsonl`` holds the records, ``records.settings.json`` how they were made. If several processes share a sweep, each
+appends to its own file, ``records.RANK.jsonl``, until the main process gathers them: a killed sweep can go on with any number
+of processes.
 """
 
 from __future__ import annotations
@@ -14,127 +15,119 @@ from typing import Any
 
 from rsoups.common.errors import OutputError
 from rsoups.common.files import read_jsonl, write_whole
+from rsoups.fronts.points import model_key
 
-# Settings that records of one file have in common; the others tell where things came from, and may change.
-_SAME: tuple[str, ...] = (
-    "ingredients",
-    "rewards",
-    "temperature",
-    "max_new_tokens",
-    "seed",
-    "prompts",
-    "columns",
-    "cut",
-    "server",
-)
-_SAME += ("chat_template_kwargs",)
-_GROWING = ("others", "other_hashes", "adapters", "trained_on")  # a later call may add to these
-_PINNED = ("base", "base_weights")  # `pin` tells them, who has seen the weights
-_BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # some readers take them for the end of a line
-Key = tuple[str, str, int]
-
-
-def model_key(record: Mapping[str, Any]) -> str:
-    """What tells models apart: name, λ and method."""
-    return json.dumps([record["name"], record["lambdas"], record["method"]])
+# Settings that all records of one file share. The others tell where something came from, and may change.
+_SHARED = "ingredients rewards temperature max_new_tokens seed prompts columns cut server chat_template_kwargs".split()
+_GROWING = ("others", "other_hashes", "adapters", "trained_on")  # a later call may add entries
+_PINNED = ("base", "base_weights")  # written by `pin`, once the weights are loaded
+_BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # line breaks to some readers of JSON lines
+Key = tuple[Any, str, int]
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
-    """Model, prompt and sample: one record each."""
-    return model_key(record), json.dumps(record["prompt"]), int(record.get("sample", 0))
+    """The key of a record: its model, prompt and sample."""
+    model = model_key(record["name"], record["lambdas"], record["method"])
+    return model, json.dumps(record["prompt"]), int(record.get("sample", 0))
 
 
 class Records:
-    """The records of one sweep, as one of its processes sees them.
+    """The records of a sweep, from the point of view of one process.
 
     Attributes:
-        path: The file of all.
-        done: Keys of the records that are there.
+        done: Keys of the records that are on disk.
     """
 
     def __init__(self, path: Path, rank: int = 0, processes: int = 1):
-        """Read what is there. (The main process calls `prepare` before.)"""
-        self.path = path
-        self._own = path if processes == 1 else _part(path, rank)
-        self.done = {key_of(record) for record in _read(path)}
+        """Read the records. (The main process has called `prepare` before.)"""
+        self._own = path if processes == 1 else path.with_name(f"{path.stem}.{rank}{path.suffix}")
+        self.done = set(map(key_of, _read(path)))
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Write records, and have them on disk before returning.
+        """Write records; they are on disk when this returns.
 
         Raises:
-            OutputError: They cannot be written; those before are whole.
+            OutputError: The records cannot be written; the file is as it was before.
         """
-        text = "".join(map(_line, records))
         size = self._own.stat().st_size if self._own.exists() else 0
         try:
             with self._own.open("a", encoding="utf-8") as file:
-                file.write(text)
+                file.write("".join(map(_line, records)))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             if self._own.exists():
                 os.truncate(self._own, size)
             raise OutputError(f"cannot write {self._own}: {error.strerror or error}; run again to go on") from error
-        self.done |= {key_of(record) for record in records}
+        self.done |= set(map(key_of, records))
 
 
 def prepare(path: Path, settings: dict[str, Any]) -> None:
-    """Check that the records there, if any, are of this sweep, and gather what a killed one left.
+    """Create the records file, or check that its records are of this sweep and gather what a killed one left.
 
     Raises:
-        OutputError: `path` holds records of another sweep, or a line in its middle that is not a record.
+        OutputError: `path` holds records of another sweep, or a line in its middle is not a record.
     """
-    beside = path.with_suffix(".settings.json")
+    settings_path = path.with_suffix(".settings.json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write into {path.parent}: {error.strerror or error}") from error
-    found: dict[str, Any] = {}
+
+    old: dict[str, Any] = {}
     if path.exists():
         try:
-            found = json.loads(beside.read_text("utf-8"))
+            old = json.loads(settings_path.read_text("utf-8"))
         except (OSError, ValueError):
-            raise OutputError(f"{path} is there without its {beside.name}: move it or choose another file") from None
-        differing = sorted(key for key in _SAME if settings.get(key) != found.get(key))
-        if "ingredients" not in differing and list(settings["ingredients"]) != list(found["ingredients"]):
-            differing.append("the order of the ingredients")
-        both = found.get("other_hashes", {}).keys() & settings["other_hashes"].keys()
-        differing += [f"others: {n}" for n in sorted(both) if found["other_hashes"][n] != settings["other_hashes"][n]]
-        if differing:
+            raise OutputError(
+                f"{path} exists without its {settings_path.name}: move it or choose another file"
+            ) from None
+        if differing := _differing(old, settings):
             raise OutputError(
                 f"{path} holds records of another sweep (differing: {differing}); move it or choose another"
             )
         gather(path)
-    for name in _GROWING:
-        settings[name] = {**found.get(name, {}), **settings[name]}
-    known = [name for name in _PINNED if name in found and path.stat().st_size]  # there are records
-    _write(beside, settings | {name: found[name] for name in known})
+
+    growing = {name: {**old.get(name, {}), **settings[name]} for name in _GROWING}
+    has_records = path.exists() and path.stat().st_size
+    pinned = {name: old[name] for name in _PINNED if name in old and has_records}
+    _write(settings_path, settings | growing | pinned)
     path.touch()
 
 
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Names of the settings in which records would differ."""
+    names = sorted(name for name in _SHARED if new.get(name) != old.get(name))
+    if "ingredients" not in names and list(new["ingredients"]) != list(old["ingredients"]):
+        names.append("the order of the ingredients")
+    old_hashes, new_hashes = old.get("other_hashes", {}), new["other_hashes"]
+    both = sorted(old_hashes.keys() & new_hashes.keys())
+    return names + [f"others: {name}" for name in both if old_hashes[name] != new_hashes[name]]
+
+
 def pin(path: Path, base: str | None, weights: str, write: bool) -> None:
-    """Check that records which are there are of this base; where their settings do not tell its weights, they do from now on.
+    """Check that existing records belong to this base; record its hash if it is missing.
 
     Args:
-        path: Of the records, which are prepared.
-        base: Its name, where it has one.
-        weights: Their hash.
-        write: Whether it is for this process to write.
+        path: Prepared records file.
+        base: Name of the base, if it has one.
+        weights: Hash of its weights.
+        write: Whether this process writes the settings.
 
     Raises:
-        OutputError: They are of a base with other weights.
+        OutputError: The records are of a base with other weights.
     """
-    beside = path.with_suffix(".settings.json")
-    found = json.loads(beside.read_text("utf-8"))
-    if found.get("base_weights", weights) != weights:
-        other = found.get("base") or "a model in memory"
+    settings_path = path.with_suffix(".settings.json")
+    old = json.loads(settings_path.read_text("utf-8"))
+    if old.get("base_weights", weights) != weights:
+        other = old.get("base") or "a model in memory"
         raise OutputError(
             f"{path} holds records of another sweep (differing: the base's weights; theirs are of {other}, not those of "
             f"{base or 'this model'}); sweep that base, or move the records or choose another file"
         )
-    settings = found | {"base": base or found.get("base"), "base_weights": weights}
-    if write and settings != found:
-        _write(beside, settings)
+    settings = old | {"base": base or old.get("base"), "base_weights": weights}
+    if write and settings != old:
+        _write(settings_path, settings)
 
 
 def _write(path: Path, settings: Mapping[str, Any]) -> None:
@@ -142,14 +135,14 @@ def _write(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def gather(path: Path, order: Iterable[Key] = ()) -> None:
-    """Merge the processes' files into one, its records in `order`; others keep theirs, after those."""
-    place = {key: i for i, key in enumerate(order)}
+    """Merge the files of all processes into one: records in `order` first, then the others in their own order."""
     parts = [part for part in sorted(path.parent.glob(f"{path.stem}.*{path.suffix}")) if _is_part(part)]
-    before = path.read_text("utf-8")
     records = {key_of(record): record for file in (path, *parts) for record in _read(file)}
-    kept = sorted(records, key=lambda key: place.get(key, len(place)))  # stable
-    text = "".join(_line(records[key]) for key in kept)
-    if text != before:
+
+    place = {key: i for i, key in enumerate(order)}
+    keys = sorted(records, key=lambda key: place.get(key, len(place)))  # stable
+    text = "".join(_line(records[key]) for key in keys)
+    if text != path.read_text("utf-8"):
         write_whole(path, text)
     for part in parts:
         part.unlink()
@@ -160,24 +153,21 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _is_part(path: Path) -> bool:
-    """Whether it is a process's file, not a sweep of such a name."""
+    """Whether a file is that of a process, not a sweep with a number in its name."""
     return path.suffixes[-2][1:].isdigit() and not path.with_suffix(".settings.json").exists()
-
-
-def _part(path: Path, rank: int) -> Path:
-    return path.with_name(f"{path.stem}.{rank}{path.suffix}")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """Records of a file; a last line without its end, which a killed process leaves, is cut off."""
     data = path.read_bytes()
-    if (end := data.rfind(b"\n") + 1) < len(data):
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
         os.truncate(path, end)
     return read_jsonl(path, OutputError, _check)
 
 
 def _check(where: str, record: Any) -> None:
     try:
-        key_of(record)
-    except (ValueError, KeyError, TypeError):
-        raise OutputError(f"{where}: not a record; remove the line, and it is made again") from None
+        hash(key_of(record))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise OutputError(f"{where}: not a record; remove the line, and run again") from None

@@ -1,214 +1,53 @@
-"""Run a sweep: generate, score and record what is missing."""
+"""Run a sweep: generate, score and record the responses that are missing."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
-import shlex
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from importlib.metadata import version
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rsoups.adapters.adapter import Adapter
-from rsoups.adapters.lineage import Manifest
-from rsoups.common.errors import DatasetError, RewardError, RsoupsError
 from rsoups.common.files import read_jsonl
-from rsoups.data.prompts import fit_prompts, question_of
-from rsoups.data.training_data import chat_template_of
 from rsoups.fronts.grids import largest_gap
-from rsoups.fronts.notes import trained_on_of
 from rsoups.fronts.reading import mean_score
-from rsoups.generation.decoding import Prompt, encode
-from rsoups.rewards.averaged import AveragedScores
-from rsoups.rewards.classifier import Reward
-from rsoups.rewards.functions import FunctionReward, check_scores
-from rsoups.sweeps.generation import Base, Generator
+from rsoups.sweeps.generator import Generator
 from rsoups.sweeps.items import Answer, Item, Model, Nats
-from rsoups.sweeps.records import Key, Records, gather, model_key
+from rsoups.sweeps.places import places_of
+from rsoups.sweeps.plan import Plan
+from rsoups.sweeps.records import Key, Records, gather, key_of, pin
 from rsoups.sweeps.vllm_server import Server
 
-ENSEMBLE = "ensemble"
-_WAITING = 2  # batches that wait to be scored
-
-logger = logging.getLogger(__name__)
-
-
-class Run:
-    """The work of one process: items that no record holds yet, in batches, which are scored beside the generation."""
-
-    start: Callable[[], Generator | Server]  # what answers, when there is something to be answered
-
-    def __init__(
-        self,
-        models: list[Model],
-        asked: Asked,
-        rewards: Mapping[str, Callable[..., Any]],
-        cut: Callable[[str], str],
-        samples: int,
-        seed: int,
-        path: Path,
-        processes: Processes,
-        progress: bool,
-    ):
-        self._models, self._asked, self._cut, self._samples, self._seed = models, asked, cut, samples, seed
-        self._path, self._processes, self._progress = path, processes, progress
-        self._rewards = {
-            name: reward if isinstance(reward, (Reward, FunctionReward)) else FunctionReward(reward, name)
-            for name, reward in rewards.items()
-        }
-        self._scoring = ThreadPoolExecutor(1, thread_name_prefix="rsoups-scoring")
-        self._classifiers = [name for name, reward in rewards.items() if isinstance(reward, (Reward, AveragedScores))]
-        self._scores: dict[tuple[int, str], dict[str, float]] = {}  # of what was said, by reward
-        self._made: Generator | Server | None = None
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: Any) -> None:
-        self._scoring.shutdown(cancel_futures=True)
-        if self._made is not None:
-            self._made.close()
-
-    def until_done(self, models: Sequence[Model]) -> None:
-        """Answer what these models have not answered yet, and gather the records of all processes."""
-        self._processes.wait()  # for `prepare`, or for the records that were gathered before
-        records = Records(self._path, self._processes.rank, self._processes.count)
-        todo = [item for item in self._items(models) if _key(item) not in records.done]
-        if todo:
-            share = sorted(todo, key=lambda item: len(item.ids), reverse=True)[
-                self._processes.rank :: self._processes.count
-            ]
-            self._answer(share, records)
-        self._processes.wait()
-        if self._processes.is_main:
-            gather(self._path, map(_key, self._items(self._models)))
-        self._processes.wait()
-
-    def _items(self, models: Sequence[Model]) -> Iterator[Item]:
-        """In the order of the records file."""
-        for model in models:
-            for place, (prompt, ids) in enumerate(zip(self._asked.prompts, self._asked.ids, strict=True)):
-                for sample in range(self._samples):
-                    yield Item(model, place, prompt, ids, sample)
-
-    def _answer(self, items: list[Item], records: Records) -> None:
-        from tqdm.auto import tqdm
-
-        self._made = generate = self._made or self.start()
-        waiting: deque[tuple[list[Item], list[Answer], list[Nats], Future[None]]] = deque()
-        shown = self._progress and self._processes.is_main
-        with tqdm(total=len(items), unit="response", disable=not shown, desc="sweep") as bar:
-
-            def record(most: int) -> None:
-                while waiting and (len(waiting) > most or waiting[0][-1].done()):
-                    batch, answers, nats, scored = waiting.popleft()
-                    scored.result()
-                    records.append(list(map(self._record, batch, answers, nats)))
-                    bar.update(len(batch))
-
-            # Models on the same cores are not run beside each other: their threads wait for one another, and a sweep takes a
-            # third longer. Functions, which may be waiting for a judge, are.
-            here = self._classifiers if generate.on_cpu else []
-            beside = [name for name in self._rewards if name not in here]
-            for batch in generate.batches(items):
-                answers = generate(batch)
-                new = [key for key in dict.fromkeys(map(self._said, batch, answers)) if key not in self._scores]
-                self._scores |= {key: {} for key in new}  # what several models say to a prompt is scored once
-                scored = self._scoring.submit(self._score, new, beside)
-                nats = generate.nats(batch, answers)
-                self._score(new, here)
-                waiting.append((batch, answers, nats, scored))
-                record(_WAITING)
-            record(0)
-
-    def _said(self, item: Item, answer: Answer) -> tuple[int, str]:
-        """What is scored: the prompt's place, and what rewards see of the response."""
-        return item.place, self._cut(answer.text)
-
-    def _score(self, said: list[tuple[int, str]], names: Sequence[str]) -> None:
-        if not said:
-            return
-        places, responses = zip(*said, strict=True)
-        prompts = [self._asked.prompts[place] for place in places]
-        columns = {name: [column[place] for place in places] for name, column in self._asked.columns.items()}
-        for name in names:
-            scores = _scored(self._rewards[name], prompts, list(responses), columns)
-            for key, score in zip(said, scores, strict=True):
-                self._scores[key][name] = score
-
-    def _record(self, item: Item, answer: Answer, nats: Nats) -> dict[str, Any]:
-        head, said = item.model.head, self._said(item, answer)
-        scores = {name: self._scores[said][name] for name in self._rewards}
-        record = head | {"prompt": item.prompt, "response": said[1], "rewards": scores}
-        record |= {"seed": self._seed, "sample": item.sample, "tokens": answer.tokens, **nats._asdict()}
-        if abstained := [name for name, score in scores.items() if score is None]:
-            record["abstained"] = abstained
-        return {key: value for key, value in record.items() if value is not None or key in head}
-
-    def wanted(self) -> list[float] | None:
-        """λ of one more soup, of the records of those there are."""
-        soups = [model for model in self._models if model.soup]
-        found: dict[str, list[dict[str, Any]]] = {}
-        for record in read_jsonl(self._path):
-            found.setdefault(model_key(record), []).append(record)
-        means = np.array([[mean_score(found[model.key], name) for name in self._rewards] for model in soups])
-        return largest_gap([list((model.soup or {}).values()) for model in soups], means)
+_WAITING = 2  # batches that may wait for their scores while the next one is generated
+_LONGEST_WAIT = timedelta(days=7)  # for the slowest process; torch's own limit is ten minutes
+_Response = tuple[int, str]  # place of the prompt, and what rewards see of the response
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The prompts that leave room for a response: as given, in tokens, with their columns."""
+class _Batch:
+    """Generated responses, whose scores by functions may still be missing."""
 
-    prompts: list[Prompt]
-    ids: list[list[int]]
-    columns: dict[str, list[Any]]
-
-    @classmethod
-    def of(
-        cls,
-        prompts: Sequence[Prompt],
-        columns: Mapping[str, Sequence[Any]] | None,
-        opened: Base,
-        new: int,
-        policy: str,
-        template: Mapping[str, Any],
-    ) -> Asked:
-        for prompt in prompts:
-            question_of(prompt)  # refuses what asks nothing
-        different = {json.dumps(prompt) for prompt in prompts}
-        if not prompts or len(different) != len(prompts):
-            raise DatasetError(
-                f"a sweep needs prompts, each once; got {len(prompts)}, {len(different)} of them different"
-            )
-        columns = columns or {}
-        for name, column in columns.items():
-            if len(column) != len(prompts):
-                raise DatasetError(f"column {name!r} has {len(column)} values for {len(prompts)} prompts")
-        ids = [encode(opened.tokenizer, prompt, template) for prompt in prompts]
-        if not all(ids):
-            raise DatasetError(f"prompt {prompts[ids.index([])]!r} has no tokens")
-        places = list(range(len(prompts)))
-        if opened.context is not None:
-            places = fit_prompts(places, [len(one) for one in ids], opened.context - new, policy)
-        if len(places) < len(prompts):
-            logger.warning("%d of %d prompts dropped: too long", len(prompts) - len(places), len(prompts))
-        kept = {name: [column[place] for place in places] for name, column in columns.items()}
-        return cls([prompts[place] for place in places], [ids[place] for place in places], kept)
+    items: list[Item]
+    answers: list[Answer]
+    nats: list[Nats]
+    scored: Future[None]
 
 
 class Processes:
-    """This process among those of `accelerate launch`."""
+    """This process among those of `accelerate launch`.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        count: Number of processes.
+        is_main: Whether this process is the one that writes the files that all share.
+    """
 
     def __init__(self) -> None:
         self._state: Any = None
@@ -216,77 +55,162 @@ class Processes:
             import torch
             from accelerate import PartialState
 
-            slowest = timedelta(days=7)  # that the others wait for
-            self._state = PartialState(cpu=not torch.accelerator.is_available(), timeout=slowest)
-        self.rank = self._state.process_index if self._state else 0
-        self.count = self._state.num_processes if self._state else 1
+            self._state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
+        self.rank: int = self._state.process_index if self._state else 0
+        self.count: int = self._state.num_processes if self._state else 1
         self.is_main = self.rank == 0
 
     def wait(self) -> None:
+        """Wait until all processes are here."""
         if self._state:
             self._state.wait_for_everyone()
 
     def main_first(self) -> AbstractContextManager[None]:
-        """A context that the others enter when the main process has left it."""
+        """A context that the other processes enter when the main process has left it."""
         return self._state.main_process_first() if self._state else nullcontext()
 
 
-def trained_on(manifests: Sequence[Manifest]) -> dict[str, float]:
-    """The rewards that an adapter's manifest names, with their weights; empty where it is not known."""
-    rewards = (manifests[0].get("rewards") or []) if manifests else []
-    return trained_on_of({"trained_on": {"it": {r.get("name"): r.get("weight", 1.0) for r in rewards}}}).get("it", {})
+class Worker:
+    """The work of one process: items without a record, in batches; scoring runs beside generation."""
 
+    def __init__(self, plan: Plan, path: Path, processes: Processes, progress: bool):
+        self._plan, self._path, self._processes, self._progress = plan, path, processes, progress
+        self._models = plan.models()
+        self._scoring = ThreadPoolExecutor(1, thread_name_prefix="rsoups-scoring")
+        self._scores: dict[_Response, dict[str, float]] = {}
+        self._generator: Generator | Server | None = None
 
-def template_of(
-    given: Mapping[str, Any] | None, manifests: Mapping[str, Sequence[Manifest]], prompts: Sequence[Prompt]
-) -> dict[str, Any]:
-    """Variables of the chat template: those given, or those that the adapters were trained with; none for texts."""
-    if all(isinstance(prompt, str) for prompt in prompts):
-        return {}
-    return chat_template_of(manifests) if given is None else dict(given)
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._scoring.shutdown(cancel_futures=True)
+        if self._generator is not None:
+            self._generator.close()
+
+    def run(self) -> None:
+        """Evaluate all models of the plan, then the λ of its refinement."""
+        self._evaluate(self._models)
+        for _ in range(self._plan.settings.refine):
+            row = self._next_lambda()
+            if row is None:
+                break
+            self._models.append(self._plan.soup(row))
+            self._evaluate(self._models[-1:])
+
+    def _evaluate(self, models: Sequence[Model]) -> None:
+        """Generate the missing responses of these models, and gather the records of all processes."""
+        processes = self._processes
+        processes.wait()  # until the main process has prepared, or gathered, the records file
+        records = Records(self._path, processes.rank, processes.count)
+        missing = [item for item in self._items(models) if _key(item) not in records.done]
+        if missing:
+            missing.sort(key=lambda item: len(item.ids), reverse=True)  # so that all shares have like lengths
+            self._generate(missing[processes.rank :: processes.count], records)
+
+        processes.wait()
+        if processes.is_main:
+            gather(self._path, map(_key, self._items(self._models)))
+        processes.wait()
+
+    def _items(self, models: Sequence[Model]) -> Iterator[Item]:
+        """All items of some models, in the order of the records file."""
+        table = self._plan.table
+        for model in models:
+            for place, (prompt, ids) in enumerate(zip(table.prompts, table.ids, strict=True)):
+                for sample in range(self._plan.settings.samples):
+                    yield Item(model, place, prompt, ids, sample)
+
+    def _generate(self, items: list[Item], records: Records) -> None:
+        from tqdm.auto import tqdm
+
+        generator = self._generator = self._generator or self._open()
+        # Reward models on the same cores are not run beside generation: the threads wait for one another, and a sweep takes a
+        # third longer. Functions are run beside it, since they may wait for a judge.
+        here = [name for name, reward in self._plan.rewards.items() if generator.on_cpu and reward.is_model]
+        beside = [name for name in self._plan.rewards if name not in here]
+
+        waiting: deque[_Batch] = deque()
+        shown = self._progress and self._processes.is_main
+        with tqdm(total=len(items), unit="response", disable=not shown, desc="sweep") as bar:
+
+            def write(most: int) -> None:
+                """Write the batches that are scored, and wait for scores while more than `most` batches are waiting."""
+                while waiting and (len(waiting) > most or waiting[0].scored.done()):
+                    batch = waiting.popleft()
+                    batch.scored.result()
+                    records.append(list(map(self._record, batch.items, batch.answers, batch.nats)))
+                    bar.update(len(batch.items))
+
+            for batch in generator.batches(items):
+                answers = generator(batch)
+                # Equal responses of several models to a prompt are scored once.
+                responses = dict.fromkeys(map(self._seen, batch, answers))
+                new = [response for response in responses if response not in self._scores]
+                self._scores |= {response: {} for response in new}
+                scored = self._scoring.submit(self._score, new, beside)
+                nats = generator.nats(batch, answers)
+                self._score(new, here)
+                waiting.append(_Batch(batch, answers, nats, scored))
+                write(_WAITING)
+            write(0)
+
+    def _open(self) -> Generator | Server:
+        """Load what generates: called once there is something to generate."""
+        plan, settings = self._plan, self._plan.settings
+        if settings.server is not None:
+            return Server(settings.server, plan.adapters, plan.others, self._path.parent, **settings.sampling)
+
+        weights = plan.base.fingerprint()
+        with self._processes.main_first():
+            pin(self._path, plan.base.name, weights, write=self._processes.is_main)
+        places = places_of(plan.base.load(), plan.adapters, plan.others, settings.method, settings.ensemble)
+        tokenizer, tokens = plan.base.tokenizer, settings.batch_tokens
+        return Generator(plan.base.model, tokenizer, places, batch_tokens=tokens, **settings.sampling)
+
+    def _seen(self, item: Item, answer: Answer) -> _Response:
+        """What rewards see of an answer."""
+        return item.place, self._plan.settings.cut(answer.text)
+
+    def _score(self, responses: list[_Response], names: Sequence[str]) -> None:
+        """Keep the scores of responses by some of the rewards."""
+        if not responses:
+            return
+        table = self._plan.table
+        places, texts = zip(*responses, strict=True)
+        prompts = [table.prompts[place] for place in places]
+        columns = {name: [column[place] for place in places] for name, column in table.columns.items()}
+        for name in names:
+            scores = self._plan.rewards[name](prompts, list(texts), **columns)
+            for response, score in zip(responses, scores, strict=True):
+                self._scores[response][name] = score
+
+    def _record(self, item: Item, answer: Answer, nats: Nats) -> dict[str, Any]:
+        model, response = item.model, self._seen(item, answer)
+        # In the order of the rewards, whichever of them was first to score.
+        rewards = {name: self._scores[response][name] for name in self._plan.rewards}
+        head: dict[str, Any] = {
+            "name": model.name,
+            "lambdas": model.lambdas and dict(model.lambdas),
+            "method": model.method,
+        }
+        record = head | {"prompt": item.prompt, "response": response[1], "rewards": rewards}
+        record |= {"seed": self._plan.settings.seed, "sample": item.sample, "tokens": answer.tokens}
+        record |= {name: value for name, value in nats._asdict().items() if value is not None}
+        if abstained := [name for name, score in rewards.items() if score is None]:
+            record["abstained"] = abstained
+        return record
+
+    def _next_lambda(self) -> list[float] | None:
+        """λ of one more soup, chosen from the records; None if the front has no gap to fill."""
+        records: dict[Any, list[dict[str, Any]]] = {}
+        for record in read_jsonl(self._path):
+            records.setdefault(key_of(record)[0], []).append(record)
+
+        soups = [model for model in self._models if model.lambdas]
+        means = [[mean_score(records[soup.key], name) for name in self._plan.rewards] for soup in soups]
+        return largest_gap([soup.weights for soup in soups], np.array(means))
 
 
 def _key(item: Item) -> Key:
     return item.model.key, json.dumps(item.prompt), item.sample
-
-
-def _scored(reward: Any, prompts: list[Prompt], responses: list[str], columns: dict[str, list[Any]]) -> list[float]:
-    try:
-        scores = list(reward(prompts, responses, **columns))
-    except RsoupsError:
-        raise
-    except Exception as error:
-        raise RewardError(
-            f"reward {reward.name!r} raised {type(error).__name__}: {error}; the batch begins with prompt {prompts[0]!r}, "
-            f"response {responses[0]!r}"
-        ) from error
-    check_scores(reward.name, scores, prompts, responses)
-    return scores
-
-
-def check_texts(path: Path) -> None:
-    if not any(record["response"] for record in read_jsonl(path)):
-        raise DatasetError(
-            f"all responses in {path} are empty: the model ends its responses at once, or `cut` leaves nothing of them"
-        )
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def source_of(adapter: Adapter, folder: Path) -> str | None:
-    """Where an adapter is: a Hub id, or a folder as seen from the records'; None of one in memory."""
-    path = Path(adapter.source).expanduser()
-    if path.is_dir():
-        return os.path.relpath(path.resolve(), folder.resolve())
-    return adapter.source if "of a live model" not in adapter.source else None
-
-
-def provenance(base: Any) -> dict[str, Any]:
-    return {
-        "base": base if isinstance(base, str) else None,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in ("rsoups", "transformers", "peft", "torch")},
-    }

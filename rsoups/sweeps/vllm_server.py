@@ -1,9 +1,9 @@
-"""A sweep through a running vLLM server: soups written as LoRAs, loaded by its runtime API, answered over HTTP.
+"""A sweep through a running vLLM server: soups are saved as LoRAs, and loaded by the server's runtime API.
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve my/base --enable-lora --max-lora-rank 64
     rsoups sweep --server http://127.0.0.1:8000 ...
 
-The server has to see this machine's files. Its random numbers are its own, from a seed for each response.
+The server must see this machine's files. It draws its own random numbers, from one seed for each response.
 """
 
 from __future__ import annotations
@@ -11,34 +11,29 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from rsoups.adapters.adapter import Adapter
-from rsoups.common.errors import AdapterError, ServerError
+from rsoups.common.errors import ServerError
 from rsoups.generation.decoding import seed_of
-from rsoups.soups.interpolation import interpolate
-from rsoups.soups.soup import Soup
-from rsoups.sweeps.items import Answer, Item, Model, Nats
+from rsoups.sweeps.items import Answer, Item, Model, Nats, by_model
+from rsoups.sweeps.places import soup_of
 
-_AT_ONCE = 32  # requests; vLLM batches what it has
-_BATCH = 128  # responses from one record write to the next
-_TRIES = 5
-_PURE = {
-    "top_p": 1.0,
-    "top_k": -1,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-}  # else the model's generation config applies
+_PARALLEL = 32  # requests at a time; vLLM batches those that it has
+_BATCH = 128  # responses from one write of records to the next
+_RETRIES = 4
+_SECONDS = 600.0  # for one response
+# Without these, the model's generation config applies.
+_PURE = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+_HINT = "serve with --enable-lora, --max-lora-rank of the soup's rank, VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 
 
 class Server:
-    """Answers items as `Generator` does; `kl` and `base_nll` are not known."""
+    """Generates like `Generator`, by a server; `kl` and `base_nll` are unknown."""
 
     on_cpu = False
 
@@ -56,94 +51,96 @@ class Server:
         """Ask the server for its base.
 
         Raises:
-            ServerError: It cannot be reached.
+            ServerError: The server cannot be reached, or it serves no base.
         """
-        self._adapters, self._others, self._seed = adapters, others, seed
-        self._settings = {"temperature": temperature, "max_tokens": max_new_tokens} | _PURE
-        self._client = httpx.Client(base_url=url.rstrip("/"), timeout=600)
-        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="rsoups-server")
-        served = self._ask("GET", "/v1/models").json()["data"]
-        self._base: str = next(model["id"] for model in served if not model.get("parent"))
-        self._folder = Path(tempfile.mkdtemp(prefix=".soups-", dir=folder)).resolve()
-        self._loaded: dict[str, str] = {}  # names on the server, by model
+        from openai import OpenAI
 
-    def batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        """Items of one model each."""
-        apart: dict[str, list[Item]] = {}
-        for item in items:
-            apart.setdefault(item.model.key, []).append(item)
-        for of_one in apart.values():
-            for start in range(0, len(of_one), _BATCH):
-                yield of_one[start : start + _BATCH]
+        self._adapters, self._others, self._seed = adapters, others, seed
+        self._sampling: dict[str, Any] = {"temperature": temperature, "max_tokens": max_new_tokens, "top_p": 1.0}
+        key = os.environ.get("VLLM_API_KEY", "none")  # not OpenAI's own key: the server may be anyone's
+        self._url = url.rstrip("/")
+        self._client = OpenAI(base_url=f"{self._url}/v1", api_key=key, max_retries=_RETRIES, timeout=_SECONDS)
+        self._pool = ThreadPoolExecutor(_PARALLEL, thread_name_prefix="rsoups-server")
+        with self._refusals():
+            served = list(self._client.models.list())
+        bases = [model.id for model in served if not getattr(model, "parent", None)]
+        if not bases:
+            raise ServerError(f"the server {self._url} serves no base, only {[model.id for model in served]}")
+        self._base = bases[0]
+        self._folder = Path(tempfile.mkdtemp(prefix=".soups-", dir=folder)).resolve()
+        self._loaded: tuple[Any, str] | None = None  # key of the model on the server, and its name there
+        self._count = 0
+
+    def batches(self, items: list[Item]) -> Iterator[list[Item]]:
+        """Divide items into batches of one model each."""
+        for group in by_model(items):
+            for start in range(0, len(group), _BATCH):
+                yield group[start : start + _BATCH]
 
     def __call__(self, batch: list[Item]) -> list[Answer]:
-        name = self._name(batch[0].model)
+        """Generate the responses of a batch."""
+        with self._refusals():
+            name = self._name(batch[0].model)
+            return list(self._pool.map(lambda item: self._answer(name, item), batch))
 
-        def answer(item: Item) -> Answer:
-            seed = seed_of(self._seed, item.prompt, item.sample) % 2**31
-            asked = {"model": name, "prompt": item.ids, "seed": seed} | self._settings
-            found = self._ask("POST", "/v1/completions", asked).json()
-            return Answer(found["choices"][0]["text"], found["usage"]["completion_tokens"])
-
-        return list(self._pool.map(answer, batch))
+    def _answer(self, name: str, item: Item) -> Answer:
+        seed = seed_of(self._seed, item.prompt, item.sample) % 2**31
+        completion = self._client.completions.create(
+            model=name, prompt=item.ids, seed=seed, **self._sampling, extra_body=_PURE
+        )
+        tokens = completion.usage.completion_tokens if completion.usage else 0
+        return Answer(completion.choices[0].text, tokens)
 
     def nats(self, batch: list[Item], answers: list[Answer]) -> list[Nats]:
-        """Not known: the server would have to be asked for every token's log p of the base."""
+        """Unknown: the server does not tell the base's log-probability of every token."""
         return [Nats() for _ in answers]
 
     def _name(self, model: Model) -> str:
-        """The model's name on the server, which has loaded it; the one before is unloaded."""
-        if model.ensemble:
-            raise AdapterError("a server has no prediction ensembles: leave `ensemble` out, or sweep without `server`")
-        if model.soup is None and model.other is None:
+        """Name of a model on the server, which loads the model if needed and unloads the one before."""
+        if model.is_base:
             return self._base
-        if model.key not in self._loaded:
+        if self._loaded is None or self._loaded[0] != model.key:
             self._unload()
-            name = f"rsoups-{os.getpid()}-{self._folder.name[-6:]}-{len(list(self._folder.iterdir()))}"
-            if model.soup:
-                row, method = list(model.soup.values()), model.method or "exact"
-                soup = interpolate(self._adapters, row, method=method, allow_base_mismatch=True)  # compared by `sweep`
-            else:
-                soup = interpolate([self._others[model.other or ""]], [1.0])
-            assert isinstance(soup, Soup)
-            soup.save_pretrained(self._folder / name)
-            self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self._folder / name)})
-            self._loaded[model.key] = name
-        return self._loaded[model.key]
+            self._count += 1
+            name = f"rsoups-{os.getpid()}-{self._folder.name[-6:]}-{self._count}"
+            soup_of(model, self._adapters, self._others).save_pretrained(self._folder / name)
+            self._post("/load_lora_adapter", {"lora_name": name, "lora_path": str(self._folder / name)})
+            self._loaded = model.key, name
+        return self._loaded[1]
 
     def _unload(self) -> None:
-        for name in self._loaded.values():
-            self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
-        self._loaded = {}
+        if self._loaded is not None:
+            self._post("/unload_lora_adapter", {"lora_name": self._loaded[1]})
+            self._loaded = None
+
+    def _post(self, path: str, body: dict[str, str]) -> None:
+        """Call vLLM's own API, which answers with plain text."""
+        self._client.post(path, cast_to=str, body=body)
 
     def close(self) -> None:
-        """Unload the soups and remove their files."""
+        """Unload the soup and remove the files."""
         try:
-            self._unload()
+            with self._refusals():
+                self._unload()
         finally:
             self._pool.shutdown(cancel_futures=True)
             self._client.close()
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _ask(self, method: str, path: str, data: dict[str, Any] | None = None) -> httpx.Response:
-        """An answer of the server, which may need some tries.
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Turn the client's errors, which come after its retries, into ServerError."""
+        from openai import APIConnectionError, APIStatusError, OpenAIError
 
-        Raises:
-            ServerError: It cannot be reached, goes on to fail, or refuses.
-        """
-        problem = ""
-        for attempt in range(_TRIES):
-            if attempt:
-                time.sleep(2.0 ** (attempt - 2))
-            try:
-                response = self._client.request(method, path, json=data)
-            except httpx.TransportError as error:
-                problem = f"is not reached ({type(error).__name__})"
-                continue
-            if response.is_success:
-                return response
-            problem = f"answers {response.status_code} to {path}: {response.text[:300]}"
-            if response.status_code != 429 and response.status_code < 500:
-                break
-        hint = "serve with --enable-lora, --max-lora-rank of the soup's rank, VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-        raise ServerError(f"the server {self._client.base_url} {problem}; {hint}")
+        try:
+            yield
+        except APIStatusError as error:
+            path, text = error.request.url.path, error.response.text[:300]
+            problem = f"answers {error.status_code} to {path}: {text}"
+        except APIConnectionError as error:
+            problem = f"is not reached ({type(error.__cause__ or error).__name__})"
+        except OpenAIError as error:
+            problem = f"sends no completion ({error})"
+        else:
+            return
+        raise ServerError(f"the server {self._url} {problem}; {_HINT}")

@@ -21,7 +21,7 @@ from rsoups.common.errors import RewardError, SettingsError
 from rsoups.generation.decoding import trimmed
 from rsoups.generation.sampling import fast_sampling
 from rsoups.generation.settings import sample_purely
-from rsoups.rewards.functions import check_scores
+from rsoups.rewards.interface import check_scores
 from rsoups.training import first_step, rl_math
 from rsoups.training.actor_critic import ValueHead, add_actor_critic_forward, hide_value_head
 from rsoups.training.callbacks import PPOProgress

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rsoups.common.errors import RewardError, RsoupsError
-from rsoups.data.prompts import messages_of, response_start
-from rsoups.rewards.functions import FunctionReward, check_scores
+from rsoups.data.prompts import whole_response
+from rsoups.rewards.functions import as_reward
+from rsoups.rewards.interface import LoadedReward, check_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,25 +39,15 @@ def reward_function(
         data: Columns whose values the reward gets as they are, at the places that the dataset's column `PLACE` tells. (As
             columns of the dataset Arrow would change them: all rows of one type, all dicts with the same keys.)
     """
-    scored = FunctionReward(reward)
+    scored = as_reward(reward)
 
-    def whole(prompt: Any, completion: Any, ids: list[int] | None) -> str:
-        if isinstance(completion, list):  # messages: a conversation's answer
-            return messages_of(completion)[-1]["content"]
-        if not (start := response_start(prompt)):
-            return str(completion)
-        if tokenizer is None or ids is None:
-            return f"{start} {completion}"
-        started = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        before, after = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (started, [*started, *ids]))
-        return start + after[len(before) :]
-
-    def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    def function(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         ids = columns.get("completion_ids") or [None] * len(prompts)
         rows = zip(prompts, completions, ids, strict=True)
+        responses = [cut(whole_response(prompt, completion, tokenizer, row)) for prompt, completion, row in rows]
         places = columns.pop(PLACE, [])
         columns |= {name: [values[place] for place in places] for name, values in (data or {}).items()}
-        return scored(prompts, [cut(whole(*row)) for row in rows], **columns)
+        return scored(prompts, responses, **columns)
 
     function.__name__ = scored.name
     return function
@@ -65,12 +56,15 @@ def reward_function(
 def named_failures(reward: Any) -> Any:
     """A reward function of TRL's signature whose failures are `RewardError`s that name it and where it failed.
 
-    Anything else that TRL takes (a model, its name, an async function) comes back as it is.
+    A loaded reward names its failures itself; it and anything else that TRL takes (a model, its name, an async function)
+    come back as they are. A function ``f(prompts, responses)`` becomes a reward.
     """
     from torch import nn
 
-    if isinstance(reward, (str, nn.Module)) or inspect.iscoroutinefunction(reward):
+    if isinstance(reward, (str, nn.Module, LoadedReward)) or inspect.iscoroutinefunction(reward):
         return reward
+    if not _takes_completions(reward):
+        return as_reward(reward)
     name = getattr(reward, "__name__", type(reward).__name__)
 
     def function(prompts: list, completions: list, **columns: Any) -> list[float]:
@@ -83,13 +77,14 @@ def named_failures(reward: Any) -> Any:
                 f"reward {name!r} raised {type(error).__name__}: {error}; the batch begins with prompt {prompts[0]!r}, "
                 f"response {completions[0]!r}"
             ) from error
-        if len(scores) != len(completions):
-            raise RewardError(
-                f"reward {name!r} returned {len(scores)} scores for {len(completions)} responses; the batch begins with "
-                f"prompt {prompts[0]!r}, response {completions[0]!r}"
-            )
         check_scores(name, scores, prompts, completions)
         return scores
 
     function.__name__ = name
     return function
+
+
+def _takes_completions(reward: Any) -> bool:
+    """Whether a function has TRL's signature."""
+    parameters = inspect.signature(reward).parameters
+    return "completions" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

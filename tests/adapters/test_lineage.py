@@ -315,7 +315,7 @@ def test_a_barrier_is_a_middle_below_both_ends_by_more_than_its_interval(here, c
 
     front = rsoups.Front.from_records(rows(1.0))
     (text,) = barriers(front)
-    assert "barrier between A and B: at λ 0.5 / 0.5 r is -1." in text and "try exact" in text
+    assert "barrier between A and B: at λ 0.5 / 0.5 r is -1." in text and "If the method is factors, use exact" in text
     assert barriers(rsoups.Front.from_records(rows(0.0))) == []
     linear, _ = records(n=40)  # the middle is the mean of the ends: below one of them only
     assert barriers(rsoups.Front.from_records(linear)) == []

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import rsoups
 from rsoups.cli.main import main
 from rsoups.data.tasks import custom_task
-from rsoups.generation.decoding import Decoder, encode, respond
-from rsoups.rewards.probing import answers, sample_of, sample_of_records
+from rsoups.generation.decoding import Decoder, encode
+from rsoups.generation.respond import respond, texts_of_policy
+from rsoups.rewards.probing import sample_of, sample_of_records
 
 CHAT = [[{"role": "user", "content": f"w{i} w3"}] for i in range(12)]
 QUIET = {"quiet": True}
@@ -112,9 +113,9 @@ def test_records_of_conversations_are_probed(tmp_path):
 )
 def test_nothing_of_the_base_settings_changes_what_is_sampled(base, inherited):
     settings = {"temperature": 1.0, "max_new_tokens": 8, "seed": 3}
-    before = answers(base, CHAT, **settings)
+    before = texts_of_policy(base, CHAT, **settings)
     GenerationConfig(eos_token_id=2, pad_token_id=0, do_sample=True, **inherited).save_pretrained(base)
-    assert answers(base, CHAT, **settings) == before and len(set(before)) > 6
+    assert texts_of_policy(base, CHAT, **settings) == before and len(set(before)) > 6
 
 
 def test_responses_are_greedy_at_temperature_0_and_end_at_any_end_token(base):

@@ -271,9 +271,9 @@ def test_one_split_of_a_file_by_its_different_prompts(tmp_path):
     path.write_text("\n".join(json.dumps({"prompt": f"{i}"}) for i in range(12_000)))
     assert len(prompts("test")) == 1_000
     path.write_text(json.dumps({"prompt": "one"}))
-    with pytest.raises(DatasetError, match="holds one prompt only"):
+    with pytest.raises(DatasetError, match="holds only one prompt"):
         prompts("train")
-    with pytest.raises(DatasetError, match="split all is of one file"):
+    with pytest.raises(DatasetError, match="split all is for one file"):
         load_rows(TASKS["concepts"], None, "all")
 
 
@@ -290,7 +290,7 @@ def test_every_field_of_a_csv_is_a_text(tmp_path):
     assert ": dog, run ###" in load_rows(TASKS["concepts"], str(path), "test")[0]["prompt"]
     for text, words in (
         ("prompt,x\na,b,c\n", "line 2: 3 fields, the header has 2"),
-        ("prompt,prompt\na,b\n", "names the columns, each once"),
+        ("prompt,prompt\na,b\n", "must name each column once"),
         ("", "names the columns"),
     ):
         path.write_text(text)

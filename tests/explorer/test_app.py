@@ -31,7 +31,7 @@ def hub():
 def url(folder, hub, tmp_path_factory):
     environment = {"HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     log = tmp_path_factory.mktemp("log") / "server.txt"
-    with served(["-m", "rsoups.cli.main", "explore", str(folder)], folder.parent, log, **environment) as address:
+    with served(["-m", "rsoups.cli", "explore", str(folder)], folder.parent, log, **environment) as address:
         yield address
 
 

@@ -33,7 +33,7 @@ def test_it_holds_what_it_needs_and_nothing_else(space, folder):
         assert path.is_dir() or str(folder.parent).encode() not in path.read_bytes()
     assert (space / "records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()
     found = SweepFolder.read(space)
-    assert found.base == "rsoups/tiny-llama" and found.settings["max_new_tokens"] == 12
+    assert found.base == "rsoups/tiny-llama" and found.settings.max_new_tokens == 12
     for name in NAMES:
         ours, theirs = (
             rsoups.interpolate([a], [1.0]).state_dict for a in (found.adapters[name], folder / f"ppo-{name}")

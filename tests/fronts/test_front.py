@@ -13,7 +13,7 @@ from rsoups import Front
 from rsoups.fronts.advantage import advantage
 from rsoups.fronts.estimates import hypervolumes, means_with_draws, resampling, volume_of
 from rsoups.fronts.grids import simplex
-from rsoups.fronts.selection import knee
+from rsoups.fronts.selection import knee, parse_limit
 
 
 def test_means_and_intervals():
@@ -101,8 +101,12 @@ def test_records_that_no_front_can_be_made_of(tmp_path):
         Front.from_records([{"name": "base", "rewards": {"a": 1}}])
     for record_, words in (
         (["base"], "record 1 is"),
-        (good[0] | {"prompt": 1}, "a prompt is a text"),
-        (good[0] | {"rewards": 1}, "by name"),
+        (good[0] | {"prompt": 1}, "prompt is 1; a prompt is a text"),
+        (good[0] | {"rewards": 1}, "rewards is 1.*by name"),
+        (good[0] | {"response": None}, "response is None"),
+        (good[0] | {"name": 3}, "name is 3"),
+        (good[2] | {"lambdas": {"A": "1"}}, "finite weights by ingredient"),
+        (good[2] | {"lambdas": {"A": float("nan")}}, "finite weights by ingredient"),
     ):
         with pytest.raises(rsoups.FrontError, match=words):
             Front.from_records([record_])
@@ -371,6 +375,31 @@ def test_limits_leave_the_best_that_keeps_them():
     assert choice.share == pytest.approx(made / 2000)
     assert front.select(maximize="a").point is max(front.soups, key=lambda p: p.mean["a"])
     assert front.select(maximize="a", subject_to={"a": "< 0.9", "b": ">0"}).point.mean["a"] < 0.9
+    between = front.select(maximize="a", subject_to=["a >= .3", "a <= 0.9"])  # two limits of one reward
+    assert 0.3 <= between.point.mean["a"] <= 0.9 and "largest a, a >= 0.3, a <= 0.9" in between.rule
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("coverage >= 0.2", ("coverage", ">=", 0.2)),
+        (" my reward<-1e-3 ", ("my reward", "<", -1e-3)),
+        ("a<b <= +.5", ("a<b", "<=", 0.5)),
+        ("r>2.", ("r", ">", 2.0)),
+    ],
+)
+def test_limits_are_parsed(text, expected):
+    limit = parse_limit(text)
+    assert (limit.reward, limit.sign, limit.value) == expected
+    assert limit.holds(expected[2]) == (limit.sign in (">=", "<="))
+
+
+@pytest.mark.parametrize(
+    "text", ["", ">= 1", "a", "a = 1", "a >= ", "a >= b", "a >= 1e999", "a >= nan", "a >== 1", "a >= 1.2.3", None]
+)
+def test_limits_that_are_not_are_refused(text):
+    with pytest.raises(rsoups.FrontError, match="invalid limit"):
+        parse_limit(text)
 
 
 def test_limits_that_nothing_keeps_tell_the_best_reachable():
@@ -589,3 +618,21 @@ def test_how_little_there_is_to_see_is_said():
     assert one.points[0].low == {} and one.hypervolume({"a": 0}).value == 1 and one.select(knee=True).share is None
     rows = [r | {"response": "" if r["name"] == "base" else "x"} for r in records(n=2)[0]]
     assert Front.from_records(rows).notes == ["All responses are empty at base."]
+
+
+def test_reprs_are_one_line_and_notebooks_get_a_table():
+    front = Front.from_records(noisy(n=8))
+    assert repr(front) == ("Front(rewards a, b; 5 soups of A, B; others base, MORL 0.5/0.5, MORL 0.2/0.8; 8 prompts)")
+    choice = front.select(knee=True)
+    assert repr(choice) == f"Choice({choice})" and repr(choice.point).startswith(f"Point({choice.point.label}: a ")
+    comparison, gain = front.compare(front, {"a": -3, "b": -3}), front.advantage({"a": -3, "b": -3})
+    assert repr(comparison) == f"Comparison(hypervolume {comparison.gain} more than the other, 8 common prompts)"
+    assert repr(gain) == f"Advantage(soups minus MORL, 4 points each: hypervolume {gain.gain}, utility {gain.utility})"
+    for each in (front, choice, comparison, gain):
+        assert "\n" not in repr(each) and len(repr(each)) < 300
+    tables = [each._repr_html_() for each in (front, comparison, gain)]
+    assert all(table.startswith("<table>") and table.endswith("</table>") for table in tables)
+    assert tables[0].count("<tr>") == 1 + 8 and str(front.soups[0].estimate("a")) in tables[0]
+    assert str(comparison.igd_plus[0]) in tables[1] and str(gain.utility_of_all) in tables[2]
+    hostile = Front.from_records([record("<b>x</b>", None, "p", a=1.0)])
+    assert "<b>" not in hostile._repr_html_() and "&lt;b&gt;" in hostile._repr_html_()

@@ -33,7 +33,7 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
-            server.seen.append((self.path, dict(self.headers), body))
+            server.seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
             server.times.append(time.monotonic())
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)

@@ -1,5 +1,6 @@
 """The recipes: what they parse, and the whole chain on the embedded models, short."""
 
+import ast
 import gzip
 import json
 import math
@@ -180,6 +181,24 @@ def test_what_another_run_left_is_not_overwritten(tmp_path, left, flags, refusal
     with pytest.raises(rsoups.OutputError, match=refusal) if refusal else nullcontext():
         recipe["clear_folder"](script, training)
     assert (last_checkpoint(tmp_path) is not None) is (left != "nothing" and left != "finished" and "true" not in flags)
+
+
+HELPED = [path.stem for path in sorted(RECIPES.glob("*.py")) if path.stem != "__init__"]
+
+
+@pytest.mark.parametrize("name", HELPED)
+def test_a_recipes_help_describes_every_flag_and_shows_defaults(name, monkeypatch, capsys):
+    """And each recipe opens with what it does, its launch line, and how it differs from the paper."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    recipe = RECIPES / f"{name}.py"
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(recipe), run_name="__main__")
+    shown = " ".join(capsys.readouterr().out.split())
+    text = ast.get_docstring(ast.parse(recipe.read_text("utf-8")))
+    first = " ".join(text.splitlines()[0].split())
+    assert first in shown and "(default: " in shown
+    assert f"recipes/{name}.py" in text or f"rsoups {name}" in text
+    assert "differs from" in " ".join(text.split())
 
 
 def test_unknown_keys_are_refused(tmp_path):

@@ -266,3 +266,38 @@ def test_prompts_may_be_messages(tmp_path):
     assert front.prompts[0] == '[{"role": "user", "content": "Why <0>?"}]'
     write_report(front, rows, tmp_path)
     assert "Why <0>?" in page_of(tmp_path).text
+
+
+def test_names_and_settings_are_escaped_too(tmp_path):
+    """Responses are tested above; models, rewards, notes and settings come from files as well."""
+    bad = "<img src=x onerror=alert(1)>\"'"
+    rows = [
+        record("soup", {bad: x, "B": 1 - x}, f"p{i} {bad}", **{bad: x + i, "b": 1 - x}) | {"tokens": 1, "kl": 0.5}
+        for i in range(3)
+        for x in (1.0, 0.5, 0.0)
+    ]
+    rows += [
+        record(name, None, f"p{i} {bad}", **{bad: 0.0, "b": i}) for i in range(3) for name in ("base", "MORL" + bad)
+    ]
+    front = Front.from_records(rows)
+    settings = {
+        bad: [bad],
+        "command": bad,
+        "held_out": [bad],
+        "trained_on": {bad: {bad: 1.0}},
+        "trained_prompts": {bad: 1},
+    }
+    write_report(front, rows, tmp_path, reference={bad: -1, "b": -1}, others={bad: front}, settings=settings)
+    page = page_of(tmp_path)
+    assert "img" not in page.tags and "onerror" not in {name for name, _ in page.attributes}
+    assert "".join(page.text).count(bad) > 20
+
+
+def test_a_page_stays_small_however_long_its_texts(tmp_path):
+    rows = three_rewards(n=13)
+    for row in rows:
+        row["response"] = "long " * 4_000
+    write_report(Front.from_records(rows), rows, tmp_path)
+    page = tmp_path / "report.html"
+    assert page.stat().st_size < 1_000_000
+    assert re.search(r"… <em>\d+ more characters</em>", page.read_text("utf-8"))

@@ -27,8 +27,9 @@ from rsoups import RewardCard, load_reward
 from rsoups.common.assets import shipped
 from rsoups.data.prompts import question_of
 from rsoups.rewards.classifier import Reward
-from rsoups.rewards.functions import FunctionCard, check_columns, check_scores
+from rsoups.rewards.functions import FunctionCard, FunctionReward
 from rsoups.rewards.inputs import encode_texts
+from rsoups.rewards.interface import check_columns, check_scores
 from rsoups.rewards.judge import JudgeCard, JudgeSettings
 from rsoups.rewards.load import cards, read_card
 from rsoups.training.trl_rewards import PLACE, reward_function
@@ -410,31 +411,30 @@ def test_a_pickled_reward_is_never_opened(tmp_path):
 
 BAD_CARDS = [
     *(
-        (f"name: x\nmodel: y\nlogit: {text}", "logit is (True|False): YAML reads yes")
+        (f"name: x\nmodel: y\nlogit: {text}", "field logit is (True|False): YAML reads yes")
         for text in ("yes", "no", "On", "false")
     ),
     ("name: x\nmodel: y\nminus: no", "minus is False: YAML reads yes"),
     ("name: no\nmodel: y", "name is False: YAML reads yes"),
-    ("name: 7\nmodel: y", "name is 7, must be a text: put it in quotes"),
-    ("name: x\nmodel: 2024-01-01", "model is datetime.*must be a text"),
-    ("name: x\nmodels: [a, yes]\naverage: scores", "models is True: YAML reads yes"),
-    ("name: x\nmodel: y\nlogit: 1.0", "logit is 1.0, must be a text"),
-    ("name: x\nfunction: rsoups.rewards.text_checks:length\nsign: yes", "sign is True: YAML reads yes"),
+    ("name: 7\nmodel: y", "field name is 7: it must be a text: put it in quotes"),
+    ("name: x\nmodels: [a, yes]\naverage: scores", "field models.1 is True: YAML reads yes"),
+    ("name: x\nmodel: y\nlogit: 1.0", "field logit is 1.0: it must be a text"),
+    ("name: x\nfunction: length\nsign: yes", "field sign is True: input should be an integer"),
     (
-        "name: x\nfunction: rsoups.rewards.text_checks:length\narguments: {target: yes}",
+        "name: x\nfunction: length\narguments: {target: yes}",
         "target is True, must be a number",
     ),
-    ("name: x\nfunction: rsoups.rewards.text_checks:valid_json\narguments: {keys: [no]}", "must be a list of texts"),
+    ("name: x\nfunction: valid_json\narguments: {keys: [no]}", "must be a list of texts"),
     ("name: x\nmodel: y\ninput: '{response} {nothing}'", r"no field \['nothing'\]"),
     ("name: x\nmodel: y\nquestion: '{response}'", r"no field \['response'\]"),
     ("name: x\nmodel: y\nresponse: last", "response is 'last'"),
     ("[1, 2]", "mapping"),
-    ("model: x", r"missing field\(s\) \['name'\]"),
+    ("model: x", "field name is missing"),
     ("name: x", "names either its model, or models"),
     ("name: x\nmodel: y\nmodels: [a, b]\naverage: weights", "names either its model, or models"),
     ("name: x\nmodel: y\naverage: weights", "average and lambdas go with models"),
-    ("name: x\nmodels: [a]\naverage: weights", "must be a list of two or more"),
-    ("name: x\nmodels: a\naverage: weights", "must be a list of two or more"),
+    ("name: x\nmodels: [a]\naverage: weights", r"field models is \['a'\]: value should have at least 2 items"),
+    ("name: x\nmodels: a\naverage: weights", "field models is 'a': input should be a valid array"),
     ("name: x\nmodels: [a, b]", "average is None"),
     ("name: x\nmodels: [a, b]\naverage: scores\nrevision: main", "write each as id@revision"),
     ("name: x\nmodel: y\ncut: middle", "cut is 'middle'"),
@@ -447,17 +447,17 @@ BAD_CARDS = [
     ("name: x\nmodel: y\nmean: .nan", "mean is nan"),
     ("name: [", "not YAML"),
     ("name: x\nmodel: rsoups/nothing", "no embedded asset"),
-    ("model: x", r"missing field\(s\) \['name'\]"),
-    ("name: x\nmodel: y\nfunction: rsoups.rewards.text_checks:length", r"unknown field\(s\) \['model'\]"),
+    ("model: x", "field name is missing"),
+    ("name: x\nmodel: y\nfunction: length", r"unknown field\(s\) \['model'\]"),
     ("name: x\nmodel: y\narguments: {target: 3}", r"unknown field\(s\) \['arguments'\]"),
-    ("name: x\nfunction: rsoups.rewards.text_checks:length\narguments: 3", "arguments is 3, must be a mapping"),
-    ("name: x\nfunction: rsoups.rewards.text_checks:length\narguments: {words: 3}", r"text_checks:length: .*'target'"),
-    ("name: x\nfunction: rsoups.rewards.text_checks:length\nsign: 0", "sign is 0"),
-    ("name: x\nfunction: rsoups.rewards.text_checks:length\nstd: -1", "std is -1"),
+    ("name: x\nfunction: length\narguments: 3", "field arguments is 3: input should be an object"),
+    ("name: x\nfunction: length\narguments: {words: 3}", r"length: .*'target'"),
+    ("name: x\nfunction: length\nsign: 0", "sign is 0"),
+    ("name: x\nfunction: length\nstd: -1", "std is -1"),
     *(
         (
             f"name: x\nfunction: '{function}'",
-            "must be one of .*rsoups.rewards.text_checks:length.*without a card, as module:function",
+            "must be one of .*'length'.*write no card: pass module:function",
         )
         for function in (
             "os:system",
@@ -465,6 +465,8 @@ BAD_CARDS = [
             "rsoups.rewards.text_metrics:library",  # imports what it is told to
             "rsoups.rewards.text_metrics:read_jsonl",
             "rsoups.rewards.text_checks:__builtins__",
+            "text_checks:length",
+            "re:compile",
             "rsoups.rewards.text_checks",
         )
     ),
@@ -531,14 +533,14 @@ def test_functions_are_rewards(tmp_path, monkeypatch):
         with pytest.raises(rsoups.RewardError, match=words):
             load_reward(source)
     with pytest.raises(rsoups.RewardError, match=r"'bad' returned 1 scores for 2 responses"):
-        rsoups.rewards.classifier.FunctionReward(lambda prompts, responses: [1.0], "bad")(["p"] * 2, ["r"] * 2)
+        FunctionReward(lambda prompts, responses: [1.0], "bad")(["p"] * 2, ["r"] * 2)
     with pytest.raises(rsoups.RewardError, match="'nan' returned nan"):
-        rsoups.rewards.classifier.FunctionReward(lambda prompts, responses: [math.nan], "nan")(["p"], ["r"])
+        FunctionReward(lambda prompts, responses: [math.nan], "nan")(["p"], ["r"])
 
 
 def test_a_functions_card_scales_as_a_models_does(tmp_path):
     fields = {
-        "function": "rsoups.rewards.text_checks:length",
+        "function": "length",
         "arguments": "{target: 4}",
         "mean": 0.25,
         "std": 0.5,

@@ -70,7 +70,7 @@ def test_ratings_are_asked_for_by_the_rubric_and_scaled_by_the_card(tmp_path, se
     assert (judge.counts.input_tokens, judge.counts.output_tokens) == (400, 28)
     assert "helpful, 4 samples; in all: calls 4, cached 0, retries 0" in caplog.text
     path, headers, body = server.seen[0]
-    assert path == "/v1/chat/completions" and "Authorization" not in headers
+    assert path == "/v1/chat/completions" and "authorization" not in headers
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0, 64)
     assert body["response_format"]["json_schema"]["schema"]["properties"]["score"]["enum"] == [1, 2, 3, 4, 5]
     said = {body["messages"][0]["content"] for _, _, body in server.seen}
@@ -207,7 +207,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, server, cache, mo
     echo = (500, {}, f"wrong key: Bearer {KEY} is bad")
     server.faults = [echo]
     assert judge(PROMPTS[:1], ["a b"]) == [0.5]
-    assert server.seen[0][1]["Authorization"] == f"Bearer {KEY}"
+    assert server.seen[0][1]["authorization"] == f"Bearer {KEY}"
     server.faults = [echo] * 2
     with pytest.raises(rsoups.RewardError, match=r"wrong key: Bearer \*\*\* is bad") as caught:
         judge(PROMPTS[1:2], ["a b"])
@@ -221,6 +221,24 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, server, cache, mo
     with pytest.raises(rsoups.RewardError, match="no header can carry") as caught:
         rsoups.load_reward(card)
     assert KEY not in str(caught.value)
+
+
+def test_no_key_of_the_environment_goes_to_a_server_whose_card_names_none(tmp_path, server, monkeypatch):
+    """openai's client sends OPENAI_API_KEY and others to any server, unless told not to."""
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv(f"OPENAI_{name}", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/")
+    assert rsoups.load_reward(card_of(tmp_path, server))(PROMPTS[:1], ["a b"]) == [0.5]
+    assert KEY not in repr(server.seen)
+    monkeypatch.setenv("OTHER", "other")
+    rsoups.load_reward(card_of(tmp_path, server, key="OTHER"))(PROMPTS[:1], ["a b c"])
+    assert server.seen[1][1]["authorization"] == "Bearer other" and KEY not in repr(server.seen)
+
+
+def test_a_server_needs_the_extra_and_says_so_first(tmp_path, server, monkeypatch):
+    monkeypatch.setattr("rsoups.common.assets.find_spec", lambda name: None)
+    with pytest.raises(rsoups.SettingsError, match=r"openai.*pip install 'rsoups\[server\]'"):
+        rsoups.load_reward(card_of(tmp_path, server))
 
 
 def test_trl_logs_what_a_judge_costs(tmp_path, server):
@@ -266,13 +284,13 @@ def test_only_one_integer_of_the_scale_is_a_rating(content, rating):
 BAD = [
     ({"rubric": " "}, "rubric is ' '"),
     ({"scale": [5, 1]}, r"scale is \[5, 1\]"),
-    ({"scale": [1, 2, 3]}, "two integers"),
-    ({"scale": [1, 5.5]}, "two integers"),
+    ({"scale": [1, 2, 3]}, "should have at most 2 items"),
+    ({"scale": [1, 5.5]}, "field scale.1 is 5.5: input should be a valid integer"),
     ({"concurrency": 0}, "concurrency is 0"),
     ({"attempts": True}, "attempts is True"),
     ({"timeout": 0}, "timeout is 0"),
     ({"dtype": "int8"}, "dtype is 'int8'"),
-    ({"parameters": {"stream": True}}, "without .*'stream'"),
+    ({"parameters": {"stream": True}}, r"parameters may not set \['stream'\]"),
     ({"parameters": 3}, "parameters is 3"),
     ({"endpoint": "localhost:8000"}, "must be an http"),
     ({"endpoint": "http://user:pw@host/v1"}, "endpoint holds credentials"),
@@ -293,7 +311,7 @@ def test_bad_judges_are_refused(tmp_path, server, fields, words):
 def test_bad_judge_cards_are_refused(tmp_path):
     for text, words in (
         ("name: j\njudge: 3", "judge is 3"),
-        ("name: j\njudge: {model: m}", r"reward card 'j', judge: missing field\(s\) \['rubric'\]"),
+        ("name: j\njudge: {model: m}", r"reward card 'j', judge: field rubric is missing"),
         ("name: j\njudge: {model: m, rubric: r}\nstd: 0", "std is 0"),
         ("name: j\njudge: {model: m, rubric: r}\nlogit: 1", r"unknown field\(s\) \['logit'\]"),
     ):

@@ -47,7 +47,7 @@ def test_keywords_come_from_the_question_or_a_column():
         pytest.approx(2 / 3),
     ]
     assert reward(["p"], ["cats sleep"], keywords=["cat, sleep, eat"]) == pytest.approx([2 / 3])
-    with pytest.raises(rsoups.RewardError, match="no words are asked for"):
+    with pytest.raises(rsoups.RewardError, match="has no keywords"):
         reward(["p"], ["r"], keywords=[[]])
 
 

@@ -79,7 +79,7 @@ def test_prompts_that_the_model_was_trained_on_are_refused_unless_allowed(mine, 
     for more, flag in (({}, ["--allow_trained_prompts"]), ({"allow_trained_prompts": True}, [])):
         assert main([*command, str(suite(mine, sets=sets, **more)), *flag]) == 0
         assert "set 1 (custom, 2 prompts; model was trained on 1): suite_rewards:ones" in capsys.readouterr().out
-    with pytest.raises(rsoups.SuiteError, match="allow_trained_prompts is 'yes', must be true or false"):
+    with pytest.raises(rsoups.SuiteError, match="allow_trained_prompts is 'yes': input should be a valid boolean"):
         Suite.read(suite(mine, sets=sets, allow_trained_prompts="yes"))
 
 
@@ -107,14 +107,14 @@ def test_a_push_that_does_not_pass_is_not_made(soup, mine, capsys):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ([], "must be an object"),
-        ({"sets": []}, "at least one set"),
-        ({"sets": [{"require": ["coverage"]}]}, "is no requirement"),
-        ({"sets": [{"require": ["coverage >= high"]}]}, "is no requirement"),
-        ({"sets": [{"require": []}]}, "must be a list"),
-        ({"sets": [{"task": "concepts"}]}, "require"),
+        ([], "should be an object"),
+        ({"sets": []}, "field sets is .*at least one"),
+        ({"sets": [{"require": ["coverage"]}]}, r"sets.0.require.0 is .*invalid limit"),
+        ({"sets": [{"require": ["coverage >= high"]}]}, r"sets.0.require.0 is .*invalid limit"),
+        ({"sets": [{"require": []}]}, "field sets.0.require is .*at least one"),
+        ({"sets": [{"task": "concepts"}]}, "field sets.0.require is missing"),
         ({"sets": [{"require": ["a > 1"], "task": "x"}]}, "task is 'x'"),
-        ({"sets": [{"require": ["a > 1"], "tasks": "x"}]}, "must be an object of"),
+        ({"sets": [{"require": ["a > 1"], "tasks": "x"}]}, "unknown field sets.0.tasks"),
         ({"sets": [{"require": ["a > 1"]}], "tolerance": -1}, "tolerance is -1"),
         ("a: [", "cannot read the suite"),
     ],

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 import rsoups
 from rsoups.common.files import only_run_in, read_jsonl
 from rsoups.generation.decoding import seed_of, uniforms
-from rsoups.sweeps.generation import Base
+from rsoups.sweeps.base import Base
 
 
 def texts(path):
@@ -250,7 +250,7 @@ def test_what_cannot_be_live_is_attached(two, tmp_path, monkeypatch):
         settings = {"method": method, "others": {"MORL": two["b"]}}
         run(two, tmp_path / f"live-{method}.jsonl", **settings)
         with monkeypatch.context() as patched:
-            patched.setattr("rsoups.sweeps.generation.LiveSoup.__init__", refuse)
+            patched.setattr("rsoups.sweeps.places.LiveSoup.__init__", refuse)
             run(two, tmp_path / f"attached-{method}.jsonl", **settings)
         assert same(read_jsonl(tmp_path / f"live-{method}.jsonl"), read_jsonl(tmp_path / f"attached-{method}.jsonl"))
 
@@ -481,9 +481,9 @@ def test_what_cannot_be_swept(two, tmp_path):
         run(two, out, rewards={})
     with pytest.raises(rsoups.RewardError, match=r"held_out names \['x'\]"):
         run(two, out, held_out=["x"])
-    with pytest.raises(rsoups.DatasetError, match="2, 1 of them different"):
+    with pytest.raises(rsoups.DatasetError, match="got 2 prompts, 1 of them different"):
         run(two, out, prompts=["w1", "w1"])
-    with pytest.raises(rsoups.DatasetError, match="got 0"):
+    with pytest.raises(rsoups.DatasetError, match="got 0 prompts"):
         run(two, out, prompts=[])
     with pytest.raises(rsoups.DatasetError, match="column 'references' has 1 values for 4 prompts"):
         run(two, out, columns={"references": [["x"]]})

@@ -66,7 +66,7 @@ class StandIn(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr("rsoups.sweeps.vllm_server.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("openai._base_client.time.sleep", lambda seconds: None)
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     server.loaded, server.asked, server.refuses, server.lock = {}, [], False, threading.Lock()
     thread = threading.Thread(target=server.serve_forever)
@@ -109,6 +109,5 @@ def test_what_a_server_refuses_is_told(two, tmp_path, server):
     assert not list(tmp_path.glob(".soups-*"))
     with pytest.raises(rsoups.ServerError, match="is not reached"):
         run(two, tmp_path / "none.jsonl", server="http://127.0.0.1:1")
-    server.refuses = False
-    with pytest.raises(rsoups.AdapterError, match="no prediction ensembles"):
+    with pytest.raises(rsoups.SettingsError, match="no prediction ensembles"):
         run(two, tmp_path / "e.jsonl", REWARDS, lambdas=GRID[:1], server=url(server), ensemble=True)
