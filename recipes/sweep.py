@@ -119,7 +119,7 @@ class ScriptArguments:
 def main(script: ScriptArguments) -> None:
     adapters, others = named_sources(script.adapters, "adapters"), named_sources(script.others, "others")
     task, out = find_task(script.task, script.dataset, script.template), Path(script.output_dir)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     loaded = {source: load_reward(source, device) for source in [*script.reward, *script.held_out_reward]}
     rewards = rewards_by_name(loaded)
     rows = load_rows(task, script.dataset, script.split, kept=columns_read(loaded.values()))

@@ -148,9 +148,11 @@ def copying_rows(rows: list[dict], rng: random.Random) -> list[dict]:
 
 
 def sft_rows(rows: list[dict], rng: random.Random) -> list[dict]:
-    """Each human sentence `VARIANTS` times: asked for by the data's concepts (once or twice), by some or all of its own
-    content words, and `EXCHANGED` times with a word or two exchanged for others that stand between the same neighbors
-    elsewhere."""
+    """Return each human sentence `VARIANTS` times, under different prompts.
+
+    The prompts ask for the data's concepts (once or twice), and for some or all of the sentence's own content words. In
+    `EXCHANGED` of the rows a word or two of the sentence are replaced by words that stand between the same neighbors elsewhere.
+    """
     lemmas = Counter(concept for row in rows for concept in row["concepts"])
     exchange = Exchange([tidy_sentence(s) for row in rows for s in row["sentences"]])
     out = []
@@ -172,9 +174,11 @@ def sft_rows(rows: list[dict], rng: random.Random) -> list[dict]:
 
 
 def policy_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE. The three section marks of the prompt format are tokens of their own, spaces included, and what
-    follows them begins as a word inside a sentence does: prompt and response tokenize the same apart and together, and
-    a word is the same token wherever it stands."""
+    """Return a byte-level BPE tokenizer in which a word is the same token wherever it stands.
+
+    The three section marks of the prompt format are tokens of their own, spaces included. The text after a mark begins as a
+    word inside a sentence does, so prompt and response have the same tokens apart and together.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()

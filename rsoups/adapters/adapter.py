@@ -26,7 +26,6 @@ from torch import Tensor
 
 from rsoups.adapters.config import check_kind, check_linear, read_config
 from rsoups.adapters.filenames import CONFIG_FILE, WEIGHTS_FILE
-from rsoups.adapters.layer_names import PREFIX as PREFIX
 from rsoups.adapters.layer_names import current_names, path_of, plain_names, recorded_base
 from rsoups.adapters.lora_modules import FACTOR, LoraModule, read_modules
 from rsoups.adapters.tensor_files import Scan, TensorFile, largest

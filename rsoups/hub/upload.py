@@ -109,7 +109,7 @@ def retried(repo_id: str, token: str | None, call: Callable[[], _T]) -> _T:
         if status in (401, 403):
             raise HubError(
                 f"the Hub refused {repo_id} ({status}), with {_origin_of(token)}: it needs write scope for "
-                f"{repo_id.split('/')[0]}; `hf auth login` takes another one"
+                f"{repo_id.split('/', maxsplit=1)[0]}; `hf auth login` takes another one"
             ) from None
         if isinstance(error, HfHubHTTPError):
             raise HubError(f"the Hub refused {repo_id} ({status}): {error.server_message or error}") from None

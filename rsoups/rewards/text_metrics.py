@@ -126,7 +126,8 @@ def library(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise RewardError(f"this reward needs {name.split('.')[0]}: pip install 'rsoups[metrics]' ({error})") from None
+        package = name.partition(".")[0]
+        raise RewardError(f"this reward needs {package}: pip install 'rsoups[metrics]' ({error})") from None
 
 
 def _against_references(name: str, score: Callable[[str, list[str]], float]) -> MetricReward:

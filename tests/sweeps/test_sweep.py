@@ -95,7 +95,8 @@ def test_responses_are_those_of_generate_on_the_merged_model(two, tmp_path):
 @pytest.mark.parametrize(("temperature", "begin"), [(0, ""), (0.8, ""), (0, "w20 w21 w22 "), (0.8, "w20 w21 w22 ")])
 def test_the_same_records_for_any_batches(two, tmp_path, temperature, begin, monkeypatch):
     """One by one, many at once, λ by λ with Δ in the weights: with rows that end early, with an ensemble, and with prompts
-    that begin alike, one of them the beginning of another."""
+    that begin alike, one of them the beginning of another.
+    """
     monkeypatch.setattr("rsoups.sweeps.places.MERGED_TOKENS", 50)
     merged, merge = [], rsoups.LiveSoup.merged
 
