@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DTYPES = {
@@ -27,6 +27,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 _SIZES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 _HELD = 2**30  # largest file that is kept in memory, in bytes
+_UNSYNCED = 2**23  # bytes that are written before the disk is asked to store them
 
 
 class Scan(NamedTuple):
@@ -91,7 +92,7 @@ class TensorFile:
             return self._held[name] if whole else self._held[name][rows]
         try:
             return self._file.get_tensor(name) if whole else self._file.get_slice(name)[rows]
-        except Exception as error:  # of Rust: SafetensorError, or RuntimeError
+        except (SafetensorError, RuntimeError, ValueError) as error:
             raise OSError(str(error)) from None
 
     def scan(self) -> Scan:
@@ -141,16 +142,26 @@ def write(
 
     start = len(text).to_bytes(8, "little") + text
     total = hashlib.sha256(start)
-    with path.open("wb") as file, ThreadPoolExecutor(1, thread_name_prefix="rsoups-sha256") as beside:
+    hashing, syncing = (ThreadPoolExecutor(1, thread_name_prefix=f"rsoups-{task}") for task in ("sha256", "sync"))
+    with path.open("wb") as file, hashing, syncing:
         if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
             os.posix_fallocate(file.fileno(), 0, len(start) + at)
         file.write(start)
+        synced, unsynced = [], 0
         for name in layout:
             for piece in pieces(name):
+                # The disk and the hash work while the next tensors are made.
                 data = _bytes_of(piece)
-                hashing = beside.submit(total.update, data)  # in a third less time than one after the other
+                hashed = hashing.submit(total.update, data)
                 file.write(data)
-                hashing.result()
+                unsynced += len(data)
+                if unsynced >= _UNSYNCED:
+                    file.flush()
+                    synced.append(syncing.submit(getattr(os, "fdatasync", os.fsync), file.fileno()))
+                    unsynced = 0
+                hashed.result()
+        for task in synced:
+            task.result()  # an error of the disk is reported only once
     return at, total.hexdigest()
 
 

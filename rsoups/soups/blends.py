@@ -70,7 +70,7 @@ def one_below_another(blend: Blend) -> Tensor:
     """Rows of all parts, expert by expert; the factors are 1."""
     tensors = [part.tensor().to(blend.dtype) for part in blend.parts]
     if len(tensors) == 1:
-        return tensors[0]
+        return tensors[0].clone()  # the ingredient may keep its own
     if blend.experts == 1:
         return torch.cat(tensors)
     return torch.cat([tensor.unflatten(0, (blend.experts, -1)) for tensor in tensors], dim=1).flatten(0, 1)

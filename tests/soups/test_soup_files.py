@@ -86,10 +86,12 @@ def test_tensors_may_begin_anywhere_in_the_file(two, rows):
 
 
 def test_an_error_of_the_disk_is_told_wherever_it_comes(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "_UNSYNCED", 100)
+
     def failing(descriptor):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "fsync", failing)
+    monkeypatch.setattr(os, "fdatasync", failing)
     with pytest.raises(rsoups.OutputError, match="Input/output error"):
         rsoups.interpolate(two).save_pretrained(tmp_path / "soup")
     assert not (tmp_path / "soup").exists() and not list(tmp_path.glob(".*"))
@@ -125,6 +127,15 @@ def test_nothing_is_written_for_tensors_that_share_memory(two, tmp_path):
     soup.save_pretrained(tmp_path / "s")
     save_file(soup.state_dict, tmp_path / "again.safetensors", metadata={"format": "pt"})
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "s" / "adapter_model.safetensors").read_bytes()
+
+
+def test_changes_in_a_state_dict_are_not_saved(two, tmp_path):
+    for soup in rsoups.interpolate(two, [[1, 0], [1, 0]]):
+        for tensor in soup.state_dict.values():
+            tensor.zero_()
+        soup.save_pretrained(tmp_path / "soup")
+    saved, ingredient = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "soup", two[0]))
+    assert all(torch.equal(saved[key], tensor) for key, tensor in ingredient.items())
 
 
 def test_a_soup_is_made_of_what_was_checked(two, tmp_path):
