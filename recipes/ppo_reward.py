@@ -38,12 +38,11 @@ from rsoups.generation.decoding import encode
 from rsoups.generation.settings import sample_purely
 from rsoups.hub.push import push
 from rsoups.hub.upload import reserve
-from rsoups.rewards.interface import check_columns, columns_read
 from rsoups.training.callbacks import launcher_callbacks
 from rsoups.training.checkpoints import last_checkpoint
 from rsoups.training.policy import load_policy, name_base, reset_adapter
 from rsoups.training.run_arguments import ALGORITHMS, RunArguments, parse
-from rsoups.training.run_data import ASKED, prompt_datasets, read_prompts
+from rsoups.training.run_data import RunData, run_data
 from rsoups.training.run_lineage import convert_pickles, write_run_manifest
 from rsoups.training.run_plan import GB, run_plan
 from rsoups.training.trl_rewards import reward_function
@@ -57,7 +56,7 @@ def main(run: RunArguments, training: GRPOConfig | RLOOConfig, model: ModelConfi
     options = {"private": training.hub_private_repo, "token": training.hub_token}
     repository = reserve(training.hub_model_id or Path(training.output_dir).name, **options) if pushes else None
 
-    trainer, rewards, asked, held_out = prepare(run, training, model)
+    trainer, rewards, data = prepare(run, training, model)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or run.resume or None)
     if trainer.state.global_step < trainer.state.max_steps:
         sys.exit(130)  # Ctrl-C: there is a checkpoint, and no adapter yet
@@ -67,9 +66,9 @@ def main(run: RunArguments, training: GRPOConfig | RLOOConfig, model: ModelConfi
         peak = torch.cuda.max_memory_allocated() / GB
         trainer.accelerator.print(f"memory   {peak:.1f} GB at most were allocated on this GPU")
 
-    results = summary(trainer) if held_out else {}
+    results = summary(trainer) if data.held_out else {}
     if trainer.accelerator.is_main_process:
-        write_run_manifest(run, training, model, trainer, rewards, results, asked, held_out)
+        write_run_manifest(run, training, model, trainer, rewards, results, data.asked, data.held_out_prompts)
     trainer.accelerator.print(f"adapter: {training.output_dir}")
     if repository:
         print(push(training.output_dir, repository, **options))
@@ -100,12 +99,8 @@ def clear_folder(run: RunArguments, training: GRPOConfig | RLOOConfig) -> None:
 
 def prepare(
     run: RunArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig
-) -> tuple[GRPOTrainer, list, list, list]:
-    """Load rewards, prompts and policy, the cheap and fallible first.
-
-    Returns:
-        The trainer, the rewards, the train prompts without prefixes, and the held-out prompts.
-    """
+) -> tuple[GRPOTrainer, list, RunData]:
+    """Load rewards, prompts and policy: what is cheap and may fail comes first."""
     if model.load_in_8bit or model.load_in_4bit:
         need("bitsandbytes", "quantized")
     if training.reward_weights is not None and not any(training.reward_weights):
@@ -127,11 +122,7 @@ def prepare(
 
     room = context - training.max_completion_length
     room = min(room, run.max_prompt_length or room)
-    train, held_out = read_prompts(run, training, tokenizer, room, columns_read(rewards))
-    for columns in filter(None, (train, held_out)):
-        check_columns(rewards, columns)
-    asked = train.pop(ASKED, train["prompt"])
-    train_dataset, eval_dataset, columns = prompt_datasets(train, held_out)
+    data = run_data(run, training, tokenizer, room, rewards)
 
     adapter = run.adapter_name_or_path
     options = {"allow_base_mismatch": run.allow_base_mismatch, "trust_remote_code": trusted}
@@ -142,10 +133,10 @@ def prepare(
         print(f"not inherited from the base's generation_config: {', '.join(ignored) or 'nothing to leave out'}")
     trainer = trainer_class(
         model=policy,
-        reward_funcs=[reward_function(reward, run.find_task().cut, tokenizer, columns) for reward in rewards],
+        reward_funcs=[reward_function(reward, run.find_task().cut, tokenizer, data.columns) for reward in rewards],
         args=training,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
         processing_class=tokenizer,
         peft_config=lora,
         callbacks=launcher_callbacks(),
@@ -155,12 +146,12 @@ def prepare(
     name_base(trainer.model, model)
 
     if trainer_class is PPOTrainer:
-        longest = max(len(encode(tokenizer, prompt, training.chat_template_kwargs)) for prompt in train["prompt"])
-        trainer.accelerator.print(run_plan(trainer.model, rewards, training, len(train["prompt"]), longest, device))
+        longest = max(len(encode(tokenizer, prompt, training.chat_template_kwargs)) for prompt in data.prompts)
+        trainer.accelerator.print(run_plan(trainer.model, rewards, training, len(data.prompts), longest, device))
     else:
         # TRL's weights are not divided by Σ |μ|: the same flags would have another scale against the KL penalty.
         trainer.reward_weights = trainer.reward_weights / trainer.reward_weights.abs().sum()
-    return trainer, rewards, asked, held_out.get("prompt", [])
+    return trainer, rewards, data
 
 
 def summary(trainer: GRPOTrainer) -> dict[str, Any]:

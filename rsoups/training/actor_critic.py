@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-_PROBE = 8  # tokens in each of the two rows that tell whether a head is all there is
-# Config keys of models that change their logits after the head: no probe is needed where one is set.
+_PROBE = 8  # tokens in each of the two rows that show whether the head alone makes the logits
+# Config keys of models that change their logits after the head. No probe is needed if one is set.
 _CHANGES_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _CHUNK = 4_096  # response tokens whose logits exist at one time
 
@@ -20,8 +20,8 @@ class ValueHead(nn.Linear):
     """The critic: V(s) = start + w·s + b, float32, (..., hidden) -> (..., 1); w and b start at 0.
 
     Attributes:
-        start: What a score is before any training. A head that must first grow towards it, a clip of the value per rollout,
-            passes through values that differ from token to token for no reason, and its advantages with them.
+        start: Mean score before any training. A head without it approaches this score by at most one value clip per rollout.
+            Until then its values differ from token to token for no reason, and so do the advantages.
     """
 
     def __init__(self, hidden_size: int, device: torch.device | str | None = None):
@@ -38,9 +38,9 @@ def add_actor_critic_forward(causal_lm: Any, temperature: float) -> None:
     """Let ``causal_lm(..., response_length=T)`` return ``(log-probabilities, values)``, each (B, T) float32.
 
     Both belong to the last T tokens of `input_ids`; masked tokens get 0. The LM head runs on real response tokens only,
-    in chunks whose logits are recomputed in the backward pass, so the whole batch's logits never exist. A model that does more
-    to its logits than its head (soft caps, scales, multipliers) keeps its own, which a probe of a few tokens tells. Inside
-    ``forward`` so that DDP, FSDP and autocast see one ordinary call. Any other call is untouched.
+    in chunks whose logits are recomputed in the backward pass, so the whole batch's logits never exist. A model that changes
+    its logits after the head (soft caps, scales, multipliers) computes them itself; a probe of a few tokens detects that.
+    The code is in ``forward`` so that DDP, FSDP and autocast see one ordinary call. Any other call is untouched.
     """
     original = causal_lm.forward
     takes_positions = "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters
@@ -51,16 +51,16 @@ def add_actor_critic_forward(causal_lm: Any, temperature: float) -> None:
         if response_length is None:
             return original(*args, **kwargs)
         ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-        asked = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         if takes_positions:  # as generate() counts them: from each row's first real token, whatever the left padding
-            asked["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         before = slice(-response_length - 1, -1)  # the state before each response token
         if own_logits:
             keep = {"logits_to_keep": response_length + 1} if keeps_logits else {}
-            out = original(**asked, **keep, output_hidden_states=True)
+            out = original(**inputs, **keep, output_hidden_states=True)
             hidden, head = out.hidden_states[-1], None
         else:
-            hidden, head = causal_lm.base_model(**asked).last_hidden_state, causal_lm.get_output_embeddings()
+            hidden, head = causal_lm.base_model(**inputs).last_hidden_state, causal_lm.get_output_embeddings()
         states = hidden[:, before]
         real = mask[:, -response_length:].bool()
         with torch.autocast(states.device.type, enabled=False):  # values are float32, whatever the policy computes in
@@ -79,26 +79,25 @@ def add_actor_critic_forward(causal_lm: Any, temperature: float) -> None:
 
 @torch.no_grad()
 def _head_is_all(causal_lm: Any, original: Callable[..., Any]) -> bool:
-    """Whether a model's logits are its head on its last states and nothing else, on a few tokens."""
+    """Whether a model's logits are its head on its last states and nothing more, checked on a few tokens."""
     text_config = causal_lm.config.get_text_config()
     if any(getattr(text_config, key, None) not in (None, 1, 1.0) for key in _CHANGES_LOGITS):
         return False
     if any(parameter.is_meta or not parameter.numel() for parameter in causal_lm.parameters()):
-        return True  # in pieces elsewhere: the first step's check of the sampler has the last word
+        return True  # sharded: the parameters are not here. The first step's check of the sampler finds a difference
     was_training = causal_lm.training
-    causal_lm.train()  # 4-bit layers on a CPU pack their weights for good when they are used in evaluation mode
+    causal_lm.train()  # in evaluation mode 4-bit layers on a CPU pack their weights, which cannot be undone
     try:
         device = causal_lm.get_input_embeddings().weight.device
         ids = torch.arange(2, 2 + 2 * _PROBE, device=device).view(2, _PROBE) % text_config.vocab_size
-        asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        expected = original(**asked).logits.float()
-        found = causal_lm.get_output_embeddings()(causal_lm.base_model(**asked).last_hidden_state).float()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        expected = original(**inputs).logits.float()
+        by_head = causal_lm.get_output_embeddings()(causal_lm.base_model(**inputs).last_hidden_state).float()
     finally:
         causal_lm.train(was_training)
     rounding = 1e-5 if causal_lm.dtype == torch.float32 else 1e-2
-    return found.shape == expected.shape and float((found - expected).abs().max()) <= rounding * max(
-        1e-6, float(expected.abs().max())
-    )
+    largest = max(1e-6, float(expected.abs().max()))
+    return by_head.shape == expected.shape and float((by_head - expected).abs().max()) <= rounding * largest
 
 
 def _token_logps(head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor, temperature: float) -> Tensor:

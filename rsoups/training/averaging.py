@@ -1,4 +1,4 @@
-"""Which adapters to average: greedy soups, moving averages along one run.
+"""Averages along one run: of its checkpoints, and of its weights while it trains.
 
 Uniform soups of runs that differ in seed or learning rate (DiWA, Ramé et al. 2022) are ``interpolate(adapters)``.
 """
@@ -35,7 +35,7 @@ def moving_average(
     """The uniform average of one run's checkpoints, the baseline of weight averaging along a trajectory.
 
     Args:
-        checkpoints_of_one_run: The run's folder, of which every complete checkpoint-N is taken; or the folders to take.
+        checkpoints_of_one_run: Folder of the run, for all its complete checkpoints; or the checkpoints' folders.
         method, rank: As in `interpolate`. The exact average of M checkpoints has M times the rank; ``svd`` keeps it small, and
             ``factors`` averages A and B as an optimizer's average of the trained parameters would.
 
@@ -44,10 +44,12 @@ def moving_average(
     """
     if isinstance(checkpoints_of_one_run, (str, Path)):
         run = Path(checkpoints_of_one_run)
-        found = [p for p in run.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name) and (p / WEIGHTS_FILE).is_file()]
-        folders = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+        numbered = [
+            p for p in run.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name) and (p / WEIGHTS_FILE).is_file()
+        ]
+        folders = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
         if not folders:
-            raise AdapterError(f"{run} holds no checkpoint-N with an adapter: was the run made with save_steps?")
+            raise AdapterError(f"{run} holds no checkpoint-N with an adapter: train with save_steps")
         if any((path / "complete.json").exists() for path in folders):
             folders = [path for path in folders if is_complete(path)]
     else:
@@ -60,12 +62,12 @@ def moving_average(
 class EMACallback(TrainerCallback):
     """Keeps the exponential moving average of the trained parameters: θ̄ ← d·θ̄ + (1 - d)·θ after each step.
 
-    Each checkpoint, and the run's folder in the end, gets a folder ``ema`` with the averaged adapter; a resumed run goes on
-    with the one of its checkpoint. For any transformers or TRL trainer of a PeftModel whose parameters are whole on each
+    Each checkpoint, and the run's folder at the end, gets a folder ``ema`` with the averaged adapter. A resumed run continues
+    the average of its checkpoint. For any transformers or TRL trainer of a PeftModel whose parameters are whole on each
     process (one process, DDP).
 
     Args:
-        decay: d, in [0, 1).
+        decay: Decay d, in [0, 1).
     """
 
     def __init__(self, decay: float = 0.99):
@@ -124,5 +126,5 @@ class EMACallback(TrainerCallback):
 def _trained(model: Any) -> list[tuple[str, Tensor]]:
     policy = getattr(model, "module", model)
     if not isinstance(policy, PeftModel):
-        raise TrainingError("EMACallback averages an adapter: the trainer's model is no PeftModel")
+        raise TrainingError("EMACallback averages an adapter, but the trainer's model is no PeftModel")
     return [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]

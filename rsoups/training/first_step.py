@@ -89,22 +89,25 @@ def _first_tokens(trainer: Any, prompts: list) -> tuple[list, list, Sampler | No
 
 
 def silence_noise(model: nn.Module) -> None:
-    """Set every dropout, layer dropout and router jitter of a model to 0, of whatever kind it is."""
-    places: list[Any] = list(model.modules())
-    configs = {id(config): config for module in places if (config := getattr(module, "config", None)) is not None}
+    """Set every dropout, layer dropout and router jitter of a model to 0, whether a module or a config holds it.
+
+    Some models read the probability from their config at each forward, and call dropout as a function.
+    """
+    modules: list[Any] = list(model.modules())
+    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
     for config in list(configs.values()):
         configs |= {id(part): part for part in vars(config).values() if hasattr(part, "to_dict")}
-    for place in [*places, *configs.values()]:
-        if isinstance(place, nn.modules.dropout._DropoutNd):
-            place.p = 0.0
-        for name, value in list(vars(place).items()):
+    for holder in [*modules, *configs.values()]:
+        if isinstance(holder, nn.modules.dropout._DropoutNd):
+            holder.p = 0.0
+        for name, value in list(vars(holder).items()):
             if isinstance(value, float) and value > 0 and any(word in name.lower() for word in _NOISE):
-                setattr(place, name, 0.0)
+                setattr(holder, name, 0.0)
 
 
 @contextmanager
 def same_random_numbers() -> Iterator[None]:
-    """A context after which all random number generators go on as if it had not been."""
+    """A context that leaves all random number generators as they were before it."""
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
@@ -119,19 +122,19 @@ def check_no_noise(model: nn.Module, forward: Callable[[], Tensor]) -> None:
     """Compare two forwards in training mode.
 
     Args:
-        model: Whose modules are looked through for the culprit.
-        forward: One forward.
+        model: Model whose modules are searched for the source of the difference.
+        forward: Computes one forward.
 
     Raises:
-        TrainingError: They differ; the module that is the first to differ is named.
+        TrainingError: They differ; the error names the first module that does.
     """
     first, second = forward(), forward()
     if float((first - second).abs().max()) <= _ROUNDING:
         return
-    culprit = _first_to_differ(model, forward)
+    module = _first_to_differ(model, forward)
     raise TrainingError(
         f"two forwards of one batch in training mode differ by up to {float((first - second).abs().max()):.3g} nats per token; "
-        f"the first module to differ is {culprit}: switch its dropout or noise off in the base's config (rollout and update "
+        f"the first module to differ is {module}: switch its dropout or noise off in the base's config (rollout and update "
         "must see one policy), or pass --disable_dropout false to train with it"
     )
 
@@ -167,15 +170,15 @@ def _first_to_differ(model: nn.Module, forward: Callable[[], Tensor]) -> str:
     for (name, inputs, outputs), (_, other_inputs, other_outputs) in zip(*runs, strict=False):
         if same(inputs, other_inputs) and not same(outputs, other_outputs):
             return name
-    return "not to be told from its inputs"
+    return "unknown (no module differs on equal inputs)"
 
 
 class Sampler:
-    """Watches `generate` draw tokens: log p of each, under the distribution that it was drawn from.
+    """Records the draws of `generate`: each token, and its log p under the distribution that it was drawn from.
 
     Attributes:
-        logps: One (B,) for each drawn token.
-        tokens: The tokens, one (B,) for each.
+        logps: Log-probabilities, one (B,) for each drawn token.
+        tokens: Token ids, one (B,) for each drawn token.
     """
 
     def __init__(self) -> None:
@@ -188,24 +191,24 @@ class Sampler:
         self.tokens.append(drawn[:, 0].cpu())
 
     def of(self, responses: list[list[int]]) -> list[Tensor]:
-        """Log p of responses' tokens, which begin with what was drawn."""
+        """Log p of the drawn tokens of each response; none if the draws are not the beginnings of the responses."""
         if not self.tokens:
             return []
         tokens, logps = torch.stack(self.tokens, 1), torch.stack(self.logps, 1)
-        found = []
+        rows = []
         for row, response in enumerate(responses):
             length = min(len(response), tokens.shape[1])
             if tokens[row, :length].tolist() != response[:length]:
                 return []
-            found.append(logps[row, :length])
-        return found
+            rows.append(logps[row, :length])
+        return rows
 
 
 def check_sampler(sampled: list[Tensor], scored: list[Tensor], half: bool) -> float:
     """Compare log p of the sampled tokens by the sampler and by the trainer's forward.
 
     Args:
-        sampled, scored: For each response, log p of its tokens.
+        sampled, scored: Log p of each response's tokens, by the sampler and by the trainer.
         half: Whether the model computes in 16 or fewer bits.
 
     Returns:
@@ -214,8 +217,8 @@ def check_sampler(sampled: list[Tensor], scored: list[Tensor], half: bool) -> fl
     Raises:
         TrainingError: They differ by more than rounding does.
     """
-    apart = torch.cat([a - b[: len(a)].cpu() for a, b in zip(sampled, scored, strict=True)]).abs()
-    mean = float(apart.nan_to_num(posinf=1e3).mean())
+    differences = torch.cat([a - b[: len(a)].cpu() for a, b in zip(sampled, scored, strict=True)]).abs()
+    mean = float(differences.nan_to_num(posinf=1e3).mean())
     if mean > (_ROUNDING_OF_HALF if half else _ROUNDING):
         raise TrainingError(
             f"the log-probabilities of sampled tokens differ by {mean:.3g} nats per token between generation and PPO's own "
@@ -225,14 +228,18 @@ def check_sampler(sampled: list[Tensor], scored: list[Tensor], half: bool) -> fl
     return mean
 
 
-def check_references(kl: float, what: str) -> None:
-    """Refuse a policy that is not its reference before any step.
+def check_references(kl: float, reference: str) -> None:
+    """Refuse a policy that differs from its reference before any step.
+
+    Args:
+        kl: Mean KL, nats per token.
+        reference: Name of the reference, for the error.
 
     Raises:
         TrainingError: KL is not 0.
     """
     if abs(kl) > _ROUNDING:
         raise TrainingError(
-            f"before the first step the policy is {kl:.3g} nats per token from its reference ({what}): a fresh adapter must "
-            "change nothing. Look for modules that are trained beside the LoRA, or for dropout"
+            f"before the first step the policy is {kl:.3g} nats per token from its reference ({reference}): a fresh adapter "
+            "must change nothing. Look for modules that are trained beside the LoRA, or for dropout"
         )

@@ -25,7 +25,7 @@ _WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORL
 
 @dataclass(frozen=True)
 class Shares:
-    """The shares of a rollout. Every number counts responses, except `processes`, `accumulation` and `steps`.
+    """The division of a rollout. Every number counts responses, except `processes`, `accumulation` and `steps`.
 
     Attributes:
         rollout: Responses of one rollout, over all processes.
@@ -140,7 +140,7 @@ class PPOConfig(GRPOConfig):
     minibatches of ``mini_batch_size`` responses over all processes, one optimizer step for each: the same on any number of
     processes. ``per_device_train_batch_size`` only bounds the rows of one forward pass, where memory is short.
 
-    TRL's way of saying it is understood too: ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` without
+    TRL's settings of the sizes work too: ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` without
     ``mini_batch_size``, and ``steps_per_generation`` instead of ``generation_batch_size``, make both sizes grow with the
     number of processes. GRPO's own settings of groups, advantages and losses have no effect; ``beta`` is set from
     ``kl_coef``.
@@ -160,9 +160,7 @@ class PPOConfig(GRPOConfig):
     num_generations: int | None = field(default=1, metadata={"help": "Responses per prompt in a rollout."})
     generation_batch_size: int | None = field(
         default=None,
-        metadata={
-            "help": f"Responses of a rollout, over all processes; {_ROLLOUT} unless steps_per_generation is set."
-        },
+        metadata={"help": f"Responses of a rollout over all processes; {_ROLLOUT} unless steps_per_generation is set."},
     )
     mini_batch_size: int | None = field(
         default=None,
@@ -176,16 +174,17 @@ class PPOConfig(GRPOConfig):
         metadata={"help": "Rows of one forward and backward pass on a process; its share of a minibatch if unset."},
     )
     gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Such passes in an optimizer step; what makes up the minibatch if unset."}
+        default=None,
+        metadata={"help": "Forward and backward passes in an optimizer step; as many as fill the minibatch if unset."},
     )
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs: passes over each rollout."})
     max_completion_length: int | None = field(default=32, metadata={"help": "Longest response, in tokens."})
     disable_dropout: bool = field(
-        default=True, metadata={"help": "No dropout: rollout, reference and update must see one and the same policy."}
+        default=True, metadata={"help": "No dropout, so that rollout, reference and update see one policy."}
     )
     kl_coef: float = field(default=0.2, metadata={"help": "Initial coefficient of the KL penalty per token."})
     kl_target: float | None = field(
-        default=6.0, metadata={"help": "KL to hold, nats per response, by adapting kl_coef; none keeps kl_coef fixed."}
+        default=6.0, metadata={"help": "KL in nats per response that kl_coef adapts to; none keeps kl_coef fixed."}
     )
     kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which kl_coef adapts."})
     gamma: float = field(default=1.0, metadata={"help": "Discount of GAE."})
@@ -194,27 +193,30 @@ class PPOConfig(GRPOConfig):
     cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value around the rollout's value."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     kl_limit: float | None = field(
-        default=100.0, metadata={"help": "Nats per response: above half of it warn, above it stop; none never stops."}
+        default=100.0,
+        metadata={"help": "KL in nats per response: warn above half of it, stop above it; none never stops."},
     )
     min_distinct: float = field(
-        default=0.0, metadata={"help": "Stop where a smaller share of a rollout's responses differ; 0 only warns."}
+        default=0.0, metadata={"help": "Stop if a smaller share of a rollout's responses differ; 0 only warns."}
     )
     min_completion_length: int | None = field(
         default=None,
-        metadata={"help": "Draw each response's limit between this and max_completion_length, as the paper does."},
+        metadata={
+            "help": "Draw each response's length limit between this and max_completion_length, as the paper does."
+        },
     )
     missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Subtracted from the score of a response that was cut before its end token."}
+        default=None, metadata={"help": "Penalty, subtracted from the score of a response without an end token."}
     )
     local_rollout_forward_batch_size: int | None = field(
-        default=None, metadata={"help": "Responses generated at one time on a process; the whole rollout's if unset."}
+        default=None, metadata={"help": "Responses generated at one time on a process; the whole rollout if unset."}
     )
     adapter_init_seed: int = field(
         default=0,
         metadata={"help": "Seed of a fresh adapter's weights, the same for all runs that will share a soup."},
     )
 
-    shares: Shares = field(init=False, repr=False)  # of a rollout; what the sizes above come to
+    shares: Shares = field(init=False, repr=False)  # the division of a rollout that follows from the sizes above
 
     def __post_init__(self) -> None:
         self._check()
@@ -256,8 +258,8 @@ class PPOConfig(GRPOConfig):
         changed |= {name: True for name in self.generation_kwargs or {} if name not in _HARMLESS}
         if named := [name for name, value in changed.items() if value]:
             raise SettingsError(
-                f"{', '.join(named)}: PPO samples from the whole softmax at a temperature, since its log-probabilities are of "
-                "that; leave out what changes the sampling (top_k 0, top_p 1, repetition_penalty 1)"
+                f"{', '.join(named)}: PPO samples from the whole softmax at a temperature, because its log-probabilities "
+                "are computed so. Leave out what changes the sampling (top_k 0, top_p 1, repetition_penalty 1)"
             )
         if self.temperature <= 0:
             raise SettingsError(f"temperature is {self.temperature}, must be above 0")
@@ -267,7 +269,7 @@ class PPOConfig(GRPOConfig):
             )
 
     def _divide(self, processes: int) -> Shares:
-        """The shares that the settings ask for, in TRL's words or in ours."""
+        """The division of a rollout by the settings, TRL's or ours."""
         rows, passes, steps = (
             self.per_device_train_batch_size,
             self.gradient_accumulation_steps,
@@ -275,12 +277,12 @@ class PPOConfig(GRPOConfig):
         )
         if steps is not None and self.generation_batch_size is not None:
             raise SettingsError(
-                f"generation_batch_size ({self.generation_batch_size}) and steps_per_generation ({steps}) both say how "
-                "large a rollout is: leave one of them out"
+                f"generation_batch_size ({self.generation_batch_size}) and steps_per_generation ({steps}) both set "
+                "the size of a rollout: leave one of them out"
             )
         if steps is not None and self.mini_batch_size is not None and rows is None:
             raise SettingsError(
-                "steps_per_generation counts passes of per_device_train_batch_size rows, which is not set: set "
+                "steps_per_generation counts passes of per_device_train_batch_size rows, but that is not set: set "
                 "generation_batch_size instead"
             )
 

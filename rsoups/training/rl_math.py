@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 def weighted_scores(scores: Tensor, weights: Tensor) -> Tensor:
-    """Σ μi·Ri / Σ |μi| over the rewards that have an opinion: MORL as in the paper, where weights are positive.
+    """Σ μi·Ri / Σ |μi| over the rewards that have an opinion: the paper's MORL, extended to negative weights.
 
     Args:
-        scores: (B, R); NaN is no opinion.
-        weights: (R,), μ; of a negative one less is better.
+        scores: Scores, (B, R); NaN is no opinion.
+        weights: Weights μ, (R,); a negative one pays for less of its reward.
 
     Returns:
-        (B,); NaN, 0 by 0, where no reward has an opinion.
+        Sums, (B,); NaN where no reward has an opinion.
     """
     answered = ~scores.isnan()
     return (scores.nan_to_num() * weights).sum(dim=1) / (answered * weights.abs()).sum(dim=1).where(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from rsoups.data.datasets import train_and_held_out
 from rsoups.data.prompts import fit_prompts, with_prefixes
 from rsoups.data.tasks import columns_of
 from rsoups.generation.decoding import encode
+from rsoups.rewards.interface import check_columns, columns_read
 from rsoups.training.run_arguments import RunArguments
 from rsoups.training.trl_rewards import PLACE
 
@@ -55,27 +57,54 @@ def _fitting(
     return columns_of(fitting)
 
 
-def prompt_datasets(
-    train: dict[str, list], held_out: dict[str, list]
-) -> tuple[Dataset | None, Dataset | None, dict[str, list]]:
-    """Datasets of prompts and places, and the other columns of all rows.
+@dataclass(frozen=True)
+class RunData:
+    """The rows of a run.
 
-    Arrow would change the values of other columns (one type for all rows, one set of keys for all dicts). So a row of the
-    dataset holds a place only, and `reward_function` finds the row's values there.
-
-    Args:
-        train, held_out: Columns, as `read_prompts` gives them.
-
-    Returns:
-        The train dataset, the held-out one, each None without rows; and the columns, train rows first.
+    Attributes:
+        train, held_out: Datasets of prompts and places; None without rows.
+        columns: The other columns by name, train rows first; `reward_function` finds a row's values by its place.
+        prompts: Train prompts.
+        asked: Train prompts without the prefixes of responses.
+        held_out_prompts: Held-out prompts.
     """
-    count = len(train["prompt"])
-    held_out_prompts = held_out.get("prompt", [])
-    total = count + len(held_out_prompts)
-    datasets = (
-        Dataset.from_dict({"prompt": train["prompt"], PLACE: [*range(count)]}) if count else None,
-        Dataset.from_dict({"prompt": held_out_prompts, PLACE: [*range(count, total)]}) if held_out_prompts else None,
-    )
+
+    train: Dataset | None
+    held_out: Dataset | None
+    columns: dict[str, list]
+    prompts: list
+    asked: list
+    held_out_prompts: list
+
+
+def run_data(
+    run: RunArguments, training: GRPOConfig | RLOOConfig, tokenizer: Any, room: int, rewards: Sequence[Any]
+) -> RunData:
+    """Read the rows of a run, as `read_prompts`, with the columns that the rewards read.
+
+    Arrow would change the values of other columns (one type for all rows, one set of keys for all dicts). So a row of a
+    dataset holds its prompt and its place only.
+
+    Raises:
+        RewardError: A reward reads a column that the dataset lacks.
+    """
+    train, held_out = read_prompts(run, training, tokenizer, room, columns_read(rewards))
+    for columns in filter(None, (train, held_out)):
+        check_columns(rewards, columns)
+    asked = train.pop(ASKED, train["prompt"])
+
+    prompts, held_out_prompts = train.pop("prompt"), held_out.get("prompt", [])
     absent = [None] * len(held_out_prompts)
-    columns = {name: [*train[name], *held_out.get(name, absent)] for name in train if name != "prompt"}
-    return *datasets, columns
+    return RunData(
+        train=_dataset(prompts, first=0),
+        held_out=_dataset(held_out_prompts, first=len(prompts)),
+        columns={name: [*values, *held_out.get(name, absent)] for name, values in train.items()},
+        prompts=prompts,
+        asked=asked,
+        held_out_prompts=held_out_prompts,
+    )
+
+
+def _dataset(prompts: list, first: int) -> Dataset | None:
+    places = [*range(first, first + len(prompts))]
+    return Dataset.from_dict({"prompt": prompts, PLACE: places}) if prompts else None

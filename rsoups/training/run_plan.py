@@ -1,4 +1,4 @@
-"""What a PPO run will do, told before it starts: sizes, steps, and the memory of a process, worked out."""
+"""Estimate a PPO run before it starts: sizes, steps, and the memory of a process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 from rsoups.training.ppo_config import PPOConfig
 
-# What autograd keeps of one token in one layer of LLaMA-7b's shape, in bytes: measured under bf16 autocast with LoRA on q, k,
-# v and o (benchmarks/activation_memory.py). Other shapes are scaled by their width.
+# Bytes that autograd keeps of one token in one layer of LLaMA-7b's shape: measured under bf16 autocast with LoRA on q, k, v
+# and o (benchmarks/activation_memory.py). Other shapes are scaled by their width.
 _KEPT, _KEPT_OF_CHECKPOINTED = 172_000, 8_000
 _WIDTH = 4096 + 11008
 _CUDA = 1.0  # GB that CUDA takes for itself
@@ -27,7 +27,7 @@ def run_plan(model: nn.Module, rewards: list[Any], args: PPOConfig, prompts: int
         args: The run's settings.
         prompts: Number of train prompts.
         longest: Tokens of the longest prompt.
-        device: Where the rewards are.
+        device: Device of the rewards.
     """
     per_rollout = args.num_iterations * args.shares.steps
     rollouts = prompts * int(args.num_generations or 1) // args.shares.rollout
@@ -48,17 +48,17 @@ def run_plan(model: nn.Module, rewards: list[Any], args: PPOConfig, prompts: int
 def memory(
     model: nn.Module, rewards: list[Any], args: PPOConfig, longest: int, on_gpu: bool = True
 ) -> dict[str, float]:
-    """The memory of one process in GB, by what takes it; empty where the base's config does not tell its shape.
+    """Memory of one process in GB, by its use; empty if the base's config lacks its shape.
 
-    The base is counted as it is stored (8 bit, bf16, ...); an adapter's trained number takes 16 bytes (float32, its gradient
-    and Adam's two moments). Generation and update take turns, so that only the larger one counts.
+    The base is counted as it is stored (8 bit, bf16, ...). A trained number of the adapter takes 16 bytes: float32, its
+    gradient and Adam's two moments. Generation and update alternate, so only the larger one counts.
 
     Args:
-        model: The PEFT model. Its weights may be on the meta device.
+        model: PEFT model. Its weights may be on the meta device.
         rewards: Loaded rewards on the same device.
         args: The run's settings.
         longest: Tokens of the longest prompt.
-        on_gpu: Count what CUDA takes for itself.
+        on_gpu: Add the memory that CUDA takes for itself.
     """
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
@@ -92,7 +92,7 @@ def memory(
 
 
 def _models(rewards: list[Any]) -> Iterator[nn.Module]:
-    """The networks that rewards hold, those of an average's members too."""
+    """Networks of rewards, and of the members of averages."""
     for reward in rewards:
         for value in vars(reward).values() if hasattr(reward, "__dict__") else ():
             if isinstance(value, nn.Module):

@@ -28,6 +28,7 @@ from rsoups.common.files import read_jsonl
 from rsoups.data.tasks import TASKS
 from rsoups.rewards.load import cards
 from rsoups.training.checkpoints import finish_checkpoint, last_checkpoint
+from rsoups.training.run_data import ASKED, read_prompts
 
 CONFIGS = RECIPES / "configs"
 
@@ -101,7 +102,7 @@ def test_responses_begin_with_tokens_of_a_reference(tmp_path):
 
     def made(*more):
         script, training, _ = recipe["parse"](["--config", str(CONFIGS / "embedded.yaml"), *flags, *more])
-        return recipe["read_prompts"](script, training, tokenizer, 100)[0]["prompt"]
+        return read_prompts(script, training, tokenizer, 100)[0]["prompt"]
 
     starts = [text.partition("### Response: ")[2] for text in made()]
     whole = "a dog runs home in the rain today."
@@ -124,9 +125,9 @@ def test_references_stay_with_their_prompts(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama"))
     for more, start in (([], ("", "")), (["--prefix_tokens", "2", "2"], ("a dog", "a cat"))):
         script, training, _ = recipe["parse"](["--config", str(CONFIGS / "embedded.yaml"), *flags, *more])
-        train, held_out = recipe["read_prompts"](script, training, tokenizer, 20, ["n"])
-        asked = train.pop(recipe["ASKED"], train["prompt"])  # what lineage.json marks: no dropped row, no prefix
-        assert asked == ["dog 0", "cat 2"] and held_out.pop(recipe["ASKED"], asked[:1]) == asked[:1]
+        train, held_out = read_prompts(script, training, tokenizer, 20, ["n"])
+        asked = train.pop(ASKED, train["prompt"])  # what lineage.json marks: no dropped row, no prefix
+        assert asked == ["dog 0", "cat 2"] and held_out.pop(ASKED, asked[:1]) == asked[:1]
         assert train == {
             "prompt": ["dog 0" + start[0], "cat 2" + start[1]],
             "references": [["a dog 0."], ["a cat 2."]],

@@ -99,7 +99,7 @@ def test_the_defaults_are_the_papers_but_for_learning_rate_and_minibatch(tmp_pat
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"generation_batch_size": 128, "steps_per_generation": 8}, "both say how large a rollout is"),
+        ({"generation_batch_size": 128, "steps_per_generation": 8}, "both set the size of a rollout"),
         ({"mini_batch_size": 8, "steps_per_generation": 4}, "set generation_batch_size instead"),
         ({"kl_coef": -1.0}, "kl_coef is -1.0"),
         ({"min_completion_length": 9}, "between 1 and max_completion_length"),
