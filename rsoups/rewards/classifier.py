@@ -49,10 +49,13 @@ class Reward(LoadedReward):
     is_model = True
 
     def __init__(self, card: RewardCard, device: str = "cpu", trust_remote_code: bool = False):
+        import torch
+
         if card.average == "scores":
             raise RewardError(f"reward card {card.name!r} averages scores of several models: use load_reward")
         self.card, self.name = card, card.name
         self._model_name = card.model or card.models  # for errors
+        self._dtype = torch.float32 if card.dtype == "auto" else getattr(torch, card.dtype)
         if card.model is not None:
             model = self._load(resolve(card.model), trust_remote_code)
         else:
@@ -66,22 +69,14 @@ class Reward(LoadedReward):
         self._even = False  # the test itself pads
         self._even = self._moves_with_padding()
 
-    @property
-    def _dtype(self) -> Any:
-        """Torch's dtype of the computation."""
-        import torch
-
-        return torch.float32 if self.card.dtype == "auto" else getattr(torch, self.card.dtype)
-
     def _averaged(self, folder: str) -> str:
         """Average the weights of the card's models into a folder, and return it."""
         from rsoups.soups.whole_models import interpolate_checkpoints
 
         out = Path(folder) / "average"
+        models = [*(self.card.models or ())]
         try:
-            interpolate_checkpoints(
-                [*(self.card.models or ())], self.card.lambdas, out, dtype=self._dtype, progress=False
-            )
+            interpolate_checkpoints(models, self.card.lambdas, out, dtype=self._dtype, progress=False)
         except RsoupsError as error:
             raise RewardError(f"reward card {self.name!r}: its models' weights do not average: {error}") from error
         return str(out)

@@ -36,7 +36,8 @@ class LoadedReward(ABC):
         return self.name
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name}: {self.card.summary() if self.card else 'a function'})"
+        summary = " ".join(self.card.summary().split()) if self.card else "a function"
+        return f"{type(self).__name__}({self.name}: {summary})"
 
     def __call__(
         self,
@@ -64,6 +65,8 @@ class LoadedReward(ABC):
         responses = list(responses or ())
         if len(prompts) != len(responses):
             raise RewardError(f"reward {self.name!r} got {len(prompts)} prompts but {len(responses)} responses")
+        if not responses:
+            return []
         if missing := [name for name in self.needs if columns.get(name) is None]:
             raise RewardError(f"reward {self.name!r} needs the column(s) {missing} beside prompts and responses")
 

@@ -55,6 +55,7 @@ def test_trls_call_and_ours_give_the_same_scores(reward):
     assert reward(prompts=begun, completions=["w7", "w5"], **extras) == scores
     assert reward.__name__ == reward.name and "\n" not in repr(reward) and reward.name in repr(reward)
     assert as_reward(reward, "other") is reward and rsoups.load_reward(reward) is reward
+    assert reward([], []) == reward(prompts=[], completions=[]) == []
     with pytest.raises(rsoups.RewardError, match="got 2 prompts but 1 responses"):
         reward(prompts, ["w1"])
 
