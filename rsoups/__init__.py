@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rsoups.rewards.classifier import Reward
     from rsoups.rewards.judge import Judge, JudgeCard
     from rsoups.rewards.load import load_reward
-    from rsoups.rewards.probing import Probe, Sample, probe
+    from rsoups.rewards.probing import Probe, probe
     from rsoups.soups.greedy import greedy
     from rsoups.soups.interpolation import interpolate
     from rsoups.soups.live import LiveSoup
@@ -78,7 +78,8 @@ _HOMES = {
     "soups.live": ("LiveSoup",),
     "training.ppo": ("PPOTrainer",),
     "training.ppo_config": ("PPOConfig",),
-    "rewards.probing": ("Probe", "Sample", "probe"),
+    "rewards.probing": ("Probe", "probe"),
+    "generation.samples": ("Sample",),
     "reports.report": ("write_report",),
     "rewards.cards": ("RewardCard",),
     "rewards.classifier": ("Reward",),

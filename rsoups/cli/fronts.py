@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ def report(
         other: Further fronts to compare, FILE or NAME=FILE: records.jsonl, or points in a .csv.
     """
     from rsoups.common.files import read_jsonl
+    from rsoups.fronts.notes import settings_beside
     from rsoups.reports.report import write_report
 
     front = _front(records)
@@ -40,7 +40,7 @@ def report(
         out or records.parent,
         reference=_figures(reference) if reference else None,
         others={name: _front(Path(path)) for name, path in others.items()},
-        settings=_settings(records),
+        settings=settings_beside(records),
     )
     print("\n".join([*front.notes, front.to_markdown(), *(f"- {sentence}" for sentence in sentences)]))
     print(out or records.parent)
@@ -140,16 +140,13 @@ def _best_above_base(front: Front) -> str:
 
 def _command_of(lambdas: dict[str, float], records: Path) -> str:
     """The command that makes the chosen soup."""
-    adapters = _settings(records).get("adapters", {})
+    from rsoups.fronts.notes import settings_beside
+
+    adapters = settings_beside(records).get("adapters")
+    adapters = adapters if isinstance(adapters, dict) else {}
     sources = [os.path.normpath(_source(records.parent, name, adapters.get(name))) for name in lambdas]
     weights = " ".join(f"{weight:.6g}" for weight in lambdas.values())
     return f"rsoups interpolate {shlex.join(sources)} --lambdas {weights} --out soup"
-
-
-def _settings(records: Path) -> dict[str, Any]:
-    """The settings that a sweep leaves beside its records."""
-    path = records.with_suffix(".settings.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _source(folder: Path, name: str, recorded: str | None) -> str:

@@ -110,11 +110,11 @@ def probe(
         out: JSON file for the figures.
     """
     from rsoups.data.prompts import template_kwargs
+    from rsoups.generation.samples import sample_of, sample_of_records
     from rsoups.rewards.interface import check_columns, columns_read
     from rsoups.rewards.judge import Judge
     from rsoups.rewards.load import load_reward
     from rsoups.rewards.probing import probe as probed
-    from rsoups.rewards.probing import sample_of, sample_of_records
 
     loaded = [load_reward(name, device, trust_remote_code=trust_remote_code) for name in rewards]
     by_name = {reward.name: reward for reward in loaded}

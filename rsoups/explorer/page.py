@@ -181,8 +181,8 @@ class Page:
         return self._go(suggestion.point if suggestion else self._front.soups[0], x, y)
 
     def _go(self, point: Point, x: str, y: str) -> list[Any]:
-        values = list((point.lambdas or {}).values())
-        return [*(round(value, 3) for value in values), *self._draw(x, y, *values)]
+        sliders = [round(value, 3) for value in point.weights]
+        return [*sliders, *self._draw(x, y, *point.weights)]
 
     def _read(self, typed: str, heat: float, longest: int, seed: int, known: Reading | None, *values: float) -> Any:
         lambdas = self._tasting.mix(values)

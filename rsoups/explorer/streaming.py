@@ -68,7 +68,7 @@ def stream(
     steps = decoder.steps([ids] * len(rows), uniform, keep=keep, models=range(len(rows)))
     while True:
         # λ is set for one step at a time, because the caller may ask for the next step from another thread.
-        with live._at(weights):
+        with live.at_weights(weights):
             step = next(steps, None)
         if step is None:
             return

@@ -39,7 +39,7 @@ def _lambda_axis(name: str) -> str:
 
 def expected(front: Front, lambdas: Mapping[str, float]) -> dict[str, float]:
     """Expected mean rewards at λ: those of a measured soup, else the average of all, weighted by nearness (Shepard)."""
-    soups = np.array([list((point.lambdas or {}).values()) for point in front.soups])
+    soups = np.array([point.weights for point in front.soups])
     distance = np.maximum(np.linalg.norm(soups - list(lambdas.values()), axis=1), 1e-9)
     weights = (distance.min() / distance) ** _POWER
     means = {reward: [point.mean[reward] for point in front.soups] for reward in front.rewards}
@@ -56,7 +56,7 @@ def measured(front: Front, lambdas: Mapping[str, float]) -> Point | None:
 
 def _described(point: Point) -> str:
     name = shares(point.lambdas) if point.lambdas else point.name
-    return f"{name}: " + ", ".join(f"{reward} {point.estimate(reward)}" for reward in point.mean)
+    return f"{name}: {point.figures()}"
 
 
 def shares(lambdas: Mapping[str, float]) -> str:
@@ -156,9 +156,8 @@ def plot(front: Front, x: str, y: str, lambdas: Mapping[str, float], advised: Ma
             continue  # only soups have a place on an axis of λ
         number = front.soups.index(point) if point.lambdas else None
         parts.append(_mark(axes, *at[point], looks[point], _described(point), number, point is chosen))
-        alone = [f"{name} alone" for name, weight in (point.lambdas or {}).items() if weight == 1]
-        if alone or not point.lambdas:
-            labels.append(_label(axes, *at[point], alone[0] if alone else point.name))
+        if point.alone or not point.lambdas:
+            labels.append(_label(axes, *at[point], f"{point.alone} alone" if point.alone else point.name))
 
     for kind, mix in (("advised", advised), ("ring", lambdas)):
         if mix:

@@ -109,14 +109,13 @@ def advantage(
     lambdas: Sequence[Sequence[float]],
     with_ends: bool = True,
 ) -> Advantage:
-    """The `Advantage` of soups over other runs.
+    """The `Advantage` of soups over other runs, on the same prompts.
 
     Args:
-        soups, others: Rewards of each prompt, shape (prompts, points, rewards), on the same prompts.
+        soups, others: Rewards of each prompt, shape (prompts, points, rewards).
         shares: Bootstrap draws, shape (draws, prompts), as `estimates.resampling` gives them; None for means alone.
         runs: PPO runs that each set took.
-        names: Names of the rewards.
-        reference: Reference of hypervolumes, in their order.
+        names, reference: Names of the rewards, and the reference of hypervolumes in their order.
         lambdas: λ of the soups.
         with_ends: Whether the ingredients are among `others`.
 

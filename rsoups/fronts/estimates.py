@@ -37,11 +37,7 @@ class Estimate:
 
     @classmethod
     def of(cls, figures: Sequence[float] | NDArray[np.float64]) -> Estimate:
-        """The observed figure with the percentile interval.
-
-        Args:
-            figures: The observed figure, then the figure in each draw; one figure alone gets no interval.
-        """
+        """The observed figure, which is the first, with the percentile interval of the others, its draws."""
         if len(figures) == 1:
             return cls(float(figures[0]))
         return cls(float(figures[0]), *map(float, np.quantile(figures[1:], _TAILS)))
@@ -193,14 +189,10 @@ def volume_of(stack: Stack, names: Sequence[str], reference: Sequence[float]) ->
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int = 2) -> Estimate | None:
-    """Distinct-n: number of different n-grams of words over the number of all (Li et al. 2016); None without any.
+    """Distinct-n of the responses to each prompt: different n-grams of words over all n-grams (Li et al. 2016), or None.
 
     The interval is the jackknife's over prompts, value ± 1.96 standard errors. A bootstrap would draw a text twice and count it
     as a repetition.
-
-    Args:
-        texts: The responses to each prompt.
-        n: Words in an n-gram.
     """
     grams = []
     for responses in texts:

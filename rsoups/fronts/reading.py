@@ -57,15 +57,10 @@ def read_records(records: Iterable[Record], seed: int) -> Points:
 
 
 def check_record(number: int, record: Record, rewards: list[str]) -> list[str]:
-    """The reward names of a record, sorted.
-
-    Args:
-        number: Place of the record, from 1.
-        record: The record.
-        rewards: Names that the record should have; none for the first record.
+    """Check the record of a number, from 1, and return the names of its rewards: `rewards`, unless these are empty.
 
     Raises:
-        FrontError: Not a record, a field is missing, other rewards, or a reward that is not finite.
+        FrontError: Not a record, a field is missing or of a wrong kind, other rewards, or a reward that is not finite.
     """
     if not isinstance(record, Mapping):
         raise FrontError(f"record {number} is {record!r}; expected an object with the fields {list(_FIELDS)}")
@@ -94,11 +89,7 @@ def check_record(number: int, record: Record, rewards: list[str]) -> list[str]:
 
 
 def _lambdas_of(number: int, record: Record, ingredients: Sequence[str]) -> dict[str, float]:
-    """λ of a soup's record, in the order of the ingredients (in its own order where there are none yet).
-
-    Raises:
-        FrontError: λ are not weights by name, or weigh other ingredients.
-    """
+    """λ of a soup's record, in the order of the ingredients (in its own order where there are none yet)."""
     lambdas = record["lambdas"]
     if isinstance(lambdas, Mapping) and all(map(is_number, lambdas.values())):
         if not ingredients or sorted(lambdas) == sorted(ingredients):

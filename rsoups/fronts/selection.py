@@ -165,16 +165,7 @@ def choose_by_weights(front: Front, preference: Mapping[str, float]) -> Choice:
 
 
 def choose_by_limits(front: Front, maximize: str, subject_to: Mapping[str, str] | Iterable[str]) -> Choice:
-    """The point with the most of one reward among those that keep limits.
-
-    Args:
-        front: The front.
-        maximize: The reward.
-        subject_to: Limits: ``{"b": ">= 0.2"}``, or ``["b >= 0.2"]``.
-
-    Raises:
-        FrontError: An unknown reward, an invalid limit, or no point keeps the limits (the best reachable is named).
-    """
+    """The point with the most of one reward among those that keep limits, ``{"b": ">= 0.2"}`` or ``["b >= 0.2"]``."""
     if isinstance(subject_to, Mapping):
         subject_to = [f"{reward} {limit}" for reward, limit in subject_to.items()]
     limits = [parse_limit(text) for text in subject_to]
@@ -192,12 +183,7 @@ def choose_knee(front: Front) -> Choice:
 
 
 def choose_by_votes(front: Front, votes: str | Path | Sequence[Mapping[str, Any]] | VotedUtility) -> Choice:
-    """The soup that voters like best.
-
-    Raises:
-        FrontError: No soups, or votes about other ingredients.
-        VotesError: As `fit_votes`.
-    """
+    """The soup that voters like best."""
     from rsoups.fronts.votes import VotedUtility, fit_votes
 
     if not front.soups:
@@ -212,11 +198,7 @@ def choose_by_votes(front: Front, votes: str | Path | Sequence[Mapping[str, Any]
 
 
 def choose_above_base(front: Front, preference: Mapping[str, float]) -> Choice:
-    """The best point by preference among those above the base in every reward, with 95% confidence where there is one.
-
-    Raises:
-        FrontError: No base, no other points, or no point above the base (the nearest is named).
-    """
+    """The best point by preference among those above the base in every reward, with 95% confidence where there is one."""
     points = [point for point in front.candidates if point is not front.base]
     rule = by_preference(preference, front.rewards)
     if front.base is None or not points:

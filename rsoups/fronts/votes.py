@@ -36,13 +36,8 @@ Array = NDArray[np.float64]
 def check_vote(where: str, vote: Mapping[str, Any], ingredients: Sequence[str] | None = None) -> list[str]:
     """Check a vote, and return its ingredients.
 
-    Args:
-        where: Beginning of an error message, such as ``"votes.jsonl, line 3"``.
-        vote: The vote.
-        ingredients: Names that its λ must weigh; any names by default.
-
     Raises:
-        VotesError: Not a vote, or other ingredients.
+        VotesError: Not a vote, or other ingredients; `where`, such as ``"votes.jsonl, line 3"``, begins the message.
     """
     try:
         choice, sides = vote["choice"], [vote["a"]["lambdas"], vote["b"]["lambdas"]]

@@ -1,7 +1,7 @@
-"""Responses of batches whose rows may be of different models, each row with its own random numbers.
+"""Decode batches whose rows may belong to different models, each row with its own random numbers.
 
-transformers' `generate` draws for a batch as a whole, and computes rows that have ended until the last one does. Here a
-response depends on its own row alone, and rows that have ended leave the batch.
+transformers' `generate` draws for a batch as a whole, and computes finished rows until the last row ends. Here a response
+depends on its own row alone, and finished rows leave the batch.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 Prompt = str | list[dict[str, Any]]  # a text, or messages for the tokenizer's chat template
-_DROPPED = 1 / 8  # rows leave a batch when so large a part of it has ended: the cache is copied then
-_READ_TOKENS = 1_024  # of a batch, where finished responses are read again: few, for little padding and few logits
-_REMEMBERED = 2**30  # bytes of keys and values of prompts
-_TRIMMED: set[int] = set()  # tokenizers of which it was said
+_DROPPED = 1 / 8  # part of a batch that must have ended before its rows are dropped, since that copies the cache
+_READ_TOKENS = 1_024  # tokens of a batch that rescores finished responses: few, for little padding and few logits
+_REMEMBERED = 2**30  # bytes of the prompts' keys and values that are kept
+_TRIMMED: set[int] = set()  # ids of tokenizers that a warning has named
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ class Said:
     """A response.
 
     Attributes:
-        ids: Its tokens, the one that ended it included.
-        logp: Σ log p of them, in nats, under the model and at the temperature that they were chosen by (1 for greedy).
+        ids: Tokens, the end token included.
+        logp: Σ log p of the tokens in nats, under the model and at the temperature that chose them (1 for greedy).
     """
 
     ids: list[int]
@@ -51,9 +51,10 @@ class Said:
 
 
 class Decoder:
-    """Decodes with a model as it stands: whatever puts λ on it does so around the call.
+    """Decode with a model in its present state; the caller sets λ.
 
-    Samples purely (temperature, no top-k or top-p), or greedily.
+    Samples purely (temperature, no top-k or top-p), or greedily. docs/EXPERIMENTS.md compares it with transformers' `generate`
+    and a logits processor, which take 1.4 to 2 times as long.
     """
 
     def __init__(
@@ -63,13 +64,13 @@ class Decoder:
         self._tokenizer = tokenizer
         self._ends = torch.tensor(ends_of(model, tokenizer), dtype=torch.long, device=model.device)
         self._pad: int = next((i for i in (tokenizer.pad_token_id, *self._ends.tolist()) if i is not None), 0)
-        known = inspect.signature(model.forward).parameters
-        self._read: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-        self._read_bytes = 0
-        self._takes = {name for name in ("position_ids", "logits_to_keep") if name in known}
+        self._prompts: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # keys and values of each layer
+        self._prompt_bytes = 0
+        parameters = inspect.signature(model.forward).parameters
+        self._takes = {name for name in ("position_ids", "logits_to_keep") if name in parameters}
 
     def text(self, said: Said) -> str:
-        """A response's text, without special tokens."""
+        """Return a response's text, without special tokens."""
         return str(self._tokenizer.decode(said.ids, skip_special_tokens=True))
 
     def __call__(
@@ -80,7 +81,7 @@ class Decoder:
         keep: Callable[[Tensor], None] | None = None,
         models: Sequence[int] | None = None,
     ) -> list[Said]:
-        """Respond; arguments as of `steps`."""
+        """Return a response to each prompt; arguments as for `steps`."""
         *_, (chosen, logps) = self.steps(prompts, uniforms, members, keep, models)
         return [
             Said([token for token in row if token >= 0], logp)
@@ -101,10 +102,11 @@ class Decoder:
         Args:
             prompts: Tokens of each of B prompts.
             uniforms: (B, max_new_tokens), each row's random numbers within [0, 1); None decodes greedily.
-            members: M > 1 answers as a prediction ensemble: each prompt is M rows of the model's batch, one after the
-                other, whose next-token distributions are averaged.
-            keep: Where rows are of different models: told which of the rows that it had the batch goes on with.
-            models: A number for the model of each prompt, where they differ.
+            members: Number M of models of a prediction ensemble: each prompt is M consecutive rows of the model's batch, whose
+                next-token distributions are averaged.
+            keep: Function that gets the places of the rows that stay whenever others leave the batch, so that it can set each
+                row's λ; needed where rows belong to different models.
+            models: Number of the model of each prompt, where they differ.
 
         Yields:
             Tokens (B, max_new_tokens) so far, -1 where there is none, and their Σ log p (B,): the same two tensors each time.
@@ -116,12 +118,14 @@ class Decoder:
         chosen = torch.full((len(prompts), self.max_new_tokens), -1, device=ids.device)
         logps = torch.zeros(len(prompts), dtype=torch.float64, device=ids.device)
         uniforms = None if uniforms is None else uniforms.to(ids.device)
-        at = torch.arange(len(prompts), device=ids.device)  # whose rows the batch still holds,
-        going = torch.ones_like(at, dtype=torch.bool)  # and which of them have not ended
+        at = torch.arange(len(prompts), device=ids.device)  # prompts whose rows are still in the batch
+        going = torch.ones_like(at, dtype=torch.bool)  # those of them that have not ended
+
         for step in range(self.max_new_tokens):
             out = self._forward(ids, mask, 1, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             own = None if uniforms is None else uniforms[at, step, None]
+
             tokens, logp = self._choose(out.logits[:, -1].float(), own, members)
             chosen[at[going], step] = tokens[going]
             logps[at[going]] += logp[going]
@@ -130,6 +134,7 @@ class Decoder:
             left = int(going.sum())
             if not left:
                 break
+
             ids = tokens.repeat_interleave(members)[:, None]
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             if left <= (1 - _DROPPED) * len(at) and hasattr(cache, "batch_select_indices"):
@@ -146,13 +151,18 @@ class Decoder:
         keep: Callable[[Tensor], None] | None,
         models: Sequence[int] | None,
     ) -> tuple[DynamicCache | None, int]:
-        """Keys and values of the tokens that all prompts begin with (an instruction, say), which each model reads once, and
-        how many these are. None where there are none, or the cache is of a kind in which rows are not padded in their middle.
+        """Read the tokens that all prompts begin with (an instruction, say) once for each model.
+
+        Returns:
+            Their keys and values in each row, and their number. None and 0 where prompts share nothing or each row is another
+            model's, and for a cache that cannot be padded in the middle of a row (a sliding window, a recurrent state).
         """
         of_rows = [model * members + i for model in models or [0] * len(prompts) for i in range(members)]
         first = {model: row for row, model in reversed([*enumerate(of_rows)])}
-        if len(first) == len(of_rows) or not (shared := _shared(prompts)):
+        shared = _shared(prompts)
+        if len(first) == len(of_rows) or not shared:
             return None, 0
+
         places = {model: place for place, model in enumerate(first)}
         to_rows = torch.tensor([places[model] for model in of_rows], device=self.model.device)
         ids = torch.tensor([prompts[0][:shared]], device=self.model.device).expand(len(first), -1)
@@ -168,81 +178,91 @@ class Decoder:
 
     @torch.inference_mode()
     def logps(self, prompts: Sequence[Sequence[int]], said: Sequence[Said]) -> list[tuple[float, float]]:
-        """Σ log p of finished responses under the model as it stands, always the same one, in nats: at temperature 1, and as
-        they were chosen."""
+        """Return Σ log p of finished responses under the model, in nats: at temperature 1, and at the decoder's.
+
+        The keys and values of prompts are kept between calls, so the model must be the same in all of them.
+        """
         order = sorted(range(len(said)), key=lambda i: len(said[i].ids), reverse=True)
-        found: dict[int, tuple[float, float]] = {}
+        sums_of: dict[int, tuple[float, float]] = {}
         while order:
             size = max(1, _READ_TOKENS // len(said[order[0]].ids))
             part, order = order[:size], order[size:]
             tokens = [said[i].ids for i in part]
             logits = self._logits_of([prompts[i] for i in part], tokens)
             flat, lengths = torch.tensor(sum(tokens, []), device=logits.device), [len(ids) for ids in tokens]
-            chosen = None if self.temperature in (0, 1) else _logp(logits.clone(), flat, self.temperature)
-            plain = _logp(logits, flat, 1.0)
-            chosen = plain if chosen is None else chosen
-            sums = ([float(one.sum()) for one in logp.split(lengths)] for logp in (plain, chosen))
-            found |= dict(zip(part, zip(*sums, strict=True), strict=True))
-        return [found[i] for i in range(len(said))]
+
+            tempered = None if self.temperature in (0, 1) else _logp(logits.clone(), flat, self.temperature)
+            plain = _logp(logits, flat, 1.0)  # destroys the logits
+            by_temperature = (plain, plain if tempered is None else tempered)
+            sums = ([float(row.sum()) for row in logp.split(lengths)] for logp in by_temperature)
+            sums_of |= dict(zip(part, zip(*sums, strict=True), strict=True))
+        return [sums_of[i] for i in range(len(said))]
 
     def _logits_of(self, prompts: Sequence[Sequence[int]], said: Sequence[Sequence[int]]) -> Tensor:
-        """Logits (n, V), float32, before each of the n tokens of responses."""
-        read, mask = self._prefixes(prompts)
+        """Return the logits (n, V), float32, that predict each of the n tokens of responses."""
+        cache, mask = self._prefixes(prompts)
         rows = [
-            [*prompt[-1:], *ids[:-1]] if read else [*prompt, *ids[:-1]]
+            [*prompt[-1:], *ids[:-1]] if cache else [*prompt, *ids[:-1]]
             for prompt, ids in zip(prompts, said, strict=True)
         ]
+
         longest = max(map(len, rows))
         ids = torch.tensor([row + [self._pad] * (longest - len(row)) for row in rows], device=mask.device)
         places = torch.arange(longest, device=ids.device)
         ends = torch.tensor([len(row) for row in rows], device=ids.device)[:, None]
-        starts = ends - torch.tensor([len(one) for one in said], device=ids.device)[:, None]
-        at, mask = (places >= starts) & (places < ends), torch.cat([mask, (places < ends).long()], dim=1)
+        starts = ends - torch.tensor([len(row) for row in said], device=ids.device)[:, None]
+        at = (places >= starts) & (places < ends)
+        mask = torch.cat([mask, (places < ends).long()], dim=1)
+
         head = self.model.get_output_embeddings()
         if head is None:
-            return self._forward(ids, mask, 0, past_key_values=read).logits[at].float()
-        # The logits before other tokens are not computed: of a small model they are most of the work.
+            return self._forward(ids, mask, 0, past_key_values=cache).logits[at].float()
+        # Only the hidden states of responses reach the head: a small model spends most of its time on logits.
         hook = head.register_forward_pre_hook(lambda module, args: (args[0][at], *args[1:]))
         try:
-            logits: Tensor = self._forward(ids, mask, 0, past_key_values=read).logits
+            logits: Tensor = self._forward(ids, mask, 0, past_key_values=cache).logits
         finally:
             hook.remove()
         return logits.float()
 
     def _prefixes(self, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache | None, Tensor]:
-        """Keys and values of all but the prompts' last tokens, which are read once for all responses to them; with their
-        mask. None of a model whose cache is of another kind, or where a prompt is of one token."""
+        """Return keys and values of all but the prompts' last tokens, read once for all responses, and their mask.
+
+        None and an empty mask where the cache cannot be padded, or a prompt has only one token.
+        """
         short = [tuple(prompt[:-1]) for prompt in prompts]
         nothing = torch.zeros((len(prompts), 0), dtype=torch.long, device=self.model.device)
         if not all(short):
             return None, nothing
-        read = {one: self._read[one] for one in short if one in self._read}
-        if missing := list(dict.fromkeys(one for one in short if one not in read)):
+
+        known = {prompt: self._prompts[prompt] for prompt in short if prompt in self._prompts}
+        missing = list(dict.fromkeys(prompt for prompt in short if prompt not in known))
+        if missing:
             ids, mask = self._padded(missing)
             cache = self._forward(ids, mask, 1, use_cache=True).past_key_values
             if not _is_plain(cache):
                 return None, nothing
-            layers = cache.layers
-            for row, one in enumerate(missing):
-                read[one] = [
-                    (layer.keys[row, :, -len(one) :].clone(), layer.values[row, :, -len(one) :].clone())
-                    for layer in layers
+            for row, prompt in enumerate(missing):
+                size = len(prompt)
+                known[prompt] = [
+                    (layer.keys[row, :, -size:].clone(), layer.values[row, :, -size:].clone()) for layer in cache.layers
                 ]
-                size = sum(k.nbytes + v.nbytes for k, v in read[one])
-                if self._read_bytes + size <= _REMEMBERED:
-                    self._read[one] = read[one]
-                    self._read_bytes += size
+                count = sum(keys.nbytes + values.nbytes for keys, values in known[prompt])
+                if self._prompt_bytes + count <= _REMEMBERED:
+                    self._prompts[prompt] = known[prompt]
+                    self._prompt_bytes += count
+
         longest = max(map(len, short))
         cache = DynamicCache()
-        for layer in range(len(read[short[0]])):
-            pairs = zip(*(read[one][layer] for one in short), strict=True)
+        for layer in range(len(known[short[0]])):
+            pairs = zip(*(known[prompt][layer] for prompt in short), strict=True)
             keys, values = (torch.stack([pad(t, (0, 0, longest - t.shape[1], 0)) for t in each]) for each in pairs)
             cache.update(keys, values, layer)
-        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in short], device=nothing.device)
-        return cache, mask
+        rows = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in short]
+        return cache, torch.tensor(rows, device=nothing.device)
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, (B, longest), padded on the left."""
+        """Return ids and mask, (B, longest), padded on the left."""
         longest = max(map(len, prompts))
         ids = [[self._pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -256,11 +276,12 @@ class Decoder:
         return self.model(input_ids=ids, attention_mask=mask, **settings)
 
     def _choose(self, logits: Tensor, uniform: Tensor | None, members: int) -> tuple[Tensor, Tensor]:
-        """Tokens and their log p, (B,) each, of logits (B·M, V)."""
+        """Return the next tokens and their log p, (B,) each, for logits (B·M, V)."""
         temperature = self.temperature or 1.0
         if members == 1 and uniform is None:
             tokens = logits.argmax(-1)
             return tokens, _logp(logits, tokens, temperature)
+
         weights = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
         if members > 1:
             weights = (weights / weights.sum(-1, keepdim=True)).unflatten(0, (-1, members)).mean(dim=1)
@@ -270,19 +291,19 @@ class Decoder:
 
 
 def _is_plain(cache: Any) -> bool:
-    """Whether it is keys and values of every token: no sliding window, no recurrent state."""
+    """Whether a cache holds keys and values of every token: no sliding window, no recurrent state."""
     return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _shared(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, the last token of each left out."""
+    """Return the number of tokens that all prompts begin with; the last token of a prompt does not count."""
     lowest, highest = min(map(list, prompts)), max(map(list, prompts))
     most = min(map(len, prompts)) - 1
     return next((i for i in range(most) if lowest[i] != highest[i]), most)
 
 
 def _logp(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """log p of tokens (n,) by logits (n, V), which are spoiled; float64. (Several times faster on a CPU than log_softmax.)"""
+    """Return log p of tokens (n,), float64, from logits (n, V), which it overwrites. (Faster on a CPU than log_softmax.)"""
     logits -= logits.amax(-1, keepdim=True)
     if temperature != 1:
         logits /= temperature
@@ -291,66 +312,66 @@ def _logp(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any] | None = None) -> list[int]:
-    """A prompt's tokens; of messages, by the tokenizer's chat template. All of rsoups reads prompts so.
+    """Return a prompt's tokens, as all of rsoups reads prompts; messages go through the tokenizer's chat template.
 
     Args:
-        tokenizer: The policy's.
-        prompt: A text, or messages.
+        tokenizer: Tokenizer of the policy.
+        prompt: Text or messages.
         template: Variables of the chat template, such as ``{"enable_thinking": False}``.
 
     Raises:
-        DatasetError: Messages as `messages_of` refuses them, or a tokenizer without a chat template.
+        DatasetError: Messages that `messages_of` refuses, or a tokenizer without a chat template.
     """
     if isinstance(prompt, str):
         return trimmed(tokenizer, prompt, list(tokenizer(prompt)["input_ids"]))
+
     messages = messages_of(prompt)
     if not tokenizer.chat_template:
         raise DatasetError(
             f"the prompt {shown(messages)} is a conversation, and the tokenizer of {tokenizer.name_or_path!r} has no chat "
             "template: take a model that has one, or write the prompts as texts"
         )
-    found: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, **(template or {})
-    )
-    return trimmed(tokenizer, prompt, list(found["input_ids"]))
+    variables = {"add_generation_prompt": True, "return_dict": True, **(template or {})}
+    encoded: Any = tokenizer.apply_chat_template(messages, **variables)
+    return trimmed(tokenizer, prompt, list(encoded["input_ids"]))
 
 
 def trimmed(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int]) -> list[int]:
-    """A prompt's tokens without a second token for the beginning, and without the end token that some tokenizers put behind
-    each text: a response would begin after the end. Says so once for each tokenizer."""
+    """Return a prompt's tokens without a second BOS token, and without the EOS token that some tokenizers append to each text.
+
+    A response must not begin after the end. The first time for each tokenizer, a warning names what is left out.
+    """
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    found = []
+    removed = []
     if begin is not None and ids[:2] == [begin, begin]:
-        ids, found = ids[1:], [f"a second {tokenizer.bos_token}"]
-    ends_itself = isinstance(prompt, str) and prompt.rstrip().endswith(str(tokenizer.eos_token))
-    if (
-        end is not None
-        and end != begin
-        and len(ids) > 1
-        and ids[-1] == end
-        and isinstance(prompt, str)
-        and not ends_itself
-    ):
-        ids, found = ids[:-1], [*found, f"the {tokenizer.eos_token} behind each prompt"]
-    if found and id(tokenizer) not in _TRIMMED:
+        ids = ids[1:]
+        removed.append(f"a second {tokenizer.bos_token}")
+
+    # The prompt's own EOS, and the last token of a chat template, stay.
+    is_open = isinstance(prompt, str) and not prompt.rstrip().endswith(str(tokenizer.eos_token))
+    if is_open and end not in (None, begin) and len(ids) > 1 and ids[-1] == end:
+        ids = ids[:-1]
+        removed.append(f"the {tokenizer.eos_token} behind each prompt")
+
+    if removed and id(tokenizer) not in _TRIMMED:
         _TRIMMED.add(id(tokenizer))
-        logger.warning("the tokenizer of %s adds %s: left out", tokenizer.name_or_path, " and ".join(found))
+        logger.warning("the tokenizer of %s adds %s: left out", tokenizer.name_or_path, " and ".join(removed))
     return ids
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response: those of the base's generation_config, or the tokenizer's one."""
+    """Return the tokens that end a response: those of the base's generation_config, or else the tokenizer's EOS."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = tokenizer.eos_token_id if ends is None else ends
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def seed_of(seed: int, prompt: Prompt, sample: int) -> int:
-    """The seed of one response, the same at every λ, so that models are compared under the same random numbers."""
+    """Return the seed of one response: the same at every λ, so that models are compared under the same random numbers."""
     text = json.dumps([seed, prompt, sample], sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def uniforms(seed: int, count: int) -> list[float]:
-    """A response's random numbers within [0, 1), one for each token."""
+    """Return a response's random numbers within [0, 1), one for each token."""
     return np.random.default_rng(seed).random(count).tolist()

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from rsoups.bases.load import load_base
-from rsoups.common.assets import resolve
-from rsoups.common.errors import CheckpointError, DatasetError
+from rsoups.bases.load import load_base, load_tokenizer
 from rsoups.generation.decoding import Prompt, encode, ends_of
 from rsoups.generation.sampling import fast_sampling
 
@@ -94,18 +92,10 @@ def texts_of_policy(
         device: Device of the model.
 
     Raises:
-        DatasetError: The policy cannot be loaded, or a prompt that `encode` refuses.
+        CheckpointError: The policy cannot be loaded.
+        DatasetError: A prompt that `encode` refuses.
     """
-    from transformers import AutoTokenizer
-
-    source = resolve(policy)
-    dtype = "float32" if source != policy else "auto"  # embedded weights are stored in half precision to be small
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model: Any = load_base(policy, dtype=dtype)
-    except (OSError, ValueError, CheckpointError) as error:
-        raise DatasetError(f"cannot load the policy {policy!r}: {error}") from error
-
+    tokenizer, model = load_tokenizer(policy), load_base(policy, device=device)
     settings: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
     ids = respond(model.eval().to(device), tokenizer, prompts, template=template, **settings)
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]

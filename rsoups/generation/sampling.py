@@ -1,4 +1,4 @@
-"""Sampling at the price of one random number a token, which may be a row's own."""
+"""Inverse-transform sampling: one uniform number per token, which may be a row's own."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.overrides import TorchFunctionMode
 def fast_sampling(
     device: torch.device | str, watch: Callable[[Tensor, Tensor], None] | None = None
 ) -> AbstractContextManager[Any]:
-    """A context for `generate()`, in which a CPU draws tokens by inverting their distribution function.
+    """Return a context for `generate()` in which a CPU draws tokens by inverting their distribution function.
 
     `torch.multinomial` draws an exponential number for every token of the vocabulary instead, one after the other: a fifth
     of the time of a whole PPO run with the embedded policy. Other devices draw in parallel and are left alone.
 
     Args:
-        device: Where tokens are drawn.
-        watch: Is told of each draw: probabilities (or weights), (B, V), and the drawn tokens, (B, 1).
+        device: Device of the probabilities.
+        watch: Function that gets each draw: probabilities (or weights), (B, V), and the drawn tokens, (B, 1).
     """
     if torch.device(device).type != "cpu" and watch is None:
         return nullcontext()
@@ -29,7 +29,7 @@ def fast_sampling(
 
 
 class _Draws(TorchFunctionMode):
-    """Answers `torch.multinomial(probabilities, num_samples=1)`, of this thread, in this context; all else as ever."""
+    """Replaces `torch.multinomial(probabilities, num_samples=1)` in this thread and context, and nothing else."""
 
     def __init__(
         self, own: Callable[[Tensor], Tensor] | None, watch: Callable[[Tensor, Tensor], None] | None = None
@@ -49,11 +49,11 @@ class _Draws(TorchFunctionMode):
 
 
 def draw(probabilities: Tensor, uniform: Tensor | None = None) -> Tensor:
-    """One index for each row of (B, V) probabilities (or weights), (B, 1); one of weight 0 is never drawn.
+    """Draw one index for each row, (B, 1); an index of weight 0 is never drawn.
 
     Args:
-        probabilities: (B, V).
-        uniform: (B, 1), float64 within [0, 1): each row's own random number, from torch's generator by default.
+        probabilities: Probabilities or weights (B, V).
+        uniform: Random numbers (B, 1), float64 within [0, 1); from torch's generator if None.
     """
     cumulative = probabilities.double().cumsum(-1)
     whole = cumulative[:, -1:].contiguous()

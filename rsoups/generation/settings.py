@@ -12,20 +12,20 @@ _HARMLESS = ("use_cache", "cache_", "output_", "return_dict", "do_sample", "disa
 
 
 def sample_purely(model: Any) -> list[str]:
-    """Leave only the special tokens of a model's generation_config, which `generate` takes its open settings from.
+    """Keep only the special tokens of a model's generation_config, from which `generate` takes settings that are not passed.
 
     Returns:
-        What it held beside them, as ``name=value``.
+        The other settings that it held, as ``name=value``.
     """
     held = getattr(model, "generation_config", None)
     if held is None:
         return []
     default = GenerationConfig()
-    told = [
+    removed = [
         f"{name}={value!r}"
         for name, value in held.to_dict().items()
         if name not in _KEPT and not name.startswith(("_", *_HARMLESS)) and value != getattr(default, name, None)
     ]
     kept = {name: getattr(held, name, None) for name in _KEPT if name != "transformers_version"}
     model.generation_config = GenerationConfig(**kept)
-    return told
+    return removed

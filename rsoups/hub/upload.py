@@ -137,7 +137,7 @@ def _wait(state: tenacity.RetryCallState) -> float:
 
 
 def _origin_of(token: str | None) -> str:
-    """Where the token comes from; never the token."""
+    """Name the origin of the token, never the token."""
     from huggingface_hub import get_token
 
     if token is not None:

@@ -50,20 +50,13 @@ def page_of(
     curve: Sequence[Reach],
     sentences: Sequence[str],
 ) -> str:
-    """The page as HTML.
-
-    Args:
-        front: The front.
-        records: Its records, for their texts.
-        others: Other fronts by name.
-        settings: How the records were made.
-        curve: Hypervolume by the number of runs; empty without MORL runs.
-        sentences: What the report says in words.
-    """
+    """The page as HTML; `curve` is hypervolume by the number of runs, empty without MORL runs."""
     models = Models(front)
     extras = [name for name in EXTRAS if front.soups and all(name in point.extras for point in front.soups)]
     if "tokens" in extras:
         extras.remove("words")
+    held_out = settings.get("held_out")
+    held_out = held_out if isinstance(held_out, list) else []
     series = series_of(front)
     highlighted = {entry.point for entry in series}
     head, rows = figures_of(front)
@@ -75,7 +68,7 @@ def page_of(
         models=models,
         sentences=sentences,
         prompts=prompts_in_words(front),
-        held_out=[name for name in settings.get("held_out") or [] if name in front.rewards],
+        held_out=[reward for reward in front.rewards if reward in held_out],
         charts=_charts(models, others, series, curve, extras),
         legends=_legends(models, others, series),
         band=band_in_words(front),

@@ -13,19 +13,9 @@ from rsoups.fronts.notes import not_checked
 
 
 def sentences_of(
-    front: Front,
-    reference: Mapping[str, float] | None,
-    others: Mapping[str, Front],
-    advantage: Advantage | str | None,
+    front: Front, reference: Mapping[str, float] | None, others: Mapping[str, Front], advantage: Advantage | str | None
 ) -> list[str]:
-    """The sentences of a report.
-
-    Args:
-        front: The front.
-        reference: Reference of hypervolumes; without it there are none.
-        others: Other fronts by name, which are compared above the reference.
-        advantage: Result of `advantage_of`.
-    """
+    """The sentences of a report; `advantage` is the result of `advantage_of`."""
     sentences = _on_the_chord(front)
     if reference is not None:
         sentences.append(f"Hypervolume of the {'soups' if front.soups else 'points'}: {front.hypervolume(reference)}.")

@@ -85,16 +85,7 @@ def chart(width: int, height: int, label: str, body: Iterable[str], classes: str
 def mark(
     look: Look, x: float, y: float, tip: str, *, model: int | None = None, hollow: bool = False, under: str = ""
 ) -> Markup:
-    """A shape at a place.
-
-    Args:
-        look: Color and shape.
-        x, y: Place in the picture.
-        tip: What the mark shows: its alternative text.
-        model: Number of the model; marks of one number are highlighted together.
-        hollow: Draw the outline alone.
-        under: What is drawn under the shape and highlighted with it.
-    """
+    """A shape at a place over what is drawn `under` it; marks of one `model` number are highlighted together."""
     shape = tag("path", class_="dot hollow" if hollow else "dot", d=SHAPES[look.shape])
     placed = tag("g", tag("circle", class_="halo", r=11), shape, transform=f"translate({x},{y})")
     return group(f"mark {look.color}", tip, model, under, placed)

@@ -183,15 +183,6 @@ class RewardCard(Card):
                     f"the template {template!r} has no field {sorted(unknown)}; there are {sorted(allowed)}"
                 )
 
-    @classmethod
-    def read(cls, path: str | Path) -> RewardCard:
-        """Read and check a card.
-
-        Raises:
-            RewardError: Not a YAML mapping, an unknown or missing key, or a value that is out of range.
-        """
-        return of_fields(cls, read_fields(path), str(path))
-
     @property
     def sources(self) -> list[tuple[str, str | None]]:
         """Models with their revisions (None for the newest)."""

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsoups.common.errors import DatasetError, RewardError
-from rsoups.common.files import read_jsonl
-from rsoups.data.datasets import is_table, load_rows
 from rsoups.data.prompts import question_of
-from rsoups.data.tasks import Task, columns_of
 from rsoups.fronts.estimates import Estimate
-from rsoups.generation.respond import texts_of_policy
+from rsoups.generation.samples import LEAST, Sample
 from rsoups.rewards.functions import as_reward
 
 _WORDS = {
@@ -33,22 +29,9 @@ _WORDS = {
     "template": "a question between Human: and Assistant:",
     "other question": "a response to another question",
 }
-_LEAST = 8  # responses that a probe needs
 _RESAMPLES = 1_000
 
 Values = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a probe scores: prompts (texts or messages), as many responses, and further columns that rewards read."""
-
-    prompts: list[Any]
-    responses: list[str]
-    columns: dict[str, list[Any]] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return f"Sample({len(self.responses)} responses, columns {list(self.columns)})"
 
 
 @dataclass(frozen=True)
@@ -141,9 +124,9 @@ def probe(rewards: Mapping[str, Any], sample: Sample, *, seed: int = 0, progress
     from tqdm.auto import tqdm
 
     count = len(sample.responses)
-    if count < _LEAST or len(sample.prompts) != count:
+    if count < LEAST or len(sample.prompts) != count:
         raise DatasetError(
-            f"a probe needs {_LEAST} responses or more, and as many prompts; got {count}, {len(sample.prompts)}"
+            f"a probe needs {LEAST} responses or more, and as many prompts; got {count}, {len(sample.prompts)}"
         )
     if not rewards:
         raise RewardError("a probe needs at least one reward")
@@ -278,75 +261,3 @@ def _change(check: str, before: Values, after: Values, draws: NDArray[np.int64])
     elif check == "nothing":
         text += f"; on average above {float((before < after.mean()).mean()):.0%} of the sample's scores"
     return Finding(check, f"{_WORDS[check]} {text}", rho=rho, change=change, higher=higher)
-
-
-# --- samples ---------------------------------------------------------------------------------------------------------
-
-
-def sample_of(
-    task: Task,
-    dataset: str | None = None,
-    *,
-    split: str | None = None,
-    rows: int = 200,
-    kept: Collection[str] = (),
-    model: str = "rsoups/tiny-llama",
-    temperature: float = 0.7,
-    max_new_tokens: int = 32,
-    seed: int = 0,
-    device: str = "cpu",
-    template: Mapping[str, Any] | None = None,
-) -> Sample:
-    """Return a dataset's prompts with its reference responses; where it has none, with a policy's.
-
-    Args:
-        task: Task of the prompts, which also cuts the responses.
-        dataset: Dataset, as `load_rows` takes it.
-        split: ``"train"``, ``"test"`` or ``"all"``; by default all rows of one file, the test split of other datasets.
-        rows: Number of rows, the first ones.
-        kept: Names of the columns that the rewards read.
-        model: Folder, Hub id or ``rsoups/...`` of the policy, for prompts without references.
-        temperature, max_new_tokens, seed, device, template: As for `texts_of_policy`.
-
-    Raises:
-        DatasetError: Too few rows, a missing file or column, no usable row, or a policy that cannot be loaded.
-    """
-    _check_rows(rows)
-    split = split or ("all" if is_table(task, dataset) else "test")
-    loaded = load_rows(task, dataset, split, rows, kept)
-    with_references = [row for row in loaded if row["references"]]
-    if with_references:
-        responses = [row["references"][0] for row in with_references]
-        # The response itself is no reference, where there are others to compare it with.
-        loaded = [row | {"references": row["references"][1:] or row["references"]} for row in with_references]
-    else:
-        prompts = [row["prompt"] for row in loaded]
-        settings: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-        responses = texts_of_policy(model, prompts, device=device, template=template, **settings)
-
-    columns = columns_of(loaded)
-    return Sample(columns.pop("prompt"), [task.cut(text) for text in responses], columns)
-
-
-def sample_of_records(path: str | Path, rows: int = 200, seed: int = 0) -> Sample:
-    """Draw responses from all records of a sweep, each pair of prompt and response once.
-
-    Raises:
-        DatasetError: Too few rows, no such file, or a record without prompt or response.
-    """
-    _check_rows(rows)
-    if not Path(path).is_file():
-        raise DatasetError(f"no records file {path}")
-    try:
-        by_text = {json.dumps([r["prompt"], r["response"]]): (r["prompt"], r["response"]) for r in read_jsonl(path)}
-    except (KeyError, TypeError):
-        raise DatasetError(f"{path} holds a line without prompt or response: is it a sweep's records.jsonl?") from None
-
-    pairs = list(by_text.values())
-    drawn = random.Random(seed).sample(pairs, k=min(rows, len(pairs)))
-    return Sample([prompt for prompt, _ in drawn], [response for _, response in drawn])
-
-
-def _check_rows(rows: int) -> None:
-    if rows < _LEAST:
-        raise DatasetError(f"a probe of {rows} responses says nothing: {_LEAST} or more are needed")

@@ -239,7 +239,7 @@ def _fit_vocabulary(soup: Soup, base: PreTrainedModel, resize: bool) -> None:
 
 
 def output_scale(layer: nn.Module, path: str, model: nn.Module) -> float:
-    """What a layer multiplies its output by: 1 but for the embeddings of Gemma, BART and the like.
+    """The factor that a layer multiplies its output by: 1, except for the embeddings of Gemma, BART and the like.
 
     Raises:
         AdapterError: A layer that is neither linear nor an embedding, or that does more with its weight.

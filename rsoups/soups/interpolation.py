@@ -98,7 +98,7 @@ def interpolate(
 
 
 def named_adapters(adapters: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
-    """What `interpolate` takes, by name.
+    """Name the adapters that `interpolate` takes.
 
     Raises:
         AdapterError: One adapter, not a list or a dict.
@@ -117,7 +117,7 @@ def named_adapters(adapters: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any
 
 
 def opened(named: Mapping[str, Any], hold: bool = False) -> dict[str, Adapter]:
-    """Adapters that are read, by name; `hold` as of `read_adapter`."""
+    """Read adapters, unless they are read already; `hold` as of `read_adapter`."""
     return {name: each if isinstance(each, Adapter) else read_adapter(each, hold) for name, each in named.items()}
 
 

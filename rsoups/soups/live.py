@@ -87,7 +87,8 @@ class LiveSoup:
     Attributes:
         model: The base, with hooks on the adapted layers.
         tokenizer: The base's tokenizer; None if there is none.
-        names: Names of the ingredients, in λ's order.
+        adapters: The ingredients by name, in λ's order.
+        names: Their names.
         method: ``exact`` or ``factors``, as in `interpolate`.
         base_mismatch: Whether adapters of other bases were let in.
     """
@@ -116,8 +117,8 @@ class LiveSoup:
         """
         if method not in _METHODS:
             raise LambdasError(f"method is {method!r}, must be one of {list(_METHODS)}")
-        self._adapters = of_one_base(opened(named_adapters(adapters)), BaseWeights(model))
-        several = list(self._adapters.values())
+        self.adapters = of_one_base(opened(named_adapters(adapters)), BaseWeights(model))
+        several = list(self.adapters.values())
         check_compatible(several, allow_base_mismatch, with_base=True)
         check_base([(adapter.source, adapter.config) for adapter in several], model, allow_base_mismatch)
         if method == "factors":
@@ -127,7 +128,7 @@ class LiveSoup:
             adapter.check_values()
 
         self.model, self.tokenizer, self.method = model.eval(), tokenizer, method
-        self.names = list(self._adapters)
+        self.names = list(self.adapters)
         self.base_mismatch = allow_base_mismatch
         self._mix: ContextVar[Mix | None] = ContextVar("rsoups_mix", default=None)
         self._turns = _ManyOrOne()
@@ -201,12 +202,12 @@ class LiveSoup:
             LambdasError: As `interpolate`.
         """
         rows = weights_of(lambdas, len(self.names), normalize, extrapolate)
-        with self._at(torch.tensor(rows, dtype=torch.float32)) as model:
+        with self.at_weights(torch.tensor(rows, dtype=torch.float32)) as model:
             yield model
 
     @contextmanager
-    def _at(self, weights: Tensor) -> Iterator[PreTrainedModel]:
-        """`at` any weights (B, N): rows of zeros are the base."""
+    def at_weights(self, weights: Tensor) -> Iterator[PreTrainedModel]:
+        """`at` any weights (B, N), unchecked; rows of zeros are the base."""
         with self._turns.shared():
             token = self._mix.set(Mix(weights))
             try:
@@ -301,7 +302,7 @@ class LiveSoup:
 
     def to_soup(self, lambdas: Sequence[float]) -> Soup:
         """Return the soup at one λ, to save or publish."""
-        return interpolate(self._adapters, list(lambdas), method=self.method, allow_base_mismatch=self.base_mismatch)
+        return interpolate(self.adapters, list(lambdas), method=self.method, allow_base_mismatch=self.base_mismatch)
 
     def remove(self) -> None:
         """Take the adapters off the base."""

@@ -1,4 +1,4 @@
-"""What a live soup adds to the layers of its base: B·(λ·A·x), with λ of each row of the batch."""
+"""Changes of layers with λ as an input: B·(λ·A·x), with λ of each row of the batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_p
 
 @dataclass(eq=False)
 class Inputs:
-    """What layers of one input share: the A of every adapter, one below the other.
+    """The part that layers of one input share: the A of every adapter, one below the other.
 
     Attributes:
         A: (Σr, in); of an embedding (vocabulary, Σr).
@@ -42,7 +42,7 @@ class Inputs:
 
 
 class Mix:
-    """λ of a call, and what was computed with it.
+    """λ of a call, and results that its layers share.
 
     Attributes:
         lambdas: (B, N) or (1, N), float32.
@@ -90,7 +90,7 @@ class Mix:
 
 @dataclass(eq=False)
 class Change:
-    """What a soup adds to one layer.
+    """The change that a soup adds to one layer.
 
     Attributes:
         path: Name of the layer in the base.
@@ -98,7 +98,7 @@ class Change:
         ranks: Rank of each adapter.
         B: (Σr, out), transposed, with the adapters' scalings.
         bias: (N, out), scaled too, or None.
-        output_scale: What the layer multiplies its output by; some embeddings do.
+        output_scale: Factor that the layer multiplies its output by, for some embeddings.
         averages: Whether the method is ``factors``: Σ λi·Ai first, then each Bi of it.
     """
 

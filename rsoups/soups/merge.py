@@ -165,7 +165,7 @@ def _labels(soup: Soup) -> int | None:
 
 
 def _merged(soup: Soup, model: PreTrainedModel, dtype: torch.dtype | None) -> _Merged:
-    """All that the model with the soup on it computes with, by the names of the plain model."""
+    """The parameters of the model with the soup on it, by the names of the plain model."""
     tied = _tied_names(model)
     written = {_plain_name(name) for name in soup.whole}
     with soup.attached(model, resize=True, allow_base_mismatch=True) as attached:
@@ -200,38 +200,40 @@ _INSIDE = re.compile(r"(\.base_layer|\.modules_to_save\.default|\.token_adapter)
 
 
 def _plain_name(name: str) -> str:
-    """A name without those of PEFT's layers around the base's."""
+    """The base's name of a parameter, without the names of PEFT's wrappers."""
     return _INSIDE.sub("", name)
 
 
 def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state of a model with an adapter on it: whole parameters as they were trained, adapted ones without their change."""
-    beside = (".original_module.", ".lora_", ".trainable_tokens_")
+    others = (".original_module.", ".lora_", ".trainable_tokens_")
     state = model.state_dict()
-    return {_plain_name(name): tensor for name, tensor in state.items() if not any(part in name for part in beside)}
+    return {_plain_name(name): tensor for name, tensor in state.items() if not any(part in name for part in others)}
 
 
 @torch.no_grad()
 def _changes(attached: Any) -> dict[str, Tensor]:
-    """θ0 + Δ of each adapted parameter, float32, PEFT's own Δ for its kind of layer."""
-    found: dict[str, Tensor] = {}
+    """θ0 + Δ of each adapted parameter, in float32. Δ is PEFT's own, because it depends on the kind of layer."""
+    parameters: dict[str, Tensor] = {}
     model = attached.get_base_model()
     for path, module in model.named_modules():
         plain = _plain_name(path)
         if isinstance(module, ParamWrapper):
             name = f"{plain}.{module.parameter_name}"
-            found[name] = found.get(name, module.get_param().float()) + module.get_delta_weight("default").float()
+            parameters[name] = (
+                parameters.get(name, module.get_param().float()) + module.get_delta_weight("default").float()
+            )
         elif isinstance(module, LoraLayer):
             layer: Any = module
             base = layer.get_base_layer()
             _check_kind(base, path, model)
-            found[f"{plain}.weight"] = base.weight.float() + layer.get_delta_weight("default").float()
+            parameters[f"{plain}.weight"] = base.weight.float() + layer.get_delta_weight("default").float()
             if layer.lora_bias.get("default"):
                 bias = layer.lora_B["default"].bias.float() * layer.scaling["default"]
-                found[f"{plain}.bias"] = bias if base.bias is None else base.bias.float() + bias
+                parameters[f"{plain}.bias"] = bias if base.bias is None else base.bias.float() + bias
         elif isinstance(module, TrainableTokensLayer):
-            found[f"{plain}.weight"] = module.get_merged_weights(["default"])
-    return found
+            parameters[f"{plain}.weight"] = module.get_merged_weights(["default"])
+    return parameters
 
 
 def _check_kind(layer: nn.Module, path: str, model: nn.Module) -> None:
@@ -259,7 +261,7 @@ def _tie(state: dict[str, Tensor], tied: list[list[str]]) -> bool:
 
 
 def _add_biases(model: PreTrainedModel, config: PreTrainedConfig, state: dict[str, Tensor], added: set[str]) -> None:
-    """Switch on those biases in the config that the soup needs; the others which come with them are 0.
+    """Switch on the biases in the config that the soup needs; other biases that come with them are 0.
 
     Raises:
         AdapterError: This kind of model has no bias there.
@@ -287,8 +289,8 @@ def _add_biases(model: PreTrainedModel, config: PreTrainedConfig, state: dict[st
 def _shapes(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Parameters of a model of this kind, by a config."""
     with torch.device("meta"):
-        made = type(model)(deepcopy(config))
-    return {name: parameter.shape for name, parameter in made.named_parameters(remove_duplicate=False)}
+        skeleton = type(model)(deepcopy(config))
+    return {name: parameter.shape for name, parameter in skeleton.named_parameters(remove_duplicate=False)}
 
 
 def _check_loads(merged: _Merged, model: PreTrainedModel, folder: Path) -> None:

@@ -27,7 +27,7 @@ from rsoups.soups.config import faithful_config, stacked_config
 from rsoups.soups.lambdas import SUM_TOLERANCE
 
 ONE_START = 0.5  # cosine of two ingredients' A above which they are taken to share their initialization
-Kept = list[tuple[Adapter, float]]  # the ingredients of a soup with their λ: all different, none of λ 0
+Weighted = list[tuple[Adapter, float]]  # the ingredients of a soup with their λ: all different, none of λ 0
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ Kept = list[tuple[Adapter, float]]  # the ingredients of a soup with their λ: a
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a method makes of some ingredients; `Soup` tells what the fields are."""
+    """Result of a method; the fields are those of `Soup`."""
 
     tensors: Mapping[str, Blend | Tensor]
     config: LoraConfig
@@ -64,20 +64,20 @@ def alone(adapter: Adapter, method: str, dtype: torch.dtype | None) -> Mixture:
     return Mixture(tensors, faithful_config(adapter), svd_error=0.0 if method == "svd" else None)
 
 
-def exact(kept: Kept, dtype: torch.dtype | None, base: Adapter | None) -> Mixture:
+def exact(weighted: Weighted, dtype: torch.dtype | None, base: Adapter | None) -> Mixture:
     """Δ = Σ λi·si·Bi·Ai as one pair of stacked factors per module, λi·si in B."""
     dtype = dtype or torch.float32
-    modules, tensors = _stacked(kept, dtype)
-    tensors |= _whole_parameters(kept, dtype, base, modules)
-    return Mixture(tensors, stacked_config([adapter for adapter, _ in kept], modules))
+    modules, tensors = _stacked(weighted, dtype)
+    tensors |= _whole_parameters(weighted, dtype, base, modules)
+    return Mixture(tensors, stacked_config([adapter for adapter, _ in weighted], modules))
 
 
-def svd(kept: Kept, rank: int | float | None, dtype: torch.dtype | None, base: Adapter | None) -> Mixture:
+def svd(weighted: Weighted, rank: int | float | None, dtype: torch.dtype | None, base: Adapter | None) -> Mixture:
     """The exact Δ, truncated to a rank (the largest among the ingredients by default) or within a relative error."""
     dtype = dtype or torch.float32
     if rank is None:
-        rank = max((module.rank for adapter, _ in kept for module in adapter.modules.values()), default=1)
-    modules, stacked = _stacked(kept, torch.float64)
+        rank = max((module.rank for adapter, _ in weighted for module in adapter.modules.values()), default=1)
+    modules, stacked = _stacked(weighted, torch.float64)
 
     tensors: dict[str, Blend | Tensor] = {}
     errors, all_lost, all_total = {}, 0.0, 0.0
@@ -92,28 +92,31 @@ def svd(kept: Kept, rank: int | float | None, dtype: torch.dtype | None, base: A
         errors[path] = math.sqrt(lost / total) if total else 0.0
         all_lost, all_total = all_lost + lost, all_total + total
 
-    tensors |= _whole_parameters(kept, dtype, base, modules)
-    config = stacked_config([adapter for adapter, _ in kept], modules)
+    tensors |= _whole_parameters(weighted, dtype, base, modules)
+    config = stacked_config([adapter for adapter, _ in weighted], modules)
     return Mixture(tensors, config, math.sqrt(all_lost / all_total) if all_total else 0.0, errors)
 
 
-def factors(kept: Kept, dtype: torch.dtype | None, starts: Mapping[tuple[Adapter, Adapter], float]) -> Mixture:
+def factors(weighted: Weighted, dtype: torch.dtype | None, starts: Mapping[tuple[Adapter, Adapter], float]) -> Mixture:
     """Σ λi·Ai and Σ λi·Bi; the scaling that all ingredients share stays in the config.
 
     Args:
-        kept: Ingredients and λ.
+        weighted: Ingredients and λ.
         dtype: Dtype of the tensors.
         starts: Cosine of the A of each two ingredients.
     """
-    first, distance = kept[0][0], None
+    first, distance = weighted[0][0], None
     tensors = {
         written_name(name, first.modules): Blend(
-            summed, [Part(adapter, name, weight) for adapter, weight in kept], tuple(like.shape), dtype or torch.float32
+            summed,
+            [Part(adapter, name, weight) for adapter, weight in weighted],
+            tuple(like.shape),
+            dtype or torch.float32,
         )
         for name, like in first.layout.items()
     }
-    if any(starts[pair] < ONE_START for pair in combinations([adapter for adapter, _ in kept], 2)):
-        distance = _distance(kept, tensors)
+    if any(starts[pair] < ONE_START for pair in combinations([adapter for adapter, _ in weighted], 2)):
+        distance = _distance(weighted, tensors)
         warnings.warn(
             f"these ingredients do not start from one initialization: Δ of method 'factors' is {distance:.0%} of the exact "
             "Δ away from it; use method 'exact' or 'svd'",
@@ -201,15 +204,15 @@ def mixtures(
         weights: The base, for whole parameters that not all ingredients hold.
     """
     first = _first_equals(adapters)
-    kept = [_kept(adapters, first, row) for row in rows]
-    several = list(dict.fromkeys(adapter for row in kept if not _is_one(row, rank) for adapter, _ in row))
+    weighted = [_weighted(adapters, first, row) for row in rows]
+    several = list(dict.fromkeys(adapter for row in weighted if not _is_one(row, rank) for adapter, _ in row))
     base = _own_values(several, weights)
     starts: dict[tuple[Adapter, Adapter], float] = {}
     if method == "factors":
         cosines = cosines_of_starts(several)
         starts = {(several[i], several[j]): cosines[i][j] for i, j in product(range(len(several)), repeat=2)}
 
-    def mixture(row: Kept) -> Mixture:
+    def mixture(row: Weighted) -> Mixture:
         if _is_one(row, rank):
             return alone(row[0][0], method, dtype)
         if method == "factors":
@@ -218,12 +221,12 @@ def mixtures(
             return svd(row, rank, dtype, base)
         return exact(row, dtype, base)
 
-    return [mixture(row) for row in kept]
+    return [mixture(row) for row in weighted]
 
 
-def _is_one(kept: Kept, rank: int | float | None) -> bool:
+def _is_one(weighted: Weighted, rank: int | float | None) -> bool:
     """Whether the soup is one of its ingredients, as it is."""
-    return rank is None and len(kept) == 1 and math.isclose(kept[0][1], 1, abs_tol=1e-12)
+    return rank is None and len(weighted) == 1 and math.isclose(weighted[0][1], 1, abs_tol=1e-12)
 
 
 def _first_equals(adapters: list[Adapter]) -> list[int]:
@@ -232,11 +235,11 @@ def _first_equals(adapters: list[Adapter]) -> list[int]:
     return [known.index(one) for one in known]
 
 
-def _kept(adapters: list[Adapter], first: list[int], row: Sequence[float]) -> Kept:
+def _weighted(adapters: list[Adapter], first: list[int], row: Sequence[float]) -> Weighted:
     """Adapters of non-zero weight, each once: an adapter given twice is itself with the sum of its weights."""
     totals = {i: math.fsum(w for j, w in zip(first, row, strict=True) if j == i) for i in dict.fromkeys(first)}
-    kept = [(adapters[i], total) for i, total in totals.items() if total]
-    return kept or [(adapters[0], 0.0)]
+    weighted = [(adapters[i], total) for i, total in totals.items() if total]
+    return weighted or [(adapters[0], 0.0)]
 
 
 def _own_values(adapters: list[Adapter], base: BaseWeights | None) -> Adapter | None:
@@ -256,12 +259,12 @@ def _own_values(adapters: list[Adapter], base: BaseWeights | None) -> Adapter | 
 # --- parts of the methods --------------------------------------------------------------------------------------------
 
 
-def _stacked(kept: Kept, dtype: torch.dtype) -> tuple[dict[str, LoraModule], dict[str, Blend]]:
+def _stacked(weighted: Weighted, dtype: torch.dtype) -> tuple[dict[str, LoraModule], dict[str, Blend]]:
     """The modules of a soup, and their factors."""
-    with_bias = any(adapter.config.lora_bias for adapter, _ in kept)
+    with_bias = any(adapter.config.lora_bias for adapter, _ in weighted)
     modules, tensors = {}, {}
-    for path in dict.fromkeys(path for adapter, _ in kept for path in adapter.modules):
-        parts = [(adapter, adapter.modules[path], weight) for adapter, weight in kept if path in adapter.modules]
+    for path in dict.fromkeys(path for adapter, _ in weighted for path in adapter.modules):
+        parts = [(adapter, adapter.modules[path], weight) for adapter, weight in weighted if path in adapter.modules]
         rank = sum(module.rank for _, module, _ in parts)
         # Not every ingredient tells which parameter of the module it changes.
         like = max((module for _, module, _ in parts), key=lambda module: bool(module.parameter))
@@ -289,15 +292,15 @@ def _named_module(path: str, rank: int, like: LoraModule, with_bias: bool) -> Lo
 
 
 def _whole_parameters(
-    kept: Kept, dtype: torch.dtype, base: Adapter | None, modules: Mapping[str, LoraModule]
+    weighted: Weighted, dtype: torch.dtype, base: Adapter | None, modules: Mapping[str, LoraModule]
 ) -> dict[str, Blend]:
     """Σ λi·θi of each whole parameter, and of the base's own where an ingredient lacks it, or where Σλ is not 1."""
-    names = dict.fromkeys(name for adapter, _ in kept for name in adapter.full)
-    return {written_name(name, modules): _whole_parameter(kept, name, dtype, base) for name in names}
+    names = dict.fromkeys(name for adapter, _ in weighted for name in adapter.full)
+    return {written_name(name, modules): _whole_parameter(weighted, name, dtype, base) for name in names}
 
 
-def _whole_parameter(kept: Kept, name: str, dtype: torch.dtype, base: Adapter | None) -> Blend:
-    parts = [Part(adapter, name, weight) for adapter, weight in kept if name in adapter.layout]
+def _whole_parameter(weighted: Weighted, name: str, dtype: torch.dtype, base: Adapter | None) -> Blend:
+    parts = [Part(adapter, name, weight) for adapter, weight in weighted if name in adapter.layout]
     like = parts[0].adapter.layout[name]
     rest = 1 - math.fsum(part.factor for part in parts)
     if abs(rest) <= SUM_TOLERANCE:
@@ -315,19 +318,19 @@ def _whole_parameter(kept: Kept, name: str, dtype: torch.dtype, base: Adapter | 
     )
 
 
-def _distance(kept: Kept, tensors: Mapping[str, Blend]) -> float:
+def _distance(weighted: Weighted, tensors: Mapping[str, Blend]) -> float:
     """‖B·A - Σ λi·Bi·Ai‖ / ‖Σ λi·Bi·Ai‖ over all modules; B and A are the averages in `tensors`."""
     apart = total = 0.0
-    for path, module in kept[0][0].modules.items():
+    for path, module in weighted[0][0].modules.items():
         parts = [
             module.factors(adapter.tensor(adapter.modules[path].A), adapter.tensor(adapter.modules[path].B))
-            for adapter, _ in kept
+            for adapter, _ in weighted
         ]
         averages = module.factors(tensors[module.A].tensor(), tensors[module.B].tensor())
         scale = module.scaling**2
         for (a, b), *experts in zip(averages, *parts, strict=True):
             A = torch.cat([one.double() for one, _ in experts])
-            B = torch.cat([w * one.double() for (_, one), (_, w) in zip(experts, kept, strict=True)], dim=1)
+            B = torch.cat([w * one.double() for (_, one), (_, w) in zip(experts, weighted, strict=True)], dim=1)
             difference = (torch.cat([A, a.double()]), torch.cat([B, -b.double()], dim=1))
             apart += scale * inner(difference, difference)
             total += scale * inner((A, B), (A, B))

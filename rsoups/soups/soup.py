@@ -22,7 +22,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rsoups.adapters import tensor_files
-from rsoups.adapters.adapter import BASE_EMBEDDING, Adapter, holds_tokens, read_adapter
+from rsoups.adapters.adapter import BASE_EMBEDDING, Adapter, adapter_of, holds_tokens, read_adapter
 from rsoups.adapters.filenames import SOUP_FILE, WEIGHTS_FILE
 from rsoups.adapters.layer_names import PREFIX, written_name
 from rsoups.adapters.lineage import Ingredient, history_of, manifest_of, parents_of, pinned, soup_ingredients
@@ -86,10 +86,9 @@ class Soup:
 
     def _repr_html_(self) -> str:
         """A table of the ingredients, for notebooks."""
-        sources = self.sources or [(ingredient.source, ingredient.revision) for ingredient in self.ingredients]
         rows = [
-            f"<tr><td>{escape(name)}</td><td>{weight:g}</td><td>{escape(pinned(published(source), revision))}</td></tr>"
-            for name, weight, (source, revision) in zip(self.names, self.lambdas, sources, strict=True)
+            f"<tr><td>{escape(i.name)}</td><td>{weight:g}</td><td>{escape(pinned(i.source, i.revision))}</td></tr>"
+            for i, weight in zip(self.ingredients, self.lambdas, strict=True)
         ]
         head = "<tr><th>ingredient</th><th>λ</th><th>source</th></tr>"
         return f"<p>{escape(repr(self))}</p><table>{head}{''.join(rows)}</table>"
@@ -176,7 +175,7 @@ class Soup:
 
     @property
     def lineage(self) -> dict[str, Any]:
-        """What soup.json holds: base, ingredients with their hashes, λ and own manifests, method, rank, error, versions."""
+        """The content of soup.json: base, ingredients with their hashes, λ and own manifests, method, rank, error, versions."""
         if self._manifest is not None:
             return self._manifest
         parents = [(adapter.source, adapter.revision, adapter.sha256) for adapter in self._adapters.values()]
@@ -206,6 +205,10 @@ class Soup:
     def _origins(self) -> list[Adapter]:
         """Adapters that the soup was made of, or read from."""
         return list(self._adapters.values()) or [adapter for adapter in [self._file] if adapter is not None]
+
+    def as_adapter(self) -> Adapter:
+        """The soup as one adapter: the file that it was read from, or its tensors."""
+        return self._file or adapter_of("the soup", self.config, self.state_dict)
 
     def tokenizer_folder(self) -> Path | None:
         """Folder of the tokenizer that came with the ingredients; None if none of them has one."""

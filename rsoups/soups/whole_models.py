@@ -132,12 +132,12 @@ def interpolate_checkpoints(
     first, *others = checkpoints
     for other in others:
         _check_alike(first, other)
-    kept = [(checkpoint, weight) for checkpoint, weight in zip(checkpoints, row, strict=True) if weight]
+    weighted = [(checkpoint, weight) for checkpoint, weight in zip(checkpoints, row, strict=True) if weight]
 
     with whole_folder(out, SOUP_FILE) as partial, ThreadPoolExecutor(1) as pool:
         hashes = [pool.submit(_hashes, checkpoint) for checkpoint in checkpoints]  # beside the writing
         copy_files(first.folder, _COPIED, partial)
-        _write_weights(first, kept, dtype, partial, progress)
+        _write_weights(first, weighted, dtype, partial, progress)
         _write_config(partial / "config.json", dtype)
         ingredients = [
             {
@@ -319,16 +319,16 @@ def _check_tokens(first: _Checkpoint, other: _Checkpoint) -> None:
 
 
 def _write_weights(
-    first: _Checkpoint, kept: _Weighted, dtype: torch.dtype | None, folder: Path, progress: bool
+    first: _Checkpoint, weighted: _Weighted, dtype: torch.dtype | None, folder: Path, progress: bool
 ) -> None:
     from tqdm.auto import tqdm
 
     def kind_of(key: str) -> str:
-        kind = kept[0][0].kinds[key][0]
+        kind = weighted[0][0].kinds[key][0]
         return _NAMES[dtype] if dtype is not None and kind in _DTYPES else kind
 
     def blocks(key: str) -> Iterator[Tensor]:
-        for block in _blocks(kept, key):
+        for block in _blocks(weighted, key):
             yield _average(block, key, _DTYPES.get(kind_of(key)))
         bar.update()
 
@@ -344,14 +344,14 @@ def _write_weights(
         _write_json(folder / _INDEX, index)
 
 
-def _blocks(kept: _Weighted, key: str) -> Iterator[list[tuple[Tensor, float]]]:
+def _blocks(weighted: _Weighted, key: str) -> Iterator[list[tuple[Tensor, float]]]:
     """One tensor of all models, some rows at a time."""
-    shape = kept[0][0].kinds[key][1]
+    shape = weighted[0][0].kinds[key][1]
     try:
         if not shape:
-            yield [(checkpoint.tensor(key), weight) for checkpoint, weight in kept]
+            yield [(checkpoint.tensor(key), weight) for checkpoint, weight in weighted]
             return
-        views = [(checkpoint.handles[checkpoint.files[key]].get_slice(key), weight) for checkpoint, weight in kept]
+        views = [(checkpoint.handles[checkpoint.files[key]].get_slice(key), weight) for checkpoint, weight in weighted]
         step = max(1, _BLOCK // max(math.prod(shape[1:]), 1))
         for start in range(0, shape[0], step):
             yield [(view[start : min(start + step, shape[0])], weight) for view, weight in views]

@@ -69,5 +69,5 @@ class Base:
         """A context in which no other thread merges a soup into the base."""
         base = self.load()
         if isinstance(base, LiveSoup):
-            return base._at(torch.zeros(1, len(base.names)))  # waits for other threads' `merged`
+            return base.at_weights(torch.zeros(1, len(base.names)))  # waits for other threads' `merged`
         return nullcontext(base)

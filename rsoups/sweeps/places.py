@@ -66,7 +66,7 @@ class LivePlaces:
                 if one_model and self.merges(tokens):
                     stack.enter_context(live.merged(rows[0], extrapolate=True))
                     continue
-                stack.enter_context(live._at(torch.tensor(rows)))
+                stack.enter_context(live.at_weights(torch.tensor(rows)))
                 if not one_model:
                     mixed.append(live)
 

@@ -159,11 +159,11 @@ def plan_of(
     prompts: Sequence[Prompt],
     lambdas: Sequence[Sequence[float]] | None,
     settings: SweepSettings,
-    others: Mapping[str, Any],
-    columns: Mapping[str, Sequence[Any]],
+    others: Mapping[str, Any] | None,
+    columns: Mapping[str, Sequence[Any]] | None,
     held_out: Sequence[str],
     tokenizer: Any,
-    notes: Mapping[str, Any],
+    notes: Mapping[str, Any] | None,
 ) -> Plan:
     """Check the arguments of `sweep`, which documents them and the errors."""
     if settings.server:
@@ -175,24 +175,24 @@ def plan_of(
 
     ingredients = _ingredients(live, adapters)
     grid = _grid(lambdas, len(ingredients))
-    others = opened(others)
-    _check_names(rewards, ingredients, others, held_out)
+    compared = opened(others or {})
+    _check_names(rewards, ingredients, compared, held_out)
     if not settings.allow_base_mismatch:
         check_one_base(ingredients.values())
     base = own_base(ingredients) if base is None else base
-    sources = [(adapter.source, adapter.config) for adapter in [*ingredients.values(), *others.values()]]
+    sources = [(adapter.source, adapter.config) for adapter in [*ingredients.values(), *compared.values()]]
     check_base(sources, live.model if live else base, settings.allow_base_mismatch)
 
     base_model = Base(base, tokenizer)
-    manifests = {name: manifests_of(adapter) for name, adapter in {**others, **ingredients}.items()}
+    manifests = {name: manifests_of(adapter) for name, adapter in {**compared, **ingredients}.items()}
     template: dict[str, Any] = {}
     if not all(isinstance(prompt, str) for prompt in prompts):
         given = settings.chat_template_kwargs
         template = chat_template_of(manifests) if given is None else dict(given)
-    table = PromptTable.of(prompts, columns, base_model, template, settings)
+    table = PromptTable.of(prompts, columns or {}, base_model, template, settings)
     trained_on = {name: _trained_on(found) for name, found in manifests.items()}
     entries = {
-        **notes,
+        **(notes or {}),
         "held_out": list(held_out),
         "trained_on": {name: weights for name, weights in trained_on.items() if weights},
         "trained_prompts": check_trained(manifests, table.prompts, settings.allow_trained_prompts),
@@ -200,14 +200,14 @@ def plan_of(
     if template:
         entries["chat_template_kwargs"] = template
     named = {name: as_reward(reward, name) for name, reward in rewards.items()}
-    return Plan(base_model, ingredients, dict(others), grid, named, table, settings, entries)
+    return Plan(base_model, ingredients, compared, grid, named, table, settings, entries)
 
 
 def _ingredients(live: LiveSoup | None, adapters: Mapping[str, Any] | None) -> dict[str, Adapter]:
     if live is not None:
         if adapters is not None and list(adapters) != live.names:
             raise LambdasError(f"adapters are {list(adapters)}, but the LiveSoup holds {live.names}: leave them out")
-        return dict(live._adapters)
+        return dict(live.adapters)
     if not adapters:
         raise LambdasError("no adapters to sweep between: pass at least one by name")
     return opened(adapters)

@@ -17,7 +17,7 @@ class SweepSettings:
     """How a sweep generates, and what it evaluates beside the soups that it is given.
 
     Attributes:
-        method: Interpolation method of the soups, as in `interpolate`.
+        method: Interpolation method of the soups, ``exact`` or ``factors`` (``svd`` too through a server), as in `interpolate`.
         samples: Number of responses of each model to each prompt.
         ensemble: Evaluate the prediction ensemble too: the mean of the ingredients' next-token distributions.
         refine: Number of further λ, chosen one after the other where the front has its largest gap (`grids.largest_gap`).
@@ -62,6 +62,9 @@ class SweepSettings:
             raise SettingsError(
                 f"temperature is {self.temperature!r}; pass a number of at least 0 (0 decodes greedily)"
             )
+        methods = ["exact", "factors", "svd"] if self.server else ["exact", "factors"]
+        if self.method not in methods:
+            raise SettingsError(f"method is {self.method!r}; pass one of {methods}")
         if self.long_prompts not in ("refuse", "drop"):
             raise SettingsError(f"long_prompts is {self.long_prompts!r}; pass 'refuse' or 'drop'")
         if self.ensemble and self.server:

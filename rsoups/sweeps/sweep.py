@@ -91,8 +91,7 @@ def sweep(
         OutputError: `out` holds records of another sweep or base, another process writes them, or they cannot be written.
     """
     settings = replace(settings or SweepSettings(), **changes)
-    data = others or {}, columns or {}, held_out, tokenizer, notes or {}
-    plan = plan_of(base, adapters, rewards, prompts, lambdas, settings, *data)
+    plan = plan_of(base, adapters, rewards, prompts, lambdas, settings, others, columns, held_out, tokenizer, notes)
     path, processes = Path(out), Processes()
     with (
         only_run_in(path.parent) if processes.is_main else nullcontext(),

@@ -1,4 +1,4 @@
-"""What adapters are, how far apart, and whether they can be souped: `rsoups inspect A B ...`."""
+"""Inspect adapters: ranks, norms, distances, and whether they can be souped (`rsoups inspect A B ...`)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Inspection:
         return math.fsum(matrix[i][j] for matrix in matrices)
 
     def conflicts(self, front: Front | None = None) -> list[str]:
-        """What speaks against a soup of these adapters, each with its remedy.
+        """Reasons against a soup of these adapters, each with its remedy.
 
         Args:
             front: Front of soups of them, if they were evaluated: barriers show in rewards alone.

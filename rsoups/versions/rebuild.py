@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rsoups.adapters.adapter import Adapter, adapter_of, read_adapter
+from rsoups.adapters.adapter import Adapter, read_adapter
 from rsoups.adapters.lineage import Ingredient, parents_of, pinned
 from rsoups.common.errors import LambdasError, LineageError
 from rsoups.common.files import is_hub_id
@@ -41,20 +41,25 @@ def verify(
             the soup is not what its ingredients give.
     """
     soup = Soup.from_pretrained(source)
-    assert soup._file is not None
-    recorded = soup.lineage.get("sha256")
-    if recorded not in (None, soup._file.sha256):
-        raise LineageError(
-            f"{source}: its weights are {soup._file.sha256[:12]}, soup.json was written for {recorded[:12]}"
-        )
+    own, recorded = soup.as_adapter(), soup.lineage.get("sha256")
+    if recorded not in (None, own.sha256):
+        raise LineageError(f"{source}: its weights are {own.sha256[:12]}, soup.json was written for {recorded[:12]}")
 
     method = "factors" if soup.method == "factors" else "exact"
-    again = _soup_of(locate(soup, ingredients), soup, list(soup.lambdas), method, base=base)
+    adapters = locate(soup, ingredients)
+    again = interpolate(
+        adapters,
+        soup.lambdas,
+        method=method,
+        extrapolate=True,
+        allow_base_mismatch=soup.base_mismatch,
+        base=base,
+    )
     ours, theirs = soup.state_dict, again.state_dict
     if ours.keys() == theirs.keys() and all(torch.equal(theirs[key].to(ours[key].dtype), ours[key]) for key in ours):
         return f"{source}: bit for bit what its {len(soup.ingredients)} ingredients give"
 
-    changes = compare(adapter_of("what its ingredients give", again.config, theirs), soup._file)
+    changes = compare(again.as_adapter(), own)
     distance, expected = changes[ALL_LAYERS].relative, soup.svd_error or 0.0
     tolerance = _TOLERANCE.get(next(iter(ours.values())).dtype, _FLOAT_TOLERANCE) + expected / 100
     if not abs(distance - expected) <= tolerance:
@@ -92,7 +97,7 @@ def locate(soup: Soup, given: Mapping[str, str | Path] | None = None) -> dict[st
 
 
 def _recorded_place(ingredient: Ingredient) -> str | Path:
-    """Where a manifest says that an ingredient is: it may come from anyone, so a path leads only down from here."""
+    """The place of an ingredient by the manifest, which may come from anyone: a path must lead down from here."""
     remedy = f"say --ingredient {ingredient.name}=FOLDER"
     if ingredient.revision:
         source = pinned(ingredient.source, ingredient.revision)
@@ -134,8 +139,13 @@ def patch(
         raise LambdasError(f"the soup has an ingredient {name!r} already: give the new one another name")
 
     method = "factors" if soup.method == "factors" else "exact"
-    parts = {"soup": soup._file or adapter_of("soup", soup.config, soup.state_dict), name: read_adapter(adapter)}
-    patched = _soup_of(parts, soup, [1 - weight, weight], method, None, allow_base_mismatch, base)
+    patched = interpolate(
+        {"soup": soup.as_adapter(), name: read_adapter(adapter)},
+        [1 - weight, weight],
+        method=method,
+        allow_base_mismatch=allow_base_mismatch or soup.base_mismatch,
+        base=base,
+    )
     if soup.svd_error:  # no ingredient has what was cut off, so the soup itself is an ingredient
         return patched
 
@@ -145,8 +155,7 @@ def patch(
     history.pop(before.get("sha256"), None)  # the soup is replaced by its own ingredients
     manifest |= {"ingredients": [*old, manifest["ingredients"][1]], "history": history}
     lambdas = tuple(ingredient["lambda"] for ingredient in manifest["ingredients"])
-    whole = adapter_of(f"soup with {name}", patched.config, patched.state_dict)
-    return replace(patched, lambdas=lambdas, _manifest=manifest, _adapters={}, _file=whole)
+    return replace(patched, lambdas=lambdas, _manifest=manifest, _adapters={}, _file=patched.as_adapter())
 
 
 def revert(
@@ -168,21 +177,12 @@ def revert(
     total = math.fsum(lambdas)
     if abs(total) < 1e-9:
         raise LineageError(f"nothing is left of the soup without {name!r}: the λ of the others are {lambdas}")
-    rank = soup.lineage.get("rank") if soup.method == "svd" else None
-    return _soup_of(locate(soup, ingredients), soup, [each / total for each in lambdas], soup.method, rank, base=base)
-
-
-def _soup_of(
-    adapters: dict[str, Adapter],
-    soup: Soup,
-    lambdas: list[float],
-    method: str,
-    rank: int | None = None,
-    allow_base_mismatch: bool = False,
-    base: str | Path | None = None,
-) -> Soup:
-    """A soup that accepts what the given one was allowed."""
-    allowed = allow_base_mismatch or soup.base_mismatch
     return interpolate(
-        adapters, lambdas, method=method, rank=rank, extrapolate=True, allow_base_mismatch=allowed, base=base
+        locate(soup, ingredients),
+        [weight / total for weight in lambdas],
+        method=soup.method,
+        rank=soup.lineage.get("rank") if soup.method == "svd" else None,
+        extrapolate=True,
+        allow_base_mismatch=soup.base_mismatch,
+        base=base,
     )

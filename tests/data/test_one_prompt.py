@@ -18,7 +18,7 @@ from rsoups.cli.main import main
 from rsoups.data.tasks import custom_task
 from rsoups.generation.decoding import Decoder, encode
 from rsoups.generation.respond import respond, texts_of_policy
-from rsoups.rewards.probing import sample_of, sample_of_records
+from rsoups.generation.samples import sample_of, sample_of_records
 
 CHAT = [[{"role": "user", "content": f"w{i} w3"}] for i in range(12)]
 QUIET = {"quiet": True}

@@ -291,7 +291,7 @@ def test_every_field_of_a_csv_is_a_text(tmp_path):
     for text, words in (
         ("prompt,x\na,b,c\n", "line 2: 3 fields, the header has 2"),
         ("prompt,prompt\na,b\n", "must name each column once"),
-        ("", "names the columns"),
+        ("", "must name each column once"),
     ):
         path.write_text(text)
         with pytest.raises(DatasetError, match=words):

@@ -87,6 +87,17 @@ def test_settings_that_tell_nothing_are_no_obstacle(tmp_path, settings):
     assert Front.from_jsonl(path).notes == []
 
 
+@pytest.mark.parametrize(
+    "settings", ["{", '{"held_out": 3, "command": 5, "adapters": [1], "trained_prompts": 2, "x": null}']
+)
+def test_a_report_and_a_choice_are_made_beside_odd_settings(tmp_path, capsys, settings):
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in runs(n=3, A=(1, 0), B=(0, -1))))
+    (tmp_path / "records.settings.json").write_text(settings)
+    assert main(["report", str(path)]) == 0 and main(["select", str(path), "--maximize", "a"]) == 0
+    assert "rsoups interpolate A B" in capsys.readouterr().out
+
+
 def test_the_report_says_it_first(tmp_path, capsys):
     rows = runs(A=(1, 0), B=(0, -1))
     path = tmp_path / "records.jsonl"

@@ -11,7 +11,8 @@ from scipy.stats import spearmanr
 import rsoups
 from rsoups.data.prompts import question_of
 from rsoups.data.tasks import TASKS, custom_task
-from rsoups.rewards.probing import sample_of, sample_of_records, spearman
+from rsoups.generation.samples import sample_of, sample_of_records
+from rsoups.rewards.probing import spearman
 
 DRAW = random.Random(0)
 QUESTIONS = [" ".join(DRAW.sample("abcdefghijklmnop", k=4)) for _ in range(40)]

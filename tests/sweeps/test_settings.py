@@ -38,6 +38,7 @@ for refused in (lambda: rsoups.sweep(base, {{"a": a}}, {{"r": len}}, ["w1"], ser
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
         ({"refine": -1}, "refine is -1; pass a whole number of at least 0"),
         ({"batch_tokens": "all"}, "batch_tokens is 'all'"),
+        ({"method": "svd"}, "method is 'svd'; pass one of"),
         ({"long_prompts": "cut"}, "long_prompts is 'cut'; pass 'refuse' or 'drop'"),
         ({"ensemble": True, "server": "http://x"}, "leave out ensemble or server"),
     ],

@@ -29,6 +29,7 @@ class StandIn(BaseHTTPRequestHandler):
         self.answer(200, {"data": [*loaded, {"id": "tiny", "parent": None}]})
 
     def do_POST(self):
+        self.server.keys.add(self.headers["Authorization"])
         data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
         if self.path == "/v1/load_lora_adapter":
@@ -69,6 +70,9 @@ def server(monkeypatch):
     monkeypatch.setattr("openai._base_client.time.sleep", lambda seconds: None)
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     server.loaded, server.asked, server.refuses, server.lock = {}, [], False, threading.Lock()
+    server.keys = set()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
+    monkeypatch.setenv("VLLM_API_KEY", "ours")
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -94,6 +98,7 @@ def test_responses_are_those_of_a_sweep_without_it(two, tmp_path, server):
     }
     assert "base_weights" not in json.loads((tmp_path / "out" / "records.settings.json").read_text())
     assert len(server.asked) == 5 * 4 + 2, "the two that failed were asked again"
+    assert server.keys == {"Bearer ours"}
     for data in server.asked:
         assert (data["temperature"], data["max_tokens"], data["top_p"], data["top_k"]) == (0, 6, 1.0, -1)
         assert data["seed"] == seed_of(4, TOKENIZER.decode(data["prompt"]), 0) % 2**31
