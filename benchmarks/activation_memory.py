@@ -1,10 +1,10 @@
-"""What a 7B update keeps for its backward pass: bytes a token and layer, the figures of recipes/configs/README.md.
+"""Activation memory of a 7B update: bytes per token and layer, the figures of recipes/configs/README.md.
 
     python benchmarks/activation_memory.py                                  # a few minutes on a CPU, 4 GB of memory
 
-One and two layers of LLaMA-7b's shape with random weights, LoRA of rank 16 on q/k/v/o_proj, the trainer's own forward under
-bf16 autocast; every storage that autograd saves counts once, parameters do not. The difference between two layers and one is
-a layer. Bases in bf16, 8 and 4 bit, with and without activation checkpointing.
+Runs the trainer's own forward under bf16 autocast on one and on two layers of LLaMA-7b's shape, with random weights and a LoRA
+of rank 16 on q/k/v/o_proj. Every storage that autograd saves counts once; parameters do not count. The difference between the
+two is one layer. Bases are in bf16, 8 and 4 bit, with and without activation checkpointing.
 """
 
 import json
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from rsoups.training.actor_critic import add_actor_critic_forward
 
 ROWS, LENGTH, RESPONSE = 2, 72, 32
-QUANTISED = {
+QUANTIZED = {
     "8bit": {"load_in_8bit": True},
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
 }
@@ -30,16 +30,16 @@ def policy(layers, kind, folder):
     torch.set_default_dtype(torch.bfloat16)
     base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, pad_token_id=0, bos_token_id=1, eos_token_id=2))
     torch.set_default_dtype(torch.float32)
-    if kind in QUANTISED:
+    if kind in QUANTIZED:
         base.save_pretrained(folder)
-        settings = BitsAndBytesConfig(**QUANTISED[kind])
+        settings = BitsAndBytesConfig(**QUANTIZED[kind])
         base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.bfloat16)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     return get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
 
 
-def kept(layers, kind, checkpointing):
-    """Bytes that autograd keeps of one forward."""
+def saved_bytes(layers, kind, checkpointing):
+    """Bytes that autograd saves in one forward."""
     with tempfile.TemporaryDirectory() as folder:
         model = policy(layers, kind, folder)
     causal_lm = model.get_base_model()
@@ -50,11 +50,11 @@ def kept(layers, kind, checkpointing):
         causal_lm.enable_input_require_grads()
     model.train()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved, alive = {}, []
+    saved, tensors = {}, []
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        alive.append(tensor)  # so that no address is used twice
+        tensors.append(tensor)  # kept alive, so that no address is used twice
         if storage.data_ptr() not in parameters:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -66,14 +66,14 @@ def kept(layers, kind, checkpointing):
 
 
 def main():
-    found = {}
-    for kind in ("bf16", *QUANTISED):
+    figures = {}
+    for kind in ("bf16", *QUANTIZED):
         for checkpointing in (False, True):
-            one, two = (kept(layers, kind, checkpointing) for layers in (1, 2))
+            one, two = (saved_bytes(layers, kind, checkpointing) for layers in (1, 2))
             name = f"{kind}{', activation checkpointing' if checkpointing else ''}"
-            found[name] = {"bytes_per_token_and_layer": (two - one) / (ROWS * LENGTH)}
-            print(name, found[name], flush=True)
-    result = {"shape": "llama-7b", "torch": torch.__version__, "machine": platform.machine(), "found": found}
+            figures[name] = {"bytes_per_token_and_layer": (two - one) / (ROWS * LENGTH)}
+            print(name, figures[name], flush=True)
+    result = {"shape": "llama-7b", "torch": torch.__version__, "machine": platform.machine(), "found": figures}
     out = Path(__file__).parent / "results" / "activation_memory.json"
     out.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -41,7 +41,7 @@ from rsoups.generation.decoding import Decoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = 32
-STD = 0.25  # of the random B: of what is said at 11 λ, about as much differs as with trained adapters
+STD = 0.25  # of the random B: responses at 11 λ then differ about as often as with trained adapters
 GRID = rsoups.simplex(2, 11)
 BATCH = 64
 TOKENIZER = AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama"), padding_side="left")
@@ -61,7 +61,7 @@ def base_model(shape: str, layers: int) -> LlamaForCausalLM:
 
 
 def write_adapters(model: LlamaForCausalLM, folder: Path, count: int) -> dict[str, Path]:
-    """LoRAs of rank 16 on all linear layers, random: they are to say different things, whatever these are."""
+    """Random LoRAs of rank 16 on all linear layers, so large that their responses differ."""
     out = {}
     for seed in range(count):
         lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -91,7 +91,7 @@ def responses(model: torch.nn.Module, prompts: list[str]) -> list[str]:
 def by_paper(
     load: Callable[[], LlamaForCausalLM], adapters: dict[str, Path], rewards: dict, prompts: list[str], measured: int
 ) -> float:
-    """Seconds that all prompts would take, from those of the first `measured` ones."""
+    """Seconds of all prompts, extrapolated from the first `measured` ones."""
     loading = answering = 0.0
     for row in GRID:
         start = time.perf_counter()
@@ -107,9 +107,9 @@ def by_paper(
         loading += time.perf_counter() - start
         start = time.perf_counter()
         for prompt in prompts[:measured]:
-            said = responses(model.eval(), [prompt])
+            texts = responses(model.eval(), [prompt])
             for reward in rewards.values():
-                reward([prompt], said)
+                reward([prompt], texts)
         answering += time.perf_counter() - start
     return loading + answering * len(prompts) / measured
 
@@ -127,11 +127,11 @@ def by_peft(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, pr
         model.add_weighted_adapter([n for n, _ in used], [w for _, w in used], "soup", combination_type="cat")
         model.set_adapter("soup")
         for place in range(0, len(ordered), BATCH):
-            asked = ordered[place : place + BATCH]
-            said = responses(model.eval(), asked)
+            batch = ordered[place : place + BATCH]
+            texts = responses(model.eval(), batch)
             for reward in rewards.values():
-                reward(asked, said)
-            found |= {(tuple(row), prompt): text for prompt, text in zip(asked, said, strict=True)}
+                reward(batch, texts)
+            found |= {(tuple(row), prompt): text for prompt, text in zip(batch, texts, strict=True)}
         model.delete_adapter("soup")
     seconds = time.perf_counter() - start
     model.unload()

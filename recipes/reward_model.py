@@ -20,12 +20,11 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
 
-from rsoups.bases.load import load_tokenizer
+from rsoups.bases.load import dtype_of, load_tokenizer
 from rsoups.common.assets import resolve
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl
@@ -70,15 +69,16 @@ def lora(model: ModelConfig, untrained: list[str]):
 
 
 def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) -> None:
-    tokenizer = load_tokenizer(str(model.model_name_or_path), revision=model.model_revision)
+    name = str(model.model_name_or_path)
+    tokenizer = load_tokenizer(name, revision=model.model_revision)
     # RewardTrainer needs an end token. The pairs end with the separator already.
     tokenizer.eos_token = tokenizer.eos_token or tokenizer.sep_token
     set_seed(training.seed)  # the head is drawn here
     classifier, info = AutoModelForSequenceClassification.from_pretrained(
-        resolve(str(model.model_name_or_path)),
+        resolve(name),
         revision=model.model_revision,
         num_labels=1,
-        dtype=getattr(torch, model.dtype or "float32"),
+        dtype=dtype_of(name, model.dtype),
         use_safetensors=True,
         output_loading_info=True,
     )

@@ -57,7 +57,9 @@ def interruptible(trainer: Any) -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         trainer.remove_callback(interrupt)
     if interrupt.requested:
-        trainer.accelerator.print(f"Interrupted at step {trainer.state.global_step}. Resume with --resume.")
+        trainer.accelerator.print(
+            f"Interrupted at step {trainer.state.global_step}. Resume with --resume, or resume_from_checkpoint=True."
+        )
 
 
 class PPOProgress(ProgressCallback):

@@ -1,4 +1,4 @@
-"""PPO on TRL's online loop: GRPOTrainer generates, scores, buffers and resumes; here are the critic and the losses.
+"""PPO on TRL's online loop: GRPOTrainer generates, scores and buffers; the critic and the losses are here.
 
 The critic is a linear value head on the policy's own backbone: one forward gives log-probabilities and values.
 """
@@ -49,13 +49,13 @@ from rsoups.training.trl_rewards import named_failures
 class PPOTrainer(ResumableTrainer):
     """Proximal policy optimization of a LoRA adapter against one reward, or a weighted sum of several (MORL).
 
-    Takes GRPOTrainer's arguments. The reference is the base with the adapter off where `peft_config` makes a fresh
-    adapter, and a frozen copy of the adapter where `model` is a PeftModel that is trained on (the paper's Alpaca case).
+    Takes GRPOTrainer's arguments. With a `peft_config` the adapter is fresh, and the reference is the base without it. If
+    `model` is a PeftModel, its adapter is trained on, and the reference is a frozen copy of it (the paper's Alpaca case).
 
     Metrics are means since the last log, over all processes. Of each rollout: ``reward`` (weighted score of a response,
     penalties of length included, KL not), ``rewards/NAME`` (one reward's score), ``abstained/NAME`` (share of its None,
     which the other means leave out), ``kl`` (k1 estimate to the reference, summed over a response's tokens, in nats),
-    ``kl_coef`` (β that the rollout was penalized with), ``entropy`` (-log p of the sampled tokens, nats per token),
+    ``kl_coef`` (β of the rollout's KL penalty), ``entropy`` (-log p of the sampled tokens, nats per token),
     ``explained_variance`` (of the returns by the rollout's values), ``distinct`` (share of the responses that differ; near
     0 is a collapsed policy, or a reward that asks for one answer), ``completions/...`` (tokens of a response, end token
     included: mean, min, max; ``clipped_ratio`` of them ended at the limit; ``terminated``: of those that ended by
@@ -63,10 +63,10 @@ class PPOTrainer(ResumableTrainer):
     ``value_loss`` (means over its response tokens), ``clip_fraction`` (tokens whose ratio was clipped), ``loss``,
     ``grad_norm`` (before clipping), ``learning_rate``, ``step_time`` (seconds).
 
-    Differs by design from TRL 1.12's PPOTrainer, whose advantages, returns and losses it has on the same rollout: the critic
-    is a head on the policy, not a second model, and starts at the first rollout's mean score; an episode ends at its end
-    token, not a state later; every token of a rollout weighs the same, in whatever minibatch it is; responses are scored as
-    texts, by any tokenizer; β adapts; no dropout.
+    Differs by design from TRL 1.12's PPOTrainer, but has the same advantages, returns and losses on the same rollout. The
+    critic is a head on the policy, not a second model, and starts at the first rollout's mean score. An episode ends at its end
+    token, not one state later. Every token of a rollout has the same weight, whatever its minibatch. Rewards get texts, so any
+    tokenizer will do. β adapts. There is no dropout.
     """
 
     _tag_names = ["trl", "ppo", "rsoups"]
@@ -122,14 +122,18 @@ class PPOTrainer(ResumableTrainer):
     # --- rollout -----------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """A rollout: generate, score, estimate advantages. See `_rollout_tensors` for what it holds."""
+        """Make a rollout: generate, score, estimate advantages.
+
+        Returns:
+            The tensors of `_rollout_tensors`, and (B, T) `old_logps`, `old_values`, `advantages`, `returns`.
+        """
         mode = "train" if self.model.training else "eval"
         prompts = [row["prompt"] for row in inputs]
         prompt_ids, response_ids, _, responses, *_ = self._generate(prompts)
         batch = self._rollout_tensors(prompt_ids, response_ids)
         mask = batch["completion_mask"]
 
-        # Without gradients there is room for more rows than the update has at one time.
+        # Without gradients there is memory for more rows than in the update.
         chunk = max(self.args.per_device_train_batch_size or 1, self.args.per_device_eval_batch_size)
         checkpointing: Any = self.args.activation_checkpointing_kwargs
         with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):

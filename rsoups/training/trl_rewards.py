@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-PLACE = "_place"  # column of a dataset: where a row's other columns are, in what `reward_function` is given
-
-logger = logging.getLogger(__name__)
+PLACE = "_place"  # column of a dataset: place of the row's values in the `data` of `reward_function`
 
 
 def reward_function(
@@ -27,17 +24,17 @@ def reward_function(
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: Mapping[str, Sequence[Any]] | None = None,
 ) -> Callable[..., list[float | None]]:
-    """A reward in TRL's signature, ``f(prompts, completions, **columns)``, that sees what `cut` leaves of a response.
+    """Give a reward TRL's signature, ``f(prompts, completions, **columns)``, and only the part of a response that counts.
 
-    Where the prompt holds the response's first words, it sees them too; with the policy's `tokenizer`, joined as the tokens
-    say (a word that goes on has no space before it).
+    If the prompt holds the response's first words, the reward sees them too. With a `tokenizer` they are joined as their tokens
+    are: there is no space within a word.
 
     Args:
         reward: A loaded reward, or a function.
-        cut: Response -> the part of it that counts.
-        tokenizer: The policy's.
-        data: Columns whose values the reward gets as they are, at the places that the dataset's column `PLACE` tells. (As
-            columns of the dataset Arrow would change them: all rows of one type, all dicts with the same keys.)
+        cut: Function from a response to the part of it that counts.
+        tokenizer: Tokenizer of the policy.
+        data: Columns whose values the reward gets unchanged; the dataset's column `PLACE` holds a row's place in them. (Arrow
+            would change the values of the dataset's own columns: one type for all rows, one set of keys for all dicts.)
     """
     scored = as_reward(reward)
 

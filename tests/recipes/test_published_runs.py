@@ -133,6 +133,8 @@ def test_the_manifest_of_a_supervised_start(tmp_path, monkeypatch, capsys):
     assert manifest["sha256"] == read_adapter(tmp_path / "sft").sha256 and manifest["config"]["steps"] == 2
     assert (manifest["data"]["dataset"], manifest["data"]["rows"]) == ("rows.jsonl", 15)  # one of 16 is held out
     assert str(tmp_path) not in json.dumps(manifest)
+    config = json.loads((tmp_path / "sft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "rsoups/tiny-llama", "no path of this machine"
     assert main(["log", str(tmp_path / "sft")]) == 0
     assert "SFT, 2 steps, rows.jsonl, seed 42" in capsys.readouterr().out
     assert main(["push", str(tmp_path / "sft"), "a/sft", "--dry-run", "--out", str(tmp_path / "dry")]) == 0
