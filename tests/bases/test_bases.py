@@ -185,6 +185,6 @@ def test_a_base_that_cannot_answer_is_refused_in_one_line(tmp_path, capsys):
 
 def test_a_model_is_not_loaded_for_a_folder_that_is_not_replaced(tmp_path, monkeypatch):
     soup = rsoups.interpolate([tiny_adapter(tmp_path / "a")])
-    monkeypatch.setattr("rsoups.merging._load", None)
+    monkeypatch.setattr("rsoups.soups.merge._load", None)
     with pytest.raises(rsoups.OutputError, match=r"holds no soup\.json"):
         soup.merge(str(tmp_path / "base"), tmp_path / "a", allow_base_mismatch=True)
