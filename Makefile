@@ -21,8 +21,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/rsoups demo --out demo
 
+# One file of tests after the other in up to four processes, one thread each: torch's threads wait for each other actively.
 test: install
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-install: install
 	$(BIN)/pytest -m install
