@@ -32,7 +32,7 @@ LOWEST = [
     "sentencepiece==0.2.0",
     "tenacity==9.0.0",
     "tqdm==4.66.3",
-    "transformers==5.18.0",
+    "transformers==5.23.0",
     "trl==1.16.0",
 ]
 NEWEST = ["transformers==5.24.0"]
