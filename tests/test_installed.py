@@ -18,7 +18,7 @@ LOWEST = [
     "accelerate==1.12.0",
     "cyclopts==4.0.0",
     "datasets==5.1.0",
-    "filelock==3.13.0",
+    "filelock==4.2.11",
     "huggingface_hub==2.4.0",
     "jinja2==3.1.0",
     "moocore==0.3.0",

@@ -125,6 +125,25 @@ def test_importing_rsoups_or_asking_for_help_imports_no_torch(tmp_path):
     assert fresh_python(code, tmp_path).splitlines()[-1] == "[]"
 
 
+def test_nothing_but_the_child_that_opens_pickles_needs_unix(tmp_path):
+    """As far as imports tell, Windows and macOS can import every module and show the help."""
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES if path.stem != "__init__"]
+    names = sorted({*names} - {"rsoups.common.unpickle", "rsoups.cli.__main__"})
+    code = f"""
+import sys
+import accelerate, datasets, gradio, moocore, openai, peft, torch, transformers, trl  # what they import is their own affair
+from trl import GRPOTrainer
+from importlib import import_module
+for name in ("fcntl", "resource", "termios", "pwd", "grp"):
+    sys.modules[name] = None
+for name in {names}:
+    import_module(name)
+from rsoups.cli.main import main
+main(["--help"])
+"""
+    assert "interpolate" in fresh_python(code, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")

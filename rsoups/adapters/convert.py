@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,11 @@ def conversion_of(source: str, revision: str | None = None) -> dict[str, Any] | 
 
 def _convert_file(pickle: Path, out: Path) -> None:
     """Convert one pickle in a child process."""
+    if find_spec("resource") is None:
+        raise CheckpointError(
+            f"{pickle} is not converted: only Linux and macOS can bound the memory of the process that opens it"
+        )
+
     # The child gets no token, and no variable that could change what torch does.
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "LANG") if name in os.environ}
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent.parent), *sys.path]))
