@@ -26,6 +26,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -49,8 +50,8 @@ TOKENIZER = AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama"), padding_
 
 def base_model(shape: str, layers: int) -> LlamaForCausalLM:
     if shape == "embedded":
-        model = AutoModelForCausalLM.from_pretrained(resolve("rsoups/tiny-llama"), dtype=torch.float32)
-        return model.to(DEVICE).eval()
+        small: Any = AutoModelForCausalLM.from_pretrained(resolve("rsoups/tiny-llama"), dtype=torch.float32)
+        return small.to(DEVICE).eval()
     torch.manual_seed(0)
     config = LlamaConfig(num_hidden_layers=layers, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     torch.set_default_dtype(torch.bfloat16)
@@ -70,14 +71,14 @@ def write_adapters(model: LlamaForCausalLM, folder: Path, count: int) -> dict[st
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=STD)
-        peft.save_pretrained(folder / f"adapter-{seed}")
+        out[f"adapter-{seed}"] = folder / f"adapter-{seed}"
+        peft.save_pretrained(str(out[f"adapter-{seed}"]))
         peft.unload()
         vars(model).pop("peft_config", None)
-        out[f"adapter-{seed}"] = folder / f"adapter-{seed}"
     return out
 
 
-def responses(model: torch.nn.Module, prompts: list[str]) -> list[str]:
+def responses(model: Any, prompts: list[str]) -> list[str]:
     inputs = TOKENIZER(prompts, return_tensors="pt", padding=True).to(DEVICE)
     with torch.inference_mode():
         ids = model.generate(
@@ -97,7 +98,7 @@ def by_paper(
         start = time.perf_counter()
         model = PeftModel.from_pretrained(load(), next(iter(adapters.values())), adapter_name="soup")
         others = [rsoups.interpolate([path]).state_dict for path in adapters.values()]
-        averaged = {
+        averaged: dict[str, Any] = {
             key: sum(weight * state[key] for weight, state in zip(row, others, strict=True)) for key in others[0]
         }
         names = {name.replace(".soup.", "."): parameter for name, parameter in model.named_parameters()}
@@ -120,7 +121,7 @@ def by_peft(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, pr
     model = PeftModel.from_pretrained(base, path, adapter_name=first)
     for name, path in others:
         model.load_adapter(path, adapter_name=name)
-    found = {}
+    found: dict[tuple, str] = {}
     ordered = sorted(prompts, key=len, reverse=True)
     for row in GRID:
         used = [(name, weight) for name, weight in zip(adapters, row, strict=True) if weight]
@@ -147,9 +148,9 @@ def by_rsoups(
     )
     with tempfile.TemporaryDirectory() as folder, unread:
         out = Path(folder) / "records.jsonl"
-        settings = {"tokenizer": TOKENIZER, "temperature": 0, "max_new_tokens": TOKENS, "progress": False, "out": out}
+        settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": TOKENS, "progress": False, "out": out}
         start = time.perf_counter()
-        rsoups.sweep(base, adapters, rewards, prompts, GRID, **settings)
+        rsoups.sweep(base, adapters, rewards, prompts, GRID, tokenizer=TOKENIZER, **settings)
         seconds = time.perf_counter() - start
         records = read_jsonl(out)
     return seconds, {(tuple(r["lambdas"].values()), r["prompt"]): r["response"] for r in records if r["lambdas"]}
@@ -170,12 +171,12 @@ def apart(base: LlamaForCausalLM, adapters: dict[str, Path], prompts: list[str])
         ours = logits(model)
     live.remove()
     (first, path), (second, other) = adapters.items()
-    model = PeftModel.from_pretrained(base, path, adapter_name=first)
-    model.load_adapter(other, adapter_name=second)
-    model.add_weighted_adapter([first, second], [0.3, 0.7], "soup", combination_type="cat")
-    model.set_adapter("soup")
-    theirs = logits(model.eval())
-    model.unload()
+    peft = PeftModel.from_pretrained(base, path, adapter_name=first)
+    peft.load_adapter(other, adapter_name=second)
+    peft.add_weighted_adapter([first, second], [0.3, 0.7], "soup", combination_type="cat")
+    peft.set_adapter("soup")
+    theirs = logits(peft.eval())
+    peft.unload()
     vars(base).pop("peft_config", None)
     return {name: float((x - theirs).norm() / theirs.norm()) for name, x in (("rsoups", ours), ("base", plain))}
 
@@ -282,9 +283,10 @@ def main() -> None:
 def by_rsoups_of_one(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str]) -> float:
     """Seconds of a sweep of one λ."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"tokenizer": TOKENIZER, "temperature": 0, "max_new_tokens": TOKENS, "progress": False}
+        out = Path(folder) / "records.jsonl"
+        settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": TOKENS, "progress": False, "out": out}
         start = time.perf_counter()
-        rsoups.sweep(base, adapters, rewards, prompts, [[0.5, 0.5]], out=Path(folder) / "records.jsonl", **settings)
+        rsoups.sweep(base, adapters, rewards, prompts, [[0.5, 0.5]], tokenizer=TOKENIZER, **settings)
         return time.perf_counter() - start
 
 

@@ -16,6 +16,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import Any
 
 import torch
 import yaml
@@ -42,13 +43,13 @@ def of_people(rows: list[dict], task: Task, compared: bool) -> list[dict]:
     ]
 
 
-def of_policy(rows: list[dict], task: Task, policy: str, **settings) -> list[dict]:
+def of_policy(rows: list[dict], task: Task, policy: str, **settings: Any) -> list[dict]:
     """A sample of the policy as the response of each row, as a sweep would draw it."""
     said = texts_of_policy(policy, [row["prompt"] for row in rows], device=DEVICE, **settings)
     return [row | {RESPONSE: task.cut(text)} for row, text in zip(rows, said, strict=True)]
 
 
-def calibrated(reward, rows: list[dict], measured_on: str) -> dict:
+def calibrated(reward: Any, rows: list[dict], measured_on: str) -> dict:
     """The card's fields with a mean and std of the rows' responses' raw scores.
 
     Raises:

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import rsoups
 from rsoups.common.assets import shipped
@@ -29,7 +30,7 @@ from rsoups.training.launch import QUIET, Run, run_step, train_all
 
 REWARDS = ("bleu-1", "rouge-l-recall", "meteor", "cider")
 POLICY, TASK = "rsoups/tiny-llama", TASKS["concepts"]
-SAMPLING = {"temperature": 0.7, "max_new_tokens": 24}  # as trained: recipes/configs/embedded.yaml
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "max_new_tokens": 24}  # as trained: recipes/configs/embedded.yaml
 
 
 def prepare(train: Path, test: Path, out: Path, least: int) -> None:
@@ -54,7 +55,7 @@ def evaluate(
     out: Path, runs: list[str], lambdas: list[list[float]] | None, references: dict[str, list[str]], seed: int
 ) -> None:
     """Soups of some runs, and the base, by the rewards of those runs in their own units; records and report in `out`."""
-    corpus = {"corpus": str(out.parent / "data" / "train.jsonl"), "column": "sentences"}
+    corpus: dict[str, Any] = {"corpus": str(out.parent / "data" / "train.jsonl"), "column": "sentences"}
     rewards = {name: rsoups.load_reward(name, **(corpus if name == "cider" else {})) for name in runs}
     front = rsoups.sweep(
         POLICY,

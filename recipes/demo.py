@@ -67,6 +67,7 @@ def choose(out: Path) -> Path:
         best = front.select(equal)
         print(f"\n5/5  {error}\n  Saved all the same, the best by equal weights on the rewards: {best}")
     lambdas = best.point.lambdas
+    assert lambdas is not None  # a front with soups chooses among them
     soup = rsoups.interpolate({name: out / f"ppo-{name}" for name in lambdas}, list(lambdas.values()))
     shutil.rmtree(out / "soup", ignore_errors=True)
     soup.save_pretrained(out / "soup")

@@ -24,6 +24,7 @@ import random
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,6 +156,7 @@ def divergences(live: rsoups.LiveSoup, prompts: list[str], responses: list[str],
 
     Each text is M rows of a batch, one for each member alone.
     """
+    assert live.tokenizer is not None  # `LiveSoup.from_pretrained` loads the base's
     members = np.eye(len(live.names)).tolist()
     total, tokens = np.zeros((len(members), len(members))), 0
     for prompt, response in zip(prompts, responses, strict=True):
@@ -203,19 +205,19 @@ class Evaluation:
 
 def results_of(front: rsoups.Front, divergences: np.ndarray, best: str, chosen: list[str]) -> dict:
     """The figures of one set of prompts: rewards, differences, and for each pair of runs its gain and its diversity."""
-    (reward,), names = front.rewards, list(front.soups[0].lambdas)
+    (reward,), names = front.rewards, front.ingredients
     gains = {id(point): gap[reward] for point, gap in front.linear_mode_connectivity()}
 
     def at(some: Sequence[str]) -> Point:
         wanted = [(name in some) / len(some) for name in names]
-        return next(p for p in front.soups if np.allclose([p.lambdas[name] for name in names], wanted))
+        return next(p for p in front.soups if np.allclose(p.weights, wanted))
 
-    def figures(estimate: Estimate) -> list[float]:
+    def figures(estimate: Estimate) -> list[float | None]:
         return [estimate.value, estimate.low, estimate.high]
 
     models = {name: at([name]) for name in names}
     models |= {"uniform soup": at(names), "greedy soup": at(chosen), **{p.name: p for p in front.others}}
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for i, j in combinations(range(len(names)), 2):
         runs = [names[i], names[j]]
         diversity = float(divergences[i, j] + divergences[j, i]) / 2

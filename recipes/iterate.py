@@ -26,6 +26,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -133,7 +134,7 @@ class Evaluator:
         adapter = self.run.adapter_name_or_path
         self.base, lora = load_policy(model, adapter, allow_base_mismatch=self.run.allow_base_mismatch)
         self.start = Path(adapter or args.output_dir / "start")
-        self.name = model.model_name_or_path
+        self.name = str(model.model_name_or_path)
         self.tokenizer = load_tokenizer(self.name, padding_side="left")
         room = self.base.config.get_text_config().max_position_embeddings - self.training.max_completion_length
         self.rewards = list(rewards_by_name({name: rsoups.load_reward(name) for name in args.reward}).values())
@@ -161,7 +162,7 @@ class Evaluator:
         model.peft_config["default"].base_model_name_or_path = self.name
         base = {"model": self.name, "revision": None}
         with whole_folder(self.start, MANIFEST_FILE) as partial:
-            model.save_pretrained(partial)
+            model.save_pretrained(str(partial))
             write_manifest(partial, "fresh LoRA", base=base, recipe="recipes/iterate.py", config={}, data={}, seed=seed)
         self.base = model.unload()
 
@@ -200,13 +201,14 @@ class Evaluator:
     def sample(self, model: Any, prompts: list) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, int]]:
         """Responses from the training's seed, (B, T), -1 after their ends; and the arguments of `logits` for them."""
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        template = getattr(self.training, "chat_template_kwargs", None)
+        template, longest = getattr(self.training, "chat_template_kwargs", None), self.training.max_completion_length
+        assert longest is not None  # the prompts have the room that it leaves
         responses = respond(
             model,
             self.tokenizer,
             prompts,
             temperature=self.training.temperature,
-            max_new_tokens=self.training.max_completion_length,
+            max_new_tokens=longest,
             seed=self.training.seed,
             template=template,
         )
@@ -253,9 +255,10 @@ def report(front: rsoups.Front, rewards: list[str], out: Path) -> None:
         for (name, points), color, marker in zip(lines.items(), cycle(COLORS), cycle("o^sDvP"), strict=False):
             x = [abs(p.mean[MINUS_KL]) for p in points]
             estimates = [mean_of(front, p, names) for p in points]
-            y = [e.value for e in estimates]
-            errors = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
-            axes.errorbar(x, y, yerr=errors, marker=marker, color=color, label=name, linewidth=1.5, elinewidth=0.6)
+            y = np.array([(e.low, e.value, e.high) for e in estimates], dtype=float)
+            axes.errorbar(
+                x, y[:, 1], np.diff(y).T, marker=marker, color=color, label=name, linewidth=1.5, elinewidth=0.6
+            )
         axes.set(title=title, xlabel="KL to the first start, nats per response")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("reward")

@@ -20,6 +20,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from rsoups.hub.upload import reserve
 from rsoups.training.callbacks import launcher_callbacks
 from rsoups.training.checkpoints import last_checkpoint
 from rsoups.training.policy import load_policy, name_base, reset_adapter
+from rsoups.training.ppo_config import PPOConfig
 from rsoups.training.run_arguments import ALGORITHMS, RunArguments, parse
 from rsoups.training.run_data import RunData, run_data
 from rsoups.training.run_lineage import convert_pickles, write_run_manifest
@@ -53,7 +55,8 @@ def main(run: RunArguments, training: GRPOConfig | RLOOConfig, model: ModelConfi
     # The adapter is pushed whole and alone, in the end, not by transformers. Its repository is created now, since the token
     # may be invalid.
     pushes, training.push_to_hub = training.push_to_hub and training.process_index == 0, False
-    options = {"private": training.hub_private_repo, "token": training.hub_token}
+    assert training.output_dir is not None  # TrainingArguments has set its default
+    options: dict[str, Any] = {"private": training.hub_private_repo, "token": training.hub_token}
     repository = reserve(training.hub_model_id or Path(training.output_dir).name, **options) if pushes else None
 
     trainer, rewards, data = prepare(run, training, model)
@@ -146,7 +149,10 @@ def prepare(
     name_base(trainer.model, model)
 
     if trainer_class is PPOTrainer:
-        longest = max(len(encode(tokenizer, prompt, training.chat_template_kwargs)) for prompt in data.prompts)
+        assert isinstance(training, PPOConfig)  # each algorithm has its trainer and its settings
+        template = training.chat_template_kwargs
+        assert not isinstance(template, str)  # TRL has parsed it
+        longest = max(len(encode(tokenizer, prompt, template)) for prompt in data.prompts)
         trainer.accelerator.print(run_plan(trainer.model, rewards, training, len(data.prompts), longest, device))
     else:
         # TRL's weights are not divided by Σ |μ|: the same flags would have another scale against the KL penalty.
@@ -157,12 +163,13 @@ def prepare(
 def summary(trainer: GRPOTrainer) -> dict[str, Any]:
     """Reward, KL and length on held-out prompts, before and after, from one seed; prints a few responses of each."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
+    logs: Any = trainer._logs  # queues, which TRL's hints call collections
     start = "ref" if "ref" in policy.peft_config else None  # the frozen copy of a continued adapter, or the base alone
     rows, texts = {}, {}
     for name in ("before", "after"):
         set_seed(trainer.args.seed)
         for log in ("prompt", "completion"):
-            trainer._logs[log].clear()
+            logs[log].clear()
         if name == "before":
             with use_adapter(policy, start):
                 metrics = trainer.evaluate()
@@ -170,16 +177,18 @@ def summary(trainer: GRPOTrainer) -> dict[str, Any]:
             metrics = trainer.evaluate()
         keys = ("reward", "kl", "entropy", "completions/mean_length")
         rows[name] = {key: metrics[f"eval_{key}"] for key in keys if f"eval_{key}" in metrics}
-        texts[name] = [str(text).strip() for text in list(trainer._logs["completion"])[:3]]
+        texts[name] = [str(text).strip() for text in list(logs["completion"])[:3]]
 
     trainer.save_metrics("held_out", rows)
     say = trainer.accelerator.print
-    say(f"\nOn {len(trainer.eval_dataset)} held-out prompts:")
+    assert isinstance(trainer.eval_dataset, Sized)  # without held-out prompts there is no summary
+    count = len(trainer.eval_dataset)
+    say(f"\nOn {count} held-out prompts:")
     for key in rows["after"]:
         say(f"  {key:24}{rows['before'][key]:8.3f} -> {rows['after'][key]:.3f}")
-    for prompt, before, after in zip(trainer._logs["prompt"], texts["before"], texts["after"], strict=False):
+    for prompt, before, after in zip(logs["prompt"], texts["before"], texts["after"], strict=False):
         say(f"  {prompt}\n    before: {before}\n    after:  {after}")
-    return rows | {"prompts": len(trainer.eval_dataset)}
+    return rows | {"prompts": count}
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
 
@@ -41,7 +43,7 @@ class ScriptArguments:
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out pairs in a file of the same form."})
 
 
-def tokenized(rows: list[dict], tokenizer, max_length: int) -> Dataset:
+def tokenized(rows: list[dict], tokenizer: Any, max_length: int) -> Dataset:
     """One example per pair: `chosen_ids` and `rejected_ids`."""
     questions, *sides = zip(*map(pair_of, rows), strict=True)
     columns = {}
@@ -51,7 +53,7 @@ def tokenized(rows: list[dict], tokenizer, max_length: int) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def lora(model: ModelConfig, untrained: list[str]):
+def lora(model: ModelConfig, untrained: list[str]) -> LoraConfig | None:
     """The adapter's config. It saves the parameters that the base lacks, which are drawn anew for each model.
 
     Args:
@@ -61,6 +63,7 @@ def lora(model: ModelConfig, untrained: list[str]):
     config = get_peft_config(model)
     if config is None:
         return None
+    assert isinstance(config, LoraConfig)  # TRL makes no other
     config.task_type = "SEQ_CLS"
     # PEFT keeps the modules `classifier` and `score` by itself.
     others = {name.rpartition(".")[0] for name in untrained if name.partition(".")[0] not in ("classifier", "score")}
@@ -104,6 +107,7 @@ def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) ->
     if held_out is not None:
         metrics = trainer.evaluate()
         if trainer.accelerator.is_main_process:
+            assert training.output_dir is not None  # TrainingArguments has set its default
             (Path(training.output_dir) / "eval_results.json").write_text(json.dumps(metrics, indent=2) + "\n")
         trainer.accelerator.print(f"held-out pairwise accuracy {metrics['eval_accuracy']:.3f} ({len(held_out)} pairs)")
 
@@ -111,5 +115,6 @@ def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) ->
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with in_one_line():
-        parser = TrlParser((ScriptArguments, RewardConfig, ModelConfig), description=__doc__.splitlines()[0])
+        classes: Any = (ScriptArguments, RewardConfig, ModelConfig)  # the parser takes classes, whatever its hints say
+        parser = TrlParser(classes, description=__doc__.splitlines()[0])
         main(*parser.parse_args_and_config(with_config_path(sys.argv[1:])))

@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -41,7 +42,7 @@ class ScriptArguments:
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows: file, folder or Hub id."})
 
 
-def tokenized(rows: list[dict], tokenizer) -> Dataset:
+def tokenized(rows: list[dict], tokenizer: Any) -> Dataset:
     """One example per reference: `input_ids`, and `completion_mask` = 1 on the response and its end token."""
     pairs = [(row["prompt"], reference) for row in rows for reference in row["references"]]
     prompts = tokenizer([p for p, _ in pairs])["input_ids"]
@@ -62,7 +63,9 @@ class ResponseSFTTrainer(SFTTrainer):
     vocabulary and then masks them, about three quarters of a small model's step.
     """
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         if inputs["input_ids"].device.type != "cpu" or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         causal_lm = self.accelerator.unwrap_model(model)
@@ -90,7 +93,7 @@ def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> No
         another_file = script.eval_dataset != script.dataset and is_table(task, script.eval_dataset)
         held_out = tokenized(load_rows(task, script.eval_dataset, "all" if another_file else "test"), tokenizer)
     rows = load_rows(task, script.dataset, "train")
-    data = {"dataset": script.dataset or task.dataset, "split": "train", "task": script.task}
+    data: dict[str, Any] = {"dataset": script.dataset or task.dataset, "split": "train", "task": script.task}
     data |= fingerprint([row["prompt"], row["references"]] for row in rows)
     data |= {"prompt_marks": prompt_marks(row["prompt"] for row in rows)}
 
@@ -116,6 +119,7 @@ def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> No
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     if trainer.accelerator.is_main_process:
+        assert training.output_dir is not None  # TrainingArguments has set its default
         write_manifest(
             training.output_dir,
             "sft",
@@ -134,5 +138,6 @@ def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> No
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with in_one_line():
-        parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig), description=__doc__.splitlines()[0])
+        classes: Any = (ScriptArguments, SFTConfig, ModelConfig)  # the parser takes classes, whatever its hints say
+        parser = TrlParser(classes, description=__doc__.splitlines()[0])
         main(*parser.parse_args_and_config(with_config_path(sys.argv[1:])))

@@ -15,6 +15,7 @@ batches, all models share the same random numbers, and every figure has an inter
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from trl import TrlParser
@@ -167,5 +168,6 @@ def main(script: ScriptArguments) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with in_one_line():
-        parser = TrlParser((ScriptArguments,), description=__doc__.splitlines()[0])
+        classes: Any = (ScriptArguments,)  # the parser takes classes, whatever its hints say
+        parser = TrlParser(classes, description=__doc__.splitlines()[0])
         main(*parser.parse_args_and_config())

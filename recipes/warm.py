@@ -64,12 +64,11 @@ def test_sets(args: argparse.Namespace) -> dict[str, list[dict]]:
 def margins(model: Path, sets: dict[str, list[dict]]) -> dict[str, np.ndarray]:
     """Score of the chosen less score of the rejected, for each pair of each set."""
     reward = rsoups.Reward(rsoups.RewardCard(name=model.name, model=str(model), max_length=128))
-    return {
-        name: np.subtract(
-            *(reward([r["prompt"] for r in rows], [r[side] for r in rows]) for side in ("chosen", "rejected"))
-        )
-        for name, rows in sets.items()
-    }
+
+    def scores(rows: list[dict], side: str) -> np.ndarray:
+        return np.array(reward([row["prompt"] for row in rows], [row[side] for row in rows]))
+
+    return {name: scores(rows, "chosen") - scores(rows, "rejected") for name, rows in sets.items()}
 
 
 def accuracies(found: dict[str, dict[str, np.ndarray]], members: list[str], seed: int) -> dict:

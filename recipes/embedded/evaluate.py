@@ -17,6 +17,7 @@ import random
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, pstdev
+from typing import Any
 
 import torch
 from prepare import tidy_sentence
@@ -32,7 +33,7 @@ from rsoups.data.tasks import TASKS
 
 
 @torch.inference_mode()
-def perplexity(model, tokenizer, rows: list[dict], batch: int = 128) -> float:
+def perplexity(model: Any, tokenizer: Any, rows: list[dict], batch: int = 128) -> float:
     """exp of the mean negative log-likelihood of the references' tokens, end token included."""
     pairs = [(prompt(row["concepts"]), tidy_sentence(s)) for row in rows for s in row["sentences"]]
     total, tokens = 0.0, 0
@@ -57,7 +58,7 @@ def perplexity(model, tokenizer, rows: list[dict], batch: int = 128) -> float:
 
 
 @torch.inference_mode()
-def greedy(model, tokenizer, prompts: list[str], batch: int = 256) -> list[str]:
+def greedy(model: Any, tokenizer: Any, prompts: list[str], batch: int = 256) -> list[str]:
     out = []
     for start in range(0, len(prompts), batch):
         inputs = tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True)
@@ -83,7 +84,7 @@ def against_references(responses: list[str], references: list[list[str]]) -> dic
     cleaned = [[" ".join(r.replace(".", " ").replace(",", " ").split()) for r in group] for group in refs]
     cider, _ = Cider().compute_score(dict(enumerate(cleaned)), {i: [w] for i, w in enumerate(words)})
     return {
-        "BLEU-4": sacrebleu.corpus_bleu(lower, streams).score,
+        "BLEU-4": sacrebleu.corpus_bleu(lower, streams).score,  # type: ignore[arg-type]  # None is a missing reference
         "ROUGE-L": 100 * mean(rouge),
         "CIDEr": 10 * float(cider),
     }

@@ -60,7 +60,7 @@ def concept_set(actions: list[str], rng: random.Random) -> list[str]:
 
 
 def compose(actions: list[str], count: int, taken: set[frozenset[str]], rng: random.Random) -> list[dict]:
-    rows = []
+    rows: list[dict] = []
     while len(rows) < count:
         concepts = concept_set(actions, rng)
         if frozenset(concepts) not in taken:

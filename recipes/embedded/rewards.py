@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from nltk.stem.snowball import SnowballStemmer
@@ -34,6 +35,7 @@ from transformers import (
     DebertaV2ForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     set_seed,
 )
@@ -67,6 +69,7 @@ def prompt(concepts: list[str]) -> str:
 
 def classifier_tokenizer(kind: str, texts: list[str]) -> PreTrainedTokenizerFast:
     """WordPiece, lower case (ELECTRA) or Unigram with case (DeBERTa-v2); pairs are [CLS] question [SEP] response [SEP]."""
+    trainer: trainers.Trainer
     if kind == "electra":
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -97,8 +100,8 @@ def classifier_tokenizer(kind: str, texts: list[str]) -> PreTrainedTokenizerFast
     )
 
 
-def classifier(kind: str, vocabulary: int):
-    sizes = {
+def classifier(kind: str, vocabulary: int) -> PreTrainedModel:
+    sizes: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -110,7 +113,7 @@ def classifier(kind: str, vocabulary: int):
     }
     if kind == "electra":
         return ElectraForSequenceClassification(ElectraConfig(embedding_size=128, **sizes))
-    relative = {
+    relative: dict[str, Any] = {
         "relative_attention": True,
         "position_buckets": 16,
         "pos_att_type": ["c2p", "p2c"],
@@ -256,22 +259,23 @@ def rating_groups(rows: list[dict]) -> list[tuple[list[str], list[str], dict[str
 
     The files name no concepts: a concept is a content word whose stem most of the references share.
     """
-    references, scores = defaultdict(list), defaultdict(list)
+    references: dict[str, list[str]] = defaultdict(list)
+    scores: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         references[row["candidate"]].append(row["reference"])
         scores[row["candidate"]] += row["scores"]
-    groups = defaultdict(dict)
+    groups: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
     for candidate, refs in references.items():
         groups[tuple(sorted(set(refs)))][candidate] = mean(scores[candidate])
     out = []
-    for refs, rated in groups.items():
+    for together, rated in groups.items():
         seen = defaultdict(list)
-        for ref in refs:
+        for ref in together:
             for word in content_words(ref):
                 seen[stem(word)].append(word)
-        concepts = [min(words, key=len) for words in seen.values() if len(words) > 0.7 * len(refs)]
+        concepts = [min(words, key=len) for words in seen.values() if len(words) > 0.7 * len(together)]
         if len(concepts) >= 2 and not STOP_WORDS & set(concepts):
-            out.append((concepts, list(refs), rated))
+            out.append((concepts, list(together), rated))
     return out
 
 

@@ -16,7 +16,7 @@ import rsoups
 from rsoups.adapters.filenames import CONFIG_FILE, WEIGHTS_FILE
 from rsoups.adapters.layer_names import PREFIX
 
-VALUES = [
+VALUES: list = [
     None, True, False, 0, 1, -1, 3, 4, 8, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "4", "q_proj",
     "false", "LORA", "pissa", "../../etc/passwd", "(", "x" * 10_000, [], [1], ["q_proj"], ["q_proj", "v_proj"], ["("], [[]],
     [None], {}, {"q_proj": 2}, {"q_proj": 4}, {"q_proj": None}, {"(": 4}, {"v_proj": 0.5}, [{}], "all-linear", "lora_only",

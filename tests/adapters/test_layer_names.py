@@ -27,8 +27,8 @@ from rsoups.adapters.adapter import read_adapter
 from rsoups.adapters.layer_names import PREFIX
 from rsoups.versions.inspect import inspect_adapters
 
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
-TEXT |= {"num_key_value_heads": 2, "initializer_range": 0.2}
+TEXT: dict = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"vocab_size": 64, "num_key_value_heads": 2, "initializer_range": 0.2}
 EYE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 EYE |= {"image_size": 16, "patch_size": 8}
 TARGETS = r".*(layers|blocks)\.\d+\.(self_attn\.(q_proj|v_proj)|attn\.qkv)"

@@ -50,7 +50,7 @@ def of_other(folder):
 
 
 # Everything that takes a base: called with it, the adapters and perhaps the override.
-ENTRIES = {
+ENTRIES: dict = {
     "interpolate": lambda base, ab, **more: rsoups.interpolate(ab, base=base, **more),
     "sweep": swept,
     "sweep, loaded": lambda base, ab, **more: swept(

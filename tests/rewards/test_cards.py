@@ -7,6 +7,7 @@ from transformers import (
     BartConfig,
     BartForSequenceClassification,
     BartTokenizer,
+    BertTokenizer,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     DebertaV2Tokenizer,
@@ -15,7 +16,6 @@ from transformers import (
     DistilBertTokenizer,
     ElectraConfig,
     ElectraForSequenceClassification,
-    ElectraTokenizer,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2Tokenizer,
@@ -71,9 +71,7 @@ def wordpiece():
 
 
 def electra(labels):
-    return ElectraTokenizer(vocab=wordpiece()), ElectraForSequenceClassification(
-        ElectraConfig(num_labels=labels, **SMALL)
-    )
+    return BertTokenizer(vocab=wordpiece()), ElectraForSequenceClassification(ElectraConfig(num_labels=labels, **SMALL))
 
 
 def distilbert(labels):

@@ -265,8 +265,9 @@ def test_a_response_that_the_prompt_began_is_scored_whole():
     assert seen == ["W2 W3 W4 W5", "W6"] * 2
 
 
+ONE_LABEL: dict = {"num_labels": 1}  # transformers' hints lack the settings that all configs share
 DECODERS = {
-    "gpt2": (GPT2ForSequenceClassification, GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2, num_labels=1)),
+    "gpt2": (GPT2ForSequenceClassification, GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2, **ONE_LABEL)),
     "llama": (
         LlamaForSequenceClassification,
         LlamaConfig(
@@ -275,7 +276,7 @@ DECODERS = {
             intermediate_size=16,
             num_hidden_layers=1,
             num_attention_heads=2,
-            num_labels=1,
+            **ONE_LABEL,
         ),
     ),
 }

@@ -122,7 +122,7 @@ def test_a_damaged_rating_is_asked_for_again_and_a_full_disk_is_no_end(tmp_path,
 
 
 GARBLED = '{"choices": [{"message": {"content": "%s"}}]}'
-FAULTS = [
+FAULTS: list[tuple] = [
     ((500, {}, "down"), "status 500: down"),
     ((503, {}, ""), "status 503"),
     ("cut", "RemoteProtocolError"),

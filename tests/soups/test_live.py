@@ -32,7 +32,7 @@ def alone(make, folders, lambdas, ids, method="exact"):
         return model(ids[None]).logits[0]
 
 
-KINDS = {name: (tiny_llama, kinds) for name, kinds in VARIETIES.items()}
+KINDS: dict[str, tuple] = {name: (tiny_llama, kinds) for name, kinds in VARIETIES.items()}
 KINDS |= {
     "tied": (
         lambda: tiny_llama(tie_word_embeddings=True),

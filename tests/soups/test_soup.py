@@ -374,7 +374,7 @@ def test_order_does_not_matter_and_the_change_is_linear(tmp_path_factory, weight
         assert torch.allclose(straight[path], permuted[path], atol=1e-7)
 
 
-_three = []
+_three: list = []
 
 
 def shared_three(factory):
