@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 _SIZES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 _HELD = 2**30  # largest file that is kept in memory, in bytes
+_UNHASHED = 4  # tensors that may wait for their hash: more would only take memory
 _UNSYNCED = 2**23  # bytes that are written before the disk is asked to store them
 
 
@@ -147,19 +149,21 @@ def write(
         if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
             os.posix_fallocate(file.fileno(), 0, len(start) + at)
         file.write(start)
+        hashed: deque[Future[None]] = deque()
         synced, unsynced = [], 0
         for name in layout:
             for piece in pieces(name):
                 # The disk and the hash work while the next tensors are made.
                 data = _bytes_of(piece)
-                hashed = hashing.submit(total.update, data)
+                hashed.append(hashing.submit(total.update, data))
                 file.write(data)
+                if len(hashed) > _UNHASHED:
+                    hashed.popleft().result()
                 unsynced += len(data)
                 if unsynced >= _UNSYNCED:
                     file.flush()
                     synced.append(syncing.submit(getattr(os, "fdatasync", os.fsync), file.fileno()))
                     unsynced = 0
-                hashed.result()
         for task in synced:
             task.result()  # an error of the disk is reported only once
     return at, total.hexdigest()

@@ -6,7 +6,7 @@ So a soup can be saved without being held in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rsoups.adapters.adapter import Adapter
 
-_PIECE = 2**18  # numbers that are summed at once
+_READ = 2**20  # numbers that are read at once
+_BLOCK = 2**14  # numbers that are multiplied and summed at once: they stay in the processor's cache
 
 
 class Part(NamedTuple):
@@ -78,28 +79,32 @@ def one_below_another(blend: Blend) -> Tensor:
 
 def side_by_side(blend: Blend) -> Tensor:
     """Columns of all parts, times their factors."""
-    return torch.cat([part.times().to(blend.dtype) for part in blend.parts], dim=1)
+    beside = torch.empty(blend.shape, dtype=blend.dtype)
+    widths = [part.adapter.layout[part.name].shape[1] for part in blend.parts]
+    for part, columns in zip(blend.parts, beside.split(widths, dim=1), strict=True):
+        tensor = part.tensor()
+        for rows in _rows_of(columns, _BLOCK):
+            columns[rows] = tensor[rows].to(torch.float64, copy=True).mul_(part.factor)
+    return beside
 
 
 def summed(blend: Blend) -> Tensor:
     """The sum of all parts times their factors; 0 if there are none."""
     total = torch.zeros(blend.shape, dtype=blend.dtype)
-    if not blend.parts:
-        return total
-    if total.numel() <= _PIECE:
-        return _sum(blend.parts, slice(None)).to(blend.dtype)
-
-    # A whole parameter may be as large as an embedding: float64 holds some rows of it at a time.
-    step = max(1, _PIECE // math.prod(blend.shape[1:]))
-    for start in range(0, len(total), step):
-        rows = slice(start, min(start + step, len(total)))
-        total[rows] = _sum(blend.parts, rows)
+    if not total.dim():
+        return total + sum(part.times() for part in blend.parts)
+    # Each read is some megabytes of an ingredient, however large the parameter is.
+    for rows in _rows_of(total, _READ) if blend.parts else ():
+        piece, tensors = total[rows], [part.tensor(rows) for part in blend.parts]
+        for block in _rows_of(piece, _BLOCK):
+            values = tensors[0][block].to(torch.float64, copy=True).mul_(blend.parts[0].factor)
+            for tensor, part in zip(tensors[1:], blend.parts[1:], strict=True):
+                values.add_(tensor[block].double(), alpha=part.factor)
+            piece[block] = values
     return total
 
 
-def _sum(parts: list[Part], rows: slice) -> Tensor:
-    first, *others = parts
-    total = first.times(rows)
-    for part in others:
-        total.add_(part.tensor(rows).double(), alpha=part.factor)
-    return total
+def _rows_of(tensor: Tensor, numbers: int) -> Iterator[slice]:
+    """Slices of a tensor's rows, each of about so many numbers."""
+    step = max(1, numbers // max(1, math.prod(tensor.shape[1:])))
+    return (slice(start, min(start + step, len(tensor))) for start in range(0, len(tensor), step))

@@ -170,7 +170,7 @@ def test_numbers_are_those_of_float64_rounded_once_in_blocks_of_any_size(tmp_pat
     row = [0.2, 0.5, 0.3]
     each = [load_file(folder / "adapter_model.safetensors") for folder in folders]
     for piece in (2**18, 100, 1, 400):
-        monkeypatch.setattr("rsoups.soups.blends._PIECE", piece)
+        monkeypatch.setattr("rsoups.soups.blends._READ", piece)
         soup = rsoups.interpolate(folders, row, method=method, dtype=dtype)
         soup.save_pretrained(tmp_path / "soup")
         saved = load_file(tmp_path / "soup" / "adapter_model.safetensors")
