@@ -83,11 +83,12 @@ def front_chart(models: Models, x: str, y: str, others: Mapping[str, Front], wid
         for point in other.candidates:
             tip = f"{name}: {models.tip(point)}"
             body.append(axes.mark(look_of_other_front(number), point.estimate(x), point.estimate(y), tip, hollow=True))
+    # Labels before marks, so that no label hides a model.
+    body += [_lambda_label(axes, front, place, x, y) for place in range(len(front.soups))]
     for point in [*front.soups, *front.others]:
         beaten = point not in models.pareto
         tip = models.tip(point) + ("\nbeaten by another point" if beaten else "")
         body.append(models.mark(axes, point, point.estimate(x), point.estimate(y), tip, beaten))
-    body += [_lambda_label(axes, front, place, x, y) for place in range(len(front.soups))]
 
     named = [front.base] if front.base else []
     named += [point for point in front.soups if point.alone]
