@@ -1,1 +1,1 @@
-"""What every room uses: errors, files, embedded assets."""
+"""Errors, files, schemas and embedded assets, for every room."""

@@ -1,4 +1,4 @@
-"""What a person does with a sweep, without the page: move λ, read responses, vote blind, save or publish a soup."""
+"""The explorer's actions on a sweep, without the page: move λ, read responses, vote blind, save or publish a soup."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def checked_reference(reference: Mapping[str, float], rewards: Sequence[str]) ->
 
 
 def pareto_mask(means: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which points, shape (points, rewards), no other point dominates; equal points are all kept."""
+    """Mask of the points, shape (points, rewards), that no other point dominates; equal points are all kept."""
     from moocore import is_nondominated
 
     return is_nondominated(means, maximise=True, keep_weakly=True)

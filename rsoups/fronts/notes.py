@@ -1,4 +1,4 @@
-"""What a reader should know before the figures of a front: runs that did not learn, too little to compare."""
+"""Notes that a reader needs before the figures of a front: runs that did not learn, too little to compare."""
 
 from __future__ import annotations
 

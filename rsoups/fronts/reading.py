@@ -24,7 +24,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Points:
-    """What a front is made of; the fields are those of `Front`."""
+    """Parts of a front; the fields are those of `Front`."""
 
     points: list[Point]
     rewards: list[str]

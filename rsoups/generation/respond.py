@@ -88,7 +88,7 @@ def texts_of_policy(
     Args:
         policy: Folder, Hub id or ``rsoups/...`` of a causal language model.
         prompts: Texts or messages.
-        temperature, max_new_tokens, seed, template: As for `respond`.
+        temperature, max_new_tokens, seed, template: Settings of `respond`.
         device: Device of the model.
 
     Raises:
