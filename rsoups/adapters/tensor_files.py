@@ -28,7 +28,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 _SIZES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 _HELD = 2**30  # largest file that is kept in memory, in bytes
-_UNHASHED = 4  # tensors that may wait for their hash: more would only take memory
+_WAITING = 4  # tensors that may wait for their hash, or to be written: more would only take memory
 _UNSYNCED = 2**23  # bytes that are written before the disk is asked to store them
 
 
@@ -144,26 +144,35 @@ def write(
 
     start = len(text).to_bytes(8, "little") + text
     total = hashlib.sha256(start)
-    hashing, syncing = (ThreadPoolExecutor(1, thread_name_prefix=f"rsoups-{task}") for task in ("sha256", "sync"))
-    with path.open("wb") as file, hashing, syncing:
+    synced: deque[Future[None]] = deque()
+    unsynced = 0
+
+    def put(data: memoryview) -> None:
+        nonlocal unsynced
+        file.write(data)
+        unsynced += len(data)
+        if unsynced >= _UNSYNCED:
+            file.flush()
+            synced.append(syncing.submit(getattr(os, "fdatasync", os.fsync), file.fileno()))
+            unsynced = 0
+
+    # The hash, the file and the disk are each worked on in a thread of their own, while the next tensors are made.
+    names = ("sync", "write", "sha256")
+    syncing, writing, hashing = (ThreadPoolExecutor(1, thread_name_prefix=f"rsoups-{name}") for name in names)
+    with path.open("wb") as file, syncing, writing, hashing:
         if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
             os.posix_fallocate(file.fileno(), 0, len(start) + at)
         file.write(start)
-        hashed: deque[Future[None]] = deque()
-        synced, unsynced = [], 0
+        waiting: deque[tuple[Future[None], Future[None]]] = deque()
         for name in layout:
             for piece in pieces(name):
-                # The disk and the hash work while the next tensors are made.
                 data = _bytes_of(piece)
-                hashed.append(hashing.submit(total.update, data))
-                file.write(data)
-                if len(hashed) > _UNHASHED:
-                    hashed.popleft().result()
-                unsynced += len(data)
-                if unsynced >= _UNSYNCED:
-                    file.flush()
-                    synced.append(syncing.submit(getattr(os, "fdatasync", os.fsync), file.fileno()))
-                    unsynced = 0
+                waiting.append((hashing.submit(total.update, data), writing.submit(put, data)))
+                if len(waiting) > _WAITING:
+                    for task in waiting.popleft():
+                        task.result()
+        for task in [task for tasks in waiting for task in tasks]:
+            task.result()
         for task in synced:
             task.result()  # an error of the disk is reported only once
     return at, total.hexdigest()

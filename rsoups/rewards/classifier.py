@@ -122,14 +122,14 @@ class Reward(LoadedReward):
         place = source if Path(source).is_dir() or not self.card.revision else f"{source}@{self.card.revision}"
         soup = interpolate({self.name: place}, [1.0])
         assert isinstance(soup, Soup)
-        base = soup.config.base_model_name_or_path
+        base = soup.settings.base_model_name_or_path
         if not base:
             raise RewardError(f"{source!r} is an adapter that does not name its base")
 
         # Parameters that the adapter brings whole: its head, whose rows are the number of labels.
         shapes = {name.removeprefix(PREFIX): t.shape for name, t in soup.state_dict.items() if "lora_" not in name}
         labels = [shape[0] for shape in shapes.values() if len(shape) == 2]
-        options = options | {"revision": soup.config.revision or "main"}
+        options = options | {"revision": soup.settings.revision or "main"}
         if labels:
             options["num_labels"] = min(labels)
         model, missing = self._classifier(resolve(base), options)

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
 from rsoups.adapters.adapter import Adapter
 from rsoups.adapters.config import for_inference
 from rsoups.adapters.layer_names import EXPERT, as_loaded, recorded_base, tells_class, without_numbers
 from rsoups.adapters.lora_modules import LoraModule, read_modules, unwrapped
+from rsoups.adapters.settings import LoraSettings
 from rsoups.common.errors import AdapterError
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -24,13 +23,13 @@ _OLD_PATH = re.compile(r"(language_model|vision_tower|visual|audio_tower|multi_m
 _BIASES = ("none", "lora_only", "all")
 
 
-def faithful_config(adapter: Adapter) -> LoraConfig:
+def faithful_config(adapter: Adapter) -> LoraSettings:
     """Return the config of an adapter that is written as it is.
 
     It is the adapter's own, unless PEFT would read that otherwise: patterns may depend on their order, which PEFT does not
     keep, and names may be old. Then it is one with the same meaning.
     """
-    config = for_inference(adapter.config)
+    config = for_inference(adapter.settings)
     if not _means(config, adapter.layout, adapter.modules):
         _select(config, [adapter], adapter.modules)
         alphas = {path: alpha_of(module, config.use_rslora) for path, module in adapter.modules.items()}
@@ -44,10 +43,10 @@ def alpha_of(module: LoraModule, rslora: bool | None) -> float:
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
 
 
-def stacked_config(adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> LoraConfig:
+def stacked_config(adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> LoraSettings:
     """Return the config of stacked factors: alpha equals the rank of each module, so that PEFT scales by 1."""
-    config = for_inference(adapters[0].config)
-    configs = [adapter.config for adapter in adapters]
+    config = for_inference(adapters[0].settings)
+    configs = [adapter.settings for adapter in adapters]
     config.use_rslora = False
     config.lora_bias = any(module.bias is not None for module in modules.values())
     config.lora_dropout = 0.0
@@ -63,7 +62,7 @@ def stacked_config(adapters: Sequence[Adapter], modules: Mapping[str, LoraModule
     return config
 
 
-def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alphas: Mapping[str, float]) -> None:
+def _write_patterns(config: LoraSettings, modules: Mapping[str, LoraModule], alphas: Mapping[str, float]) -> None:
     """Write rank and alpha of each module: the most common ones, and patterns for the others; at most one fits a module."""
     of_experts = {(module.rank, alphas[path]) for path, module in modules.items() if EXPERT.search(path)}
     if len(of_experts) > 1:
@@ -77,7 +76,7 @@ def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alpha
     common = Counter(fused or values.values()).most_common(1)[0][0]
     config.r, config.lora_alpha = next(iter(of_experts), common)  # type: ignore[assignment]  # PEFT takes any number
 
-    may_be_old = not tells_class(config)
+    may_be_old = any(map(_OLD_PATH.match, values)) and not tells_class(config)
     patterns = {_pattern(modules, path, may_be_old): value for path, value in values.items()}
     config.rank_pattern = {pattern: rank for pattern, (rank, _) in patterns.items() if rank != config.r}
     config.alpha_pattern = {pattern: alpha for pattern, (_, alpha) in patterns.items() if alpha != config.lora_alpha}
@@ -102,9 +101,9 @@ def _whatever_its_name(path: str) -> str:
     return re.sub(r"\\\.(model|vision_model)\\\.", r"\\.(?:\1\\.)?", re.escape(path))
 
 
-def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> None:
+def _select(config: LoraSettings, adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> None:
     """Target the modules of all adapters."""
-    configs = [adapter.config for adapter in adapters]
+    configs = [adapter.settings for adapter in adapters]
     narrowed = any(getattr(one, name) for one in configs for name in _SELECTION[1:])
     parameters = [name for one in configs for name in one.target_parameters or ()]
     wrapped = [(unwrapped(path), module.parameter) for path, module in modules.items() if module.parameter is not None]
@@ -124,15 +123,13 @@ def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[st
             config.target_modules = f"(.*\\.)?({'|'.join(map(_whatever_its_name, sorted(paths)))})"
 
 
-def _selects(config: LoraConfig, paths: Sequence[str]) -> bool:
+def _selects(config: LoraSettings, paths: Sequence[str]) -> bool:
     if config.target_modules == "all-linear":
         return True
-    return (
-        config.target_modules is None and not paths or all(check_target_module_exists(config, path) for path in paths)
-    )
+    return (config.target_modules is None and not paths) or all(map(config.targets, paths))
 
 
-def _means(config: LoraConfig, layout: Mapping[str, Tensor], modules: Mapping[str, LoraModule]) -> bool:
+def _means(config: LoraSettings, layout: Mapping[str, Tensor], modules: Mapping[str, LoraModule]) -> bool:
     """Whether PEFT reads these modules, with their scalings, from a config."""
     try:
         read = read_modules("the soup", as_written(config), layout)
@@ -141,7 +138,7 @@ def _means(config: LoraConfig, layout: Mapping[str, Tensor], modules: Mapping[st
     return read.keys() == modules.keys() and all(read[path].scaling == modules[path].scaling for path in modules)
 
 
-def as_written(config: LoraConfig) -> LoraConfig:
+def as_written(config: LoraSettings) -> LoraSettings:
     """Return a config as PEFT reads it back from its file, where all keys are sorted."""
     config = deepcopy(config)
     for name, value in vars(config).items():
@@ -152,7 +149,7 @@ def as_written(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def check_written(config: LoraConfig, layout: Mapping[str, Any], modules: Mapping[str, LoraModule]) -> None:
+def check_written(config: LoraSettings, layout: Mapping[str, Any], modules: Mapping[str, LoraModule]) -> None:
     """Check by names and shapes that PEFT, when it converts a soup for its base, loads all tensors.
 
     Args:
