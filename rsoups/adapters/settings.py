@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,11 @@ from rsoups.adapters.filenames import CONFIG_FILE
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+
+@cache
+def _peft_version() -> str:
+    return version("peft")
 
 
 @dataclass
@@ -67,7 +73,7 @@ class LoraSettings:
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
-        self.peft_version = self.peft_version or version("peft")
+        self.peft_version = self.peft_version or _peft_version()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))

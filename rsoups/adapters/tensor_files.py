@@ -27,8 +27,11 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 _SIZES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+# Numbers that are looked at at once. Larger blocks torch shares out to threads, beside those in which files are read: they
+# wait for each other, longer than they work.
+_BLOCK = 2**15 - 1
 _HELD = 2**30  # largest file that is kept in memory, in bytes
-_WAITING = 4  # tensors that may wait for their hash, or to be written: more would only take memory
+_UNHASHED = 4  # tensors that may wait for their hash: more would only take memory
 _UNSYNCED = 2**23  # bytes that are written before the disk is asked to store them
 
 
@@ -144,35 +147,26 @@ def write(
 
     start = len(text).to_bytes(8, "little") + text
     total = hashlib.sha256(start)
-    synced: deque[Future[None]] = deque()
-    unsynced = 0
-
-    def put(data: memoryview) -> None:
-        nonlocal unsynced
-        file.write(data)
-        unsynced += len(data)
-        if unsynced >= _UNSYNCED:
-            file.flush()
-            synced.append(syncing.submit(getattr(os, "fdatasync", os.fsync), file.fileno()))
-            unsynced = 0
-
-    # The hash, the file and the disk are each worked on in a thread of their own, while the next tensors are made.
-    names = ("sync", "write", "sha256")
-    syncing, writing, hashing = (ThreadPoolExecutor(1, thread_name_prefix=f"rsoups-{name}") for name in names)
-    with path.open("wb") as file, syncing, writing, hashing:
+    hashing, syncing = (ThreadPoolExecutor(1, thread_name_prefix=f"rsoups-{task}") for task in ("sha256", "sync"))
+    with path.open("wb") as file, hashing, syncing:
         if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
             os.posix_fallocate(file.fileno(), 0, len(start) + at)
         file.write(start)
-        waiting: deque[tuple[Future[None], Future[None]]] = deque()
+        hashed: deque[Future[None]] = deque()
+        synced, unsynced = [], 0
         for name in layout:
             for piece in pieces(name):
+                # The disk and the hash work while the next tensors are made.
                 data = _bytes_of(piece)
-                waiting.append((hashing.submit(total.update, data), writing.submit(put, data)))
-                if len(waiting) > _WAITING:
-                    for task in waiting.popleft():
-                        task.result()
-        for task in [task for tasks in waiting for task in tasks]:
-            task.result()
+                hashed.append(hashing.submit(total.update, data))
+                file.write(data)
+                if len(hashed) > _UNHASHED:
+                    hashed.popleft().result()
+                unsynced += len(data)
+                if unsynced >= _UNSYNCED:
+                    file.flush()
+                    synced.append(syncing.submit(getattr(os, "fdatasync", os.fsync), file.fileno()))
+                    unsynced = 0
         for task in synced:
             task.result()  # an error of the disk is reported only once
     return at, total.hexdigest()
@@ -184,10 +178,14 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def largest(tensor: Tensor) -> float:
     """The largest magnitude; not finite if any value is not. It takes a quarter of the time of torch.isfinite."""
-    if not tensor.numel():
-        return 0.0
-    low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
-    return max(-low.item(), high.item())  # NaN in any makes both NaN
+    top = 0.0
+    for block in tensor.reshape(-1).split(_BLOCK) if tensor.numel() else ():
+        low, high = torch.aminmax(block.float() if block.dtype.itemsize == 1 else block)
+        magnitude = max(-low.item(), high.item())  # NaN in any makes both NaN
+        if not math.isfinite(magnitude):
+            return magnitude
+        top = max(top, magnitude)
+    return top
 
 
 def is_finite(tensor: Tensor) -> bool:

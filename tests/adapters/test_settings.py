@@ -74,7 +74,7 @@ REFUSED = {
     "task type": {"task_type": "CAUSAL"},
     "lora_bias": {"lora_bias": True, "init_lora_weights": "gaussian"},
     "lora_bias=True": {"lora_bias": True, "init_lora_weights": None},
-    "eva_config": {"eva_config": [1]},
+    "EvaConfig": {"eva_config": [1]},
 }
 
 
