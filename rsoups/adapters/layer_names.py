@@ -250,7 +250,7 @@ def _class(name: str) -> Any:
     """A class of models in transformers; None if there is none."""
     import transformers
 
-    kind = getattr(transformers, name, None) if name.isidentifier() else None
+    kind: Any = getattr(transformers, name, None) if name.isidentifier() else None
     is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
     return kind if is_model and kind.config_class else None
 

@@ -74,7 +74,7 @@ def _write_patterns(config: LoraSettings, modules: Mapping[str, LoraModule], alp
     # PEFT warns about patterns for parameters of fused experts, so these decide what is common.
     fused = [values[path] for path, module in modules.items() if module.parameter is not None]
     common = Counter(fused or values.values()).most_common(1)[0][0]
-    config.r, config.lora_alpha = next(iter(of_experts), common)  # type: ignore[assignment]  # PEFT takes any number
+    config.r, config.lora_alpha = next(iter(of_experts), common)
 
     may_be_old = any(map(_OLD_PATH.match, values)) and not tells_class(config)
     patterns = {_pattern(modules, path, may_be_old): value for path, value in values.items()}
