@@ -195,7 +195,7 @@ def history_of(parents: Iterable[tuple[str, str | None, Any]]) -> dict[str, Mani
 
 
 def pinned(source: str, revision: str | None) -> str:
-    """A Hub id with its commit; a folder unchanged."""
+    """A Hub id at a commit, in place of the revision that it names; a folder unchanged."""
     return f"{source.partition('@')[0]}@{revision}" if revision else source
 
 
