@@ -196,14 +196,14 @@ def preview(
     from rsoups.rewards.interface import check_columns, columns_read
     from rsoups.rewards.load import load_reward
 
-    found_task = _task(task, dataset, template)
-    one_file = is_table(found_task, dataset)
-    raw = list(islice(raw_rows(found_task, dataset, split), None if one_file else rows))
+    chosen_task = _task(task, dataset, template)
+    one_file = is_table(chosen_task, dataset)
+    raw = list(islice(raw_rows(chosen_task, dataset, split), None if one_file else rows))
     loaded = load_reward(reward) if reward else None
-    usable = found_task.rows(raw, kept=columns_read([loaded]))
+    usable = chosen_task.rows(raw, kept=columns_read([loaded]))
     print(f"{len(usable)} of the first {len(raw)} rows kept, {len(raw) - len(usable)} dropped")
     if one_file:
-        usable = part_of(usable, split, str(dataset or found_task.dataset))
+        usable = part_of(usable, split, str(dataset or chosen_task.dataset))
         print(f"{len(usable)} of them are the split {split!r}")
     if loaded is not None:
         check_columns([loaded], columns_of(usable))
@@ -215,7 +215,7 @@ def preview(
         text = row["prompt"] if isinstance(row["prompt"], str) else loaded_tokenizer.decode(ids)
         print(f"\n[{len(ids)} tokens] {text}")
         if row["references"]:
-            _preview_reference(row, found_task, loaded)
+            _preview_reference(row, chosen_task, loaded)
 
 
 def _explain(reward: Any, prompt: str, response: str) -> None:

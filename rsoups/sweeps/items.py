@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rsoups.fronts.points import BASE, SOUP, Named
-from rsoups.generation.decoding import Prompt, Said
+from rsoups.generation.decoding import Prompt, Response
 
 ENSEMBLE = "ensemble"
 
@@ -67,7 +67,7 @@ class Answer:
 
     text: str
     tokens: int
-    said: Said | None = None
+    response: Response | None = None
 
 
 class Nats(NamedTuple):
