@@ -98,15 +98,9 @@ def _draw_one_reward(front: Front) -> Figure:
     figure = new_figure(7.2, 1.4 + 0.28 * len(points))
     axes = figure.subplots()
     style(axes)
-    means = [point.mean[reward] for point in points]
-    axes.errorbar(
-        means,
-        range(len(points)),
-        xerr=bars([point.estimate(reward) for point in points]),
-        fmt="o",
-        color=_BLUE,
-        ecolor=_BLUE + "55",
-    )
+    estimates = [point.estimate(reward) for point in points]
+    means = [estimate.value for estimate in estimates]
+    axes.errorbar(means, range(len(points)), xerr=bars(estimates), fmt="o", color=_BLUE, ecolor=_BLUE + "55")
     axes.set_yticks(range(len(points)), [point.label for point in points])
     axes.invert_yaxis()
     axes.set_xlabel(f"{reward}  (mean reward)")
