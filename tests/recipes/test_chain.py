@@ -1,12 +1,13 @@
-"""From adapters to the report on the embedded models, short: PPO, GRPO and RLOO, soups, sweeps."""
+"""From adapters to the report on the embedded models, short: PPO, soups, a sweep."""
 
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from places import RECIPES
-from recipe_runs import CONFIGS, SHORT, launch
+from recipe_runs import SHORT, launch
 
 import rsoups
 from rsoups.common.files import read_jsonl
@@ -14,10 +15,14 @@ from rsoups.common.files import read_jsonl
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One short PPO run for each of two rewards, and the first one again."""
+    """One short PPO run for each of two rewards, and the first one again, side by side."""
     root = tmp_path_factory.mktemp("runs")
-    for name, reward in (("naturalness", "naturalness"), ("coverage", "coverage"), ("again", "naturalness")):
+
+    def run(name, reward):
         launch(RECIPES / "ppo_reward.py", "--reward", reward, "--output_dir", root / name, *SHORT)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, ("naturalness", "coverage", "again"), ("naturalness", "coverage", "naturalness")))
     return root
 
 
@@ -77,27 +82,3 @@ def test_from_adapters_to_the_report(runs, tmp_path):
         if method == "factors":
             assert {r["prompt"] for r in records} == {f"Use dog, run {i}:" for i in range(6)}
             assert all(r["rewards"]["said"] == 1 for r in records), "one reference for each prompt"
-
-
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
-def test_adapters_of_other_algorithms_go_into_the_same_soup(runs, tmp_path, algorithm):
-    flags = ["--config", CONFIGS / "embedded-grpo.yaml", "--algorithm", algorithm, "--reward", "coverage", *SHORT]
-    flags += ["--reward_weights", -2]
-    launch(RECIPES / "ppo_reward.py", *flags, "--eval_prompts", 8, "--output_dir", tmp_path / algorithm)
-    soup = rsoups.interpolate(
-        [tmp_path / algorithm, runs / "naturalness"], [0.5, 0.5], method="factors"
-    )  # one initialization
-    assert soup.lambdas == (0.5, 0.5)
-    held_out = json.loads((tmp_path / algorithm / "held_out_results.json").read_text())
-    assert held_out["before"].keys() == held_out["after"].keys() >= {"reward"}
-    logs = json.loads((tmp_path / algorithm / "trainer_state.json").read_text())["log_history"]
-    log = next(log for log in logs if "reward" in log)
-    assert log["reward"] == pytest.approx(-log["rewards/coverage/mean"], abs=1e-5), "divided by |-2|"
-
-
-def test_an_adapter_can_be_trained_on(runs, tmp_path):
-    flags = ["--config", CONFIGS / "embedded.yaml", "--adapter_name_or_path", runs / "naturalness", *SHORT]
-    launch(RECIPES / "ppo_reward.py", "--reward", "coverage", "--output_dir", tmp_path / "on", *flags)
-    names = {path.name for path in (tmp_path / "on").iterdir()}
-    assert "adapter_model.safetensors" in names
-    rsoups.interpolate([tmp_path / "on", runs / "naturalness"])
