@@ -35,7 +35,7 @@ from rsoups.common.errors import AdapterError, LineageError
 from rsoups.common.files import whole_folder
 from rsoups.common.published import command, published, scrubbed
 from rsoups.soups import methods
-from rsoups.soups.blends import Blend, tensor_of
+from rsoups.soups.blends import Blend, pieces_of, tensor_of
 from rsoups.soups.config import as_written, check_written
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ class Soup:
         order = sorted(self.tensors, key=lambda name: (-self.tensors[name].dtype.itemsize, name))  # safetensors' own
         layout = {name: (tensor_files.NAMES[self.tensors[name].dtype], self.tensors[name].shape) for name in order}
         with whole_folder(folder, SOUP_FILE) as partial:
-            _, sha256 = tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: [tensor_of(self.tensors[name])])
+            _, sha256 = tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: pieces_of(self.tensors[name]))
             self.settings.save(partial)
             manifest = self.lineage | {"sha256": sha256}
             (partial / SOUP_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
