@@ -15,10 +15,8 @@ batches, all models share the same random numbers, and every figure has an inter
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from trl import TrlParser
 
 from rsoups import load_reward, simplex, sweep, write_report
 from rsoups.common.assets import named_sources
@@ -29,6 +27,7 @@ from rsoups.data.prompts import template_kwargs
 from rsoups.data.tasks import TASKS, columns_of, find_task
 from rsoups.fronts.grids import edges
 from rsoups.rewards.interface import check_columns, columns_read, rewards_by_name
+from rsoups.training.flags import FlagParser
 
 
 @dataclass
@@ -59,7 +58,7 @@ class ScriptArguments:
     )
     template: str | None = field(
         default=None,
-        metadata={"help": "Template of a custom task's prompts, as in ppo_reward.py; the column `prompt` if unset."},
+        metadata={"help": "Template of a custom task's prompts, as in rsoups train; the column `prompt` if unset."},
     )
     dataset: str | None = field(
         default=None, metadata={"help": "File, folder or Hub id; the task's own dataset if unset."}
@@ -67,7 +66,7 @@ class ScriptArguments:
     split: str = field(
         default="test",
         metadata={
-            "help": "Split of the prompts. Of a single file, test is the last tenth, which ppo_reward.py holds out; "
+            "help": "Split of the prompts. Of a single file, test is the last tenth, which rsoups train holds out; "
             "all is every row.",
             "choices": ["test", "train", "all"],
         },
@@ -168,6 +167,5 @@ def main(script: ScriptArguments) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with in_one_line():
-        classes: Any = (ScriptArguments,)  # the parser takes classes, whatever its hints say
-        parser = TrlParser(classes, description=__doc__.splitlines()[0])
-        main(*parser.parse_args_and_config())
+        example = "--adapters helpful=runs/helpful harmless=runs/harmless --reward helpful harmless --out runs/sweep"
+        main(*FlagParser((ScriptArguments,), __doc__, example).read())

@@ -19,6 +19,7 @@ RsoupsError
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -31,8 +32,18 @@ def in_one_line() -> Iterator[None]:
     try:
         yield
     except RsoupsError as error:
-        print(f"rsoups: {error}", file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         sys.exit(2)
+
+
+def one_line(error: object) -> str:
+    """An error as a command shows it: on one line, with flags for Python's arguments (``--normalize``, ``normalize=True``)."""
+
+    def flag(match: re.Match[str]) -> str:
+        return f"--{match[1].replace('_', '-')}"
+
+    words = " ".join(str(error).split())  # other libraries' reasons have several lines
+    return "rsoups: " + re.sub(r"(?<![\w.-])([a-z][a-z_]+)=(?:True|(?=[\s),.;:]|$))", flag, words)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
