@@ -25,6 +25,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+# Settings of TRL's, and the names that all commands have for them.
+SHORT_NAMES = {"model_name_or_path": "base", "output_dir": "out"}
+
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
@@ -36,14 +39,23 @@ def in_one_line() -> Iterator[None]:
         sys.exit(2)
 
 
+def shown_flag(name: str) -> str:
+    """The flag of a setting, as the help spells it: ``--max-steps`` for ``max_steps``."""
+    return f"--{SHORT_NAMES.get(name, name).replace('_', '-')}"
+
+
 def one_line(error: object) -> str:
-    """An error as a command shows it: on one line, with flags for Python's arguments (``--normalize``, ``normalize=True``)."""
+    """An error as a command shows it: on one line, with flags as the help spells them.
+
+    ``normalize=True`` becomes ``--normalize``, ``--output_dir`` ``--out``, and ``--max_steps`` ``--max-steps``.
+    """
 
     def flag(match: re.Match[str]) -> str:
-        return f"--{match[1].replace('_', '-')}"
+        return shown_flag(match[1])
 
     words = " ".join(str(error).split())  # other libraries' reasons have several lines
-    return "rsoups: " + re.sub(r"(?<![\w.-])([a-z][a-z_]+)=(?:True|(?=[\s),.;:]|$))", flag, words)
+    words = re.sub(r"(?<![\w.-])([a-z][a-z_]+)=(?:True|(?=[\s),.;:]|$))", flag, words)
+    return "rsoups: " + re.sub(r"(?<![\w-])--([a-z][a-z0-9_]+)", flag, words)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rsoups.common.assets import shipped
+from rsoups.common.errors import SHORT_NAMES
 
-# One name for one thing in all commands: the short names of TRL's settings.
-SHORT_NAMES = {"base": "model_name_or_path", "out": "output_dir"}
+_LONG_NAMES = {short: name for name, short in SHORT_NAMES.items()}
 _FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 
 
@@ -27,7 +27,7 @@ def spelled_out(argv: Sequence[str]) -> list[str]:
     for word in argv:
         if flag := _FLAG.fullmatch(word):
             name, value = flag[1].replace("-", "_"), flag[2]
-            word = f"--{SHORT_NAMES.get(name, name)}" + ("" if value is None else f"={value}")
+            word = f"--{_LONG_NAMES.get(name, name)}" + ("" if value is None else f"={value}")
         words.append(word)
     return with_config_path(words)
 

@@ -15,8 +15,8 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from trl import TrlParser
 
-from rsoups.common.errors import SettingsError, did_you_mean
-from rsoups.training.configs import SHORT_NAMES, config_path, given_flags, spelled_out
+from rsoups.common.errors import SettingsError, did_you_mean, shown_flag
+from rsoups.training.configs import config_path, given_flags, spelled_out
 
 # Settings of TRL's classes that the help describes. The others it lists with their defaults.
 _COMMON = (
@@ -112,10 +112,8 @@ class FlagParser(TrlParser):
             action = super().add_argument(*names, **options)
             self._listed.append(action)
             action.help = argparse.SUPPRESS
-        short = {long: name for name, long in SHORT_NAMES.items()}.get(name, name)
-        action.option_strings = [
-            f"--{short.replace('_', '-')}"
-        ]  # in the help and in errors; all others are parsed as well
+        # What the help and errors show. The parser has taken note of all spellings before.
+        action.option_strings = [shown_flag(name)]
         if not action.choices:
             action.metavar = _TYPES.get(self._types[name], "STR")
         return action
@@ -166,7 +164,7 @@ class FlagParser(TrlParser):
             self.error("--config needs one file")
         file = read_config(given.get("config"))
         for name in [name for name in given if name not in known]:
-            self.error(f"no flag --{_hyphens(name)}.{_hint(name, known)}")
+            self.error(f"no flag {shown_flag(name)}.{_hint(name, known)}")
         for name in [name for name in file if name not in known | {"env"}]:
             self.error(f"{given['config']} has no setting {name!r} of this recipe.{did_you_mean(name, known)}")
         for action in (*self._described, *self._listed):
@@ -231,10 +229,5 @@ def _with_default(action: argparse.Action) -> str:
     return f"{action.option_strings[0]}\xa0{default}" if shown else action.option_strings[0]
 
 
-def _hyphens(name: str) -> str:
-    return name.replace("_", "-")
-
-
 def _hint(name: str, known: set[str]) -> str:
-    short = {long: name for name, long in SHORT_NAMES.items()}
-    return did_you_mean(f"--{_hyphens(name)}", [f"--{_hyphens(short.get(other, other))}" for other in sorted(known)])
+    return did_you_mean(shown_flag(name), map(shown_flag, sorted(known)))

@@ -11,8 +11,8 @@ from trl import ModelConfig, RewardConfig, SFTConfig
 import rsoups
 from rsoups.cli.main import RECIPES as COMMANDS
 from rsoups.cli.main import main
-from rsoups.common.errors import one_line
-from rsoups.training.configs import SHORT_NAMES, given_flags, spelled_out
+from rsoups.common.errors import SHORT_NAMES, one_line, shown_flag
+from rsoups.training.configs import given_flags, spelled_out
 from rsoups.training.flags import FlagParser, read_config
 from rsoups.training.run_arguments import RunArguments, parse
 
@@ -109,7 +109,7 @@ def test_a_commands_help_is_of_that_command_and_fits_the_terminal(command, monke
     assert f"Example: rsoups {command} --" in shown and "(default: " in shown
     assert ".py" not in shown and "None" not in shown.split("further settings")[0].replace("`None`", "")
     assert max(map(len, shown.splitlines())) <= 80 and len(shown.splitlines()) < 300
-    for short, name in SHORT_NAMES.items():
+    for name, short in SHORT_NAMES.items():
         assert f"--{short} STR" in shown and f"--{name}" not in shown and f"--{name.replace('_', '-')}" not in shown
 
 
@@ -121,9 +121,8 @@ def test_the_help_names_every_setting(recipe, settings, capsys):
     arguments = runpy.run_path(str(RECIPES / f"{recipe}.py"))["ScriptArguments"]
     parser = FlagParser((arguments, *settings), "What it does.", "--x")
     shown = parser.format_help()
-    short = {name: brief for brief, name in SHORT_NAMES.items()}
     for name in fields_of(arguments, *settings):
-        assert f"--{short.get(name, name).replace('_', '-')}" in shown, name
+        assert shown_flag(name) in shown, name
     for field in dataclasses.fields(arguments):
         assert " ".join(field.metadata["help"].split()) in " ".join(shown.split()), field.name
 
@@ -153,3 +152,8 @@ def test_an_error_of_a_recipe_is_one_line_and_exit_code_2(command, tmp_path, cap
 def test_errors_use_the_words_of_the_command_line():
     error = rsoups.LambdasError("lambdas sum to 1.2:\n  pass normalize=True, or base= for the rest (x.y=True stays)")
     assert one_line(error) == "rsoups: lambdas sum to 1.2: pass --normalize, or --base for the rest (x.y=True stays)"
+    error = rsoups.OutputError(
+        "runs/a_b--c_d: another --output_dir, or --overwrite_output_dir true; --mini_batch_size=4"
+    )
+    words = "runs/a_b--c_d: another --out, or --overwrite-output-dir true; --mini-batch-size=4"
+    assert one_line(error) == f"rsoups: {words}"
