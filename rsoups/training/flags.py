@@ -163,9 +163,9 @@ class FlagParser(TrlParser):
         if words.count("--config") > 1 or ("config" in given and given["config"] is None):
             self.error("--config needs one file")
         file = read_config(given.get("config"))
-        for name in [name for name in given if name not in known]:
+        for name in sorted(given.keys() - known):
             self.error(f"no flag {shown_flag(name)}.{_hint(name, known)}")
-        for name in [name for name in file if name not in known | {"env"}]:
+        for name in sorted(file.keys() - known - {"env"}):
             self.error(f"{given['config']} has no setting {name!r} of this recipe.{did_you_mean(name, known)}")
         for action in (*self._described, *self._listed):
             value = given.get(action.dest)
