@@ -8,6 +8,7 @@ from typing import Any
 
 from rsoups.common.assets import embedded_name, need, resolve
 from rsoups.common.errors import CheckpointError, HubError, RsoupsError
+from rsoups.common.files import hub_commit
 
 
 def base_config(name: str, **options: Any) -> Any:
@@ -98,13 +99,20 @@ def from_safetensors(load: Callable[..., Any], source: str, **options: Any) -> A
     """
     from rsoups.common.pickles import converted
 
+    revision = options.get("revision")
     try:
-        return load(source, use_safetensors=True, **options)
+        loaded = load(source, use_safetensors=True, **options)
     except OSError:
         copy = converted(source, options.pop("revision", None))
         if copy is None:
             raise
         return load(str(copy), use_safetensors=True, **options)
+
+    # transformers 5.23 does not note the commit any more. Without it, files beside the weights (`BaseFiles`) would be those of
+    # the branch main, whichever revision was loaded. The config does not save this attribute.
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.config._commit_hash = hub_commit(source, revision)
+    return loaded
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import torch
 from tiny import tiny_llama
 
 import rsoups
+from rsoups.bases.files import BaseFiles
 from rsoups.bases.load import dtype_of, load_base
 from rsoups.common.assets import resolve
 
@@ -42,3 +43,21 @@ def test_a_base_in_half_precision_is_computed_in_float32_on_the_cpu(tmp_path):
     assert load_base(str(tmp_path), device="cpu").dtype == torch.float32
     assert load_base(str(tmp_path), dtype=torch.float16).dtype == torch.float16
     assert load_base("rsoups/tiny-llama", device="cuda").dtype == torch.float32
+
+
+def test_files_beside_the_weights_are_of_the_revision_that_was_loaded(tmp_path, monkeypatch):
+    """Two revisions in the Hub's cache: a merged model takes what is beside its weights from its own, not from main."""
+    repository = tmp_path / "models--user--base"
+    for name, number in (("main", "1"), ("v2", "2")):
+        tiny_llama(hidden_size=8 * int(number), head_dim=8).save_pretrained(repository / "snapshots" / (number * 40))
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(number * 40)
+
+    for module in ("huggingface_hub.constants", "huggingface_hub.file_download"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path), raising=False)
+    for revision, number in ((None, "1"), ("v2", "2"), ("2" * 40, "2")):
+        model = load_base("user/base", **({"revision": revision} if revision else {}))
+        assert model.config.hidden_size == 8 * int(number)
+        assert BaseFiles.of(model).path("config.json").parent.name == number * 40
+        model.save_pretrained(tmp_path / "saved")
+        assert number * 40 not in (tmp_path / "saved" / "config.json").read_text()
