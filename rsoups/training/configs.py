@@ -35,9 +35,9 @@ def spelled_out(argv: Sequence[str]) -> list[str]:
 def given_flags(words: Sequence[str]) -> dict[str, str | None]:
     """Names of the flags among words, each with its first value; None for a flag without one."""
     given: dict[str, str | None] = {}
-    for word, following in zip(words, [*words[1:], "--end"], strict=True):
+    for place, word in enumerate(words, 1):
         if flag := _FLAG.fullmatch(word):
-            value = None if _FLAG.fullmatch(following) else following
+            value = next((following for following in words[place : place + 1] if not _FLAG.fullmatch(following)), None)
             given[flag[1]] = value if flag[2] is None else flag[2]
     return given
 

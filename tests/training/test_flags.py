@@ -42,6 +42,7 @@ def test_values_of_flags_are_found_however_they_are_written():
     assert given_flags(["--a", "1", "2", "--b=x=y", "--c", "--d", "-.5", "--e"]) == {
         "a": "1", "b": "x=y", "c": None, "d": "-.5", "e": None,
     }  # fmt: skip
+    assert given_flags([]) == {} and given_flags(["a", "--b"]) == {"b": None}
 
 
 @pytest.mark.parametrize("flags", [["--base", "mine"], ["--base=mine"], ["--model-name-or-path=mine"]])
