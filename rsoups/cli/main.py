@@ -79,7 +79,9 @@ def _app() -> App:
     for number, (title, functions) in enumerate(COMMANDS.items(), 1):
         group = Group(title, sort_key=number)
         for place, function in enumerate(functions):
-            app.command(function, group=group, sort_key=place)
+            # Of an optional argument, cyclopts says only [ARGS].
+            usage = "Usage: rsoups explore [OPTIONS] [FOLDER]" if function is fronts.explore else None
+            app.command(function, group=group, sort_key=place, usage=usage)
     return app
 
 
