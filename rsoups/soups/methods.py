@@ -18,7 +18,7 @@ from torch import Tensor
 from rsoups.adapters.adapter import Adapter
 from rsoups.adapters.layer_names import PREFIX, written_name
 from rsoups.adapters.lineage import SOUP_METHODS
-from rsoups.adapters.lora_modules import LoraModule
+from rsoups.adapters.lora_modules import LoraModule, wrapper_paths
 from rsoups.adapters.tensor_files import is_finite
 from rsoups.bases.weights import BaseWeights
 from rsoups.common.errors import AdapterError, LambdasError
@@ -247,8 +247,7 @@ def _own_values(adapters: list[Adapter], base: BaseWeights | None) -> Adapter | 
     names = {name: adapter for adapter in adapters for name in adapter.full}
     if base is None or not names:
         return None
-    config = max((a.config for a in names.values()), key=lambda config: bool(config.trainable_token_indices))
-    own = base.like(names, config)
+    own = base.like({name: adapter.config for name, adapter in names.items()})
     for name, adapter in names.items():
         ours, theirs = tuple(own.layout[name].shape), tuple(adapter.layout[name].shape)
         if ours != theirs:
@@ -262,13 +261,12 @@ def _own_values(adapters: list[Adapter], base: BaseWeights | None) -> Adapter | 
 def _stacked(weighted: Weighted, dtype: torch.dtype) -> tuple[dict[str, LoraModule], dict[str, Blend]]:
     """The modules of a soup, and their factors."""
     with_bias = any(adapter.config.lora_bias for adapter, _ in weighted)
+    paths = wrapper_paths({name: module for adapter, _ in weighted for name, module in adapter.modules.items()})
     modules, tensors = {}, {}
-    for path in dict.fromkeys(path for adapter, _ in weighted for path in adapter.modules):
-        parts = [(adapter, adapter.modules[path], weight) for adapter, weight in weighted if path in adapter.modules]
+    for name, path in paths.items():
+        parts = [(adapter, adapter.modules[name], weight) for adapter, weight in weighted if name in adapter.modules]
         rank = sum(module.rank for _, module, _ in parts)
-        # Not every ingredient tells which parameter of the module it changes.
-        like = max((module for _, module, _ in parts), key=lambda module: bool(module.parameter))
-        soup = modules[path] = _named_module(path, rank, like, with_bias)
+        soup = modules[name] = _named_module(path, rank, parts[0][1], with_bias)
 
         rows = rank * soup.experts
         A = [Part(adapter, module.A) for adapter, module, _ in parts]
