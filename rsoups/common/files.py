@@ -69,13 +69,20 @@ def writing(target: str | Path, remark: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        text = str(error)
-        # safetensors and torch.save have errors of their own.
-        is_disk = isinstance(error, OSError) or "I/O error" in text or "PytorchStreamWriter" in text
-        if not is_disk:
+        reason = _disk_error(error)
+        if reason is None:
             raise
-        reason = getattr(error, "strerror", None) or text.rpartition("I/O error: ")[2].partition("\n")[0]
         raise OutputError(f"cannot write {target}: {reason}{remark}") from error
+
+
+def _disk_error(error: Exception) -> str | None:
+    """What the disk says, in an error of Python, safetensors or torch.save; None if it is another error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    _, of_disk, reason = str(error).partition("I/O error: ")
+    if of_disk:
+        return reason
+    return "the file could not be written whole; is the disk full?" if "inline_container.cc" in str(error) else None
 
 
 def check_replaceable(target: Path, marker: str) -> None:

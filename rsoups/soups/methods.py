@@ -149,7 +149,7 @@ def check_factors(adapters: Sequence[Adapter], rows: Iterable[Sequence[float]] =
     first, *others = adapters
     for other in others:
         pair = f"{first.source} and {other.source}"
-        if first.layout.keys() != other.layout.keys():
+        if first.layout.keys() != other.layout.keys() or first.modules.keys() != other.modules.keys():
             raise AdapterError(
                 f"method 'factors' needs the same modules in all ingredients; {pair} differ: use 'exact'"
             )

@@ -94,7 +94,7 @@ def room_for(size):
 
 
 WRITERS = {
-    "Python": lambda path, tensors: path.write_bytes(bytes(4_000)),
+    "Python": lambda path, tensors: path.write_bytes(bytes(10_000)),
     "safetensors": lambda path, tensors: save_file(tensors, path),
     "torch": lambda path, tensors: torch.save(tensors, path),
 }
@@ -102,12 +102,12 @@ WRITERS = {
 
 @pytest.mark.parametrize("library", WRITERS)
 def test_a_full_disk_is_one_line_whichever_library_writes(tmp_path, library):
-    tensors = {"a": torch.zeros(1000)}
-    refused = pytest.raises(OutputError, match=r"^cannot write .*out: .*(too large|failed)[^\n]*; again$")
-    with room_for(1000), refused, writing(tmp_path / "out", "; again"):
+    tensors = {"a": torch.zeros(4_000)}
+    refused = pytest.raises(OutputError, match=r"^cannot write .*out: .*(too large|disk full)[^\n]*; again$")
+    with room_for(4_000), refused, writing(tmp_path / "out", "; again"):
         WRITERS[library](tmp_path / "file", tensors)
     refused = pytest.raises(OutputError, match=r"^cannot write .*folder: [^\n]*$")
-    with room_for(1000), refused, whole_folder(tmp_path / "folder", "marker") as partial:
+    with room_for(4_000), refused, whole_folder(tmp_path / "folder", "marker") as partial:
         WRITERS[library](partial / "file", tensors)
     assert [path.name for path in tmp_path.iterdir() if path.name != "file"] == []
 

@@ -159,7 +159,7 @@ def test_unlike_parameters_are_one_adapter(tmp_path, kind, method):
     folders = [fused(tmp_path / str(n), n, target_parameters=names, r=n + 2) for n, names in enumerate(UNLIKE[kind])]
     soup = assert_right(tmp_path, folders, [0.3, 0.7], **method)
     found = inspect_adapters({folder.name: read_adapter(folder) for folder in folders})
-    assert found.refusals["exact"] is None and "other modules" not in found.to_text()
+    assert found.refusals["exact"] is None
     assert soup._modules.keys() == found.adapters["0"].modules.keys() | found.adapters["1"].modules.keys()
     saved = rsoups.Soup.from_pretrained(tmp_path / "soup")
     assert all(torch.equal(saved.state_dict[name], tensor) for name, tensor in soup.state_dict.items())

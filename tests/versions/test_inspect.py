@@ -63,7 +63,7 @@ HEAD = {"modules_to_save": ["lm_head"]}
 BESIDE = {
     "other ranks and targets": ({"r": 2, "use_rslora": True, "target_modules": "all-linear"}, None, None),
     "a wrapped one": ({}, lambda folder: renamed(folder, lambda name: f"module._orig_mod.{name}"), None),
-    "copies of the base's own head": ({"target_modules": ["lm_head", "q_proj"]}, None, None),
+    "a LoRA of the head": ({"target_modules": ["lm_head", "q_proj"]}, None, None),
     "a head": (HEAD, None, "lm_head.weight was trained as a whole in only one of"),
     "a part of a head": (HEAD, lambda folder: retouch(folder, cut_head), "has no elements"),
     "tokens": ({"trainable_token_indices": [3]}, None, "in only one of"),
