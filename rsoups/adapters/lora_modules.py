@@ -235,5 +235,7 @@ def _check_experts(source: str, modules: Mapping[str, LoraModule]) -> None:
     counts: dict[str, int] = {}
     for name, module in modules.items():
         holder = holder_of(name, module)
+        if (module.parameter or "").endswith("_bias"):  # a matrix, with one row for each expert
+            continue
         if module.parameter is not None and counts.setdefault(holder, module.experts) != module.experts:
             raise AdapterError(f"{source}: the parameters of {holder} do not have the ranks of {CONFIG_FILE}")

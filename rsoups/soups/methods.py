@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from rsoups.adapters.adapter import Adapter
+from rsoups.adapters.adapter import TOKENS, Adapter
 from rsoups.adapters.layer_names import PREFIX, written_name
 from rsoups.adapters.lineage import SOUP_METHODS
 from rsoups.adapters.lora_modules import LoraModule, wrapper_paths
@@ -247,6 +247,11 @@ def _own_values(adapters: list[Adapter], base: BaseWeights | None) -> Adapter | 
     names = {name: adapter for adapter in adapters for name in adapter.full}
     if base is None or not names:
         return None
+    layers = {frozenset(name for name in adapter.full if name.endswith(TOKENS)) for adapter in adapters} - {frozenset()}
+    if len(layers) > 1 and base.model.config.get_text_config().tie_word_embeddings:
+        raise AdapterError(
+            f"the ingredients train tokens of other layers, and the base {base.source} ties them: train the same ones in all"
+        )
     own = base.like({name: adapter.config for name, adapter in names.items()})
     for name, adapter in names.items():
         ours, theirs = tuple(own.layout[name].shape), tuple(adapter.layout[name].shape)

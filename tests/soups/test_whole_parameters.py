@@ -126,6 +126,15 @@ def test_single_tokens_of_other_layers_are_blended_with_the_bases_own(tmp_path, 
     assert_is_sum(tmp_path / "soup", tiny_llama, folders, [0.3, 0.7])
 
 
+def test_single_tokens_of_tied_layers_are_refused_where_ingredients_train_others(tmp_path):
+    """PEFT applies the tokens of one layer to the other that is tied to it, if that has none of its own."""
+    tied().save_pretrained(tmp_path / "base")
+    tokens = {"embed_tokens": [9, 3]}, {"lm_head": [9, 3]}
+    folders = [tiny_adapter(tmp_path / str(i), tied(), trainable_token_indices=one) for i, one in enumerate(tokens)]
+    with pytest.raises(rsoups.AdapterError, match=r"tokens of other layers .* ties them: train the same"):
+        rsoups.interpolate(folders, base=tmp_path / "base")
+
+
 BESIDE = {
     "factors": ({"target_modules": ["embed_tokens"]}, "at single tokens in .* and has factors in"),
     "whole": ({"modules_to_save": ["embed_tokens"]}, "as a whole in .* and has single trained tokens in"),
@@ -175,9 +184,14 @@ def test_a_copy_that_one_layer_has_and_another_lacks(tmp_path):
     """PEFT would save copies of both tables; the base's own copy of the head is left out."""
     lora = {"target_modules": ["embed_tokens", "lm_head"]}, {"target_modules": ["embed_tokens"]}
     folders = [tiny_adapter(tmp_path / str(i), tied(), seed=i, **one) for i, one in enumerate(lora)]
+    table, own = COPY.replace("lm_head", "model.embed_tokens"), tied().lm_head.weight.detach().clone()
+    for folder, copies in zip(folders, ([table, COPY], [table]), strict=True):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+        save_file(factors | {name: own.clone() for name in copies}, folder / "adapter_model.safetensors")
     tied().save_pretrained(tmp_path / "base")
     soup = rsoups.interpolate(folders, [0.3, 0.7], base=tmp_path / "base")
-    assert COPY not in soup.state_dict and COPY.replace("lm_head", "model.embed_tokens") in soup.state_dict
+    assert COPY not in soup.state_dict and table in soup.state_dict
     soup.save_pretrained(tmp_path / "soup")
     with torch.no_grad():
         loaded = soup.load(tied())(IDS).logits
