@@ -117,7 +117,7 @@ def test_single_tokens_of_tied_layers_are_refused_where_ingredients_train_others
     tied().save_pretrained(tmp_path / "base")
     tokens = {"embed_tokens": [9, 3]}, {"lm_head": [9, 3]}
     folders = [tiny_adapter(tmp_path / str(i), tied(), trainable_token_indices=one) for i, one in enumerate(tokens)]
-    with pytest.raises(rsoups.AdapterError, match=r"tokens of other layers .* ties them: train the same"):
+    with pytest.raises(rsoups.AdapterError, match=r"tokens of other layers, and .* ties them: train the same ones"):
         rsoups.interpolate(folders, base=tmp_path / "base")
 
 
