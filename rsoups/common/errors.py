@@ -54,6 +54,7 @@ def one_line(error: object) -> str:
         return shown_flag(match[1])
 
     words = " ".join(str(error).split())  # other libraries' reasons have several lines
+    words = re.sub(r"(?<==True) \(on the command line --[\w-]+\)", "", words)  # for those who read it in Python
     words = re.sub(r"(?<![\w.-])([a-z][a-z_]+)=(?:True|(?=[\s),.;:]|$))", flag, words)
     return "rsoups: " + re.sub(r"(?<![\w-])--([a-z][a-z0-9_]+)", flag, words)
 
