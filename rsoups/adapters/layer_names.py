@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."
-# Classes whose layers never had other names: for these, transformers need not be imported, which takes seconds.
+# Classes whose layers never had other names, and the names of their layers: for these, transformers need not be imported,
+# which takes seconds.
 NEVER_RENAMED = {
     f"{family}For{head}"
-    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3", "Falcon")
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2")
     for head in ("CausalLM", "SequenceClassification")
 }
+PLAIN_LAYERS = {f"model.layers.#.self_attn.{name}_proj" for name in "qkvo"}
+PLAIN_LAYERS |= {f"model.layers.#.mlp.{name}_proj" for name in ("gate", "up", "down")}
 # torch.compile, FSDP (of torch and fairscale), activation checkpointing, Lightning, Opacus: anywhere in a name.
 _WRAPPER = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module|_forward_module|_module)\."
@@ -170,12 +173,18 @@ def without_numbers(path: str) -> str:
     return re.sub(r"\d+", "#", path)
 
 
-def recorded_base(settings: LoraSettings) -> PreTrainedModel | None:
-    """A skeleton of the base that an adapter names; None if the base is not known here, or its layers never had other names."""
+def recorded_base(settings: LoraSettings, only_renamed: bool = True) -> PreTrainedModel | None:
+    """A skeleton of the base that an adapter names; None if the base is not known here; `only_renamed` as of `skeleton`."""
     name = _recorded_class(settings)
-    if not name or name in NEVER_RENAMED:
+    if not name or (only_renamed and name in NEVER_RENAMED):
         return None
-    return skeleton(name, _local_config(settings), only_renamed=True)
+    return skeleton(name, _local_config(settings), only_renamed)
+
+
+def has_plain_layers(settings: LoraSettings, paths: Iterable[str]) -> bool:
+    """Whether the class of the base is known to have all of these layers under these names; heads are not looked at."""
+    known = _recorded_class(settings) in NEVER_RENAMED
+    return known and all(path in PLAIN_LAYERS or "#" not in path for path in map(without_numbers, paths))
 
 
 def tells_class(settings: LoraSettings) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from tiny import tiny_adapter
 import rsoups
 from rsoups.adapters.adapter import read_adapter
 from rsoups.adapters.config import read_config
-from rsoups.adapters.layer_names import NEVER_RENAMED, was_renamed
+from rsoups.adapters.layer_names import NEVER_RENAMED, PLAIN_LAYERS, was_renamed, without_numbers
 from rsoups.adapters.settings import LoraSettings, by_pattern
 
 PATHS = [f"{a}layers.{n}.{b}" for a in ("", "model.") for n in (0, 1, 12) for b in ("q_proj", "mlp.up_proj", "aq_proj")]
@@ -108,9 +109,14 @@ def test_patterns_are_matched_as_peft_does(pattern, path):
     assert by_pattern(pattern, path, 0) == pattern.get(get_pattern_key(pattern, path), 0)
 
 
-def test_classes_that_need_no_conversion_have_none():
+def test_classes_that_need_no_conversion_have_none_and_the_layers_that_we_know():
     for name in sorted(NEVER_RENAMED):
-        assert not was_renamed(getattr(transformers, name)), name
+        kind = getattr(transformers, name)
+        assert not was_renamed(kind), name
+        config = kind.config_class(num_hidden_layers=1, vocab_size=8, pad_token_id=0)
+        with torch.device("meta"):
+            modules = dict(kind(config).named_modules())
+        assert {without_numbers(path) for path in modules} >= PLAIN_LAYERS, name
 
 
 def test_changes_of_a_soups_config_are_written(two, tmp_path):
