@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from rsoups.adapters.adapter import Adapter
+from rsoups.adapters.tensor_files import BLOCK
 
 _READ = 2**20  # numbers that are read at once
-# Numbers that are converted, multiplied and summed at once: they stay in the processor's cache, and torch takes one thread.
-# Several would wait for each other beside the threads that hash and read, many times longer than they work.
-_BLOCK = 2**14
 
 
 class Part(NamedTuple):
@@ -96,7 +94,7 @@ def side_by_side(blend: Blend) -> Tensor:
     widths = [part.adapter.layout[part.name].shape[1] for part in blend.parts]
     for part, columns in zip(blend.parts, matrix.split(widths, dim=1), strict=True):
         tensor = part.tensor()
-        for rows in _rows_of(columns, _BLOCK):
+        for rows in _rows_of(columns, BLOCK):
             columns[rows] = tensor[rows].to(torch.float64, copy=True).mul_(part.factor)
     return matrix
 
@@ -109,7 +107,7 @@ def summed(blend: Blend) -> Tensor:
     # Each read is some megabytes of an ingredient, however large the parameter is.
     for rows in _rows_of(total, _READ) if blend.parts else ():
         piece, tensors = total[rows], [part.tensor(rows) for part in blend.parts]
-        for block in _rows_of(piece, _BLOCK):
+        for block in _rows_of(piece, BLOCK):
             values = tensors[0][block].to(torch.float64, copy=True).mul_(blend.parts[0].factor)
             for tensor, part in zip(tensors[1:], blend.parts[1:], strict=True):
                 values.add_(tensor[block].double(), alpha=part.factor)
@@ -121,7 +119,7 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype or not tensor.dim():
         return tensor.to(dtype)
     converted = torch.empty(tensor.shape, dtype=dtype)
-    for rows in _rows_of(tensor, _BLOCK):
+    for rows in _rows_of(tensor, BLOCK):
         converted[rows] = tensor[rows]
     return converted
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rsoups.adapters.tensor_files import _BLOCK, TensorFile, largest
+from rsoups.adapters.tensor_files import BLOCK, TensorFile, largest
 
-SIZE = 2 * _BLOCK + 5
+SIZE = 2 * BLOCK + 5
 
 
-@pytest.mark.parametrize("place", [0, _BLOCK - 1, _BLOCK, SIZE - 1])
+@pytest.mark.parametrize("place", [0, BLOCK - 1, BLOCK, SIZE - 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn])
 def test_the_largest_magnitude_is_found_in_every_block(dtype, place):
     values = torch.linspace(-1, 1, SIZE)
@@ -24,7 +24,7 @@ def test_the_largest_magnitude_is_found_in_every_block(dtype, place):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [0, _BLOCK, SIZE - 1])
+@pytest.mark.parametrize("place", [0, BLOCK, SIZE - 1])
 def test_a_file_with_a_value_that_is_not_finite_is_told_wherever_it_is(tmp_path, place, value):
     values = torch.ones(SIZE)
     values[place] = value
