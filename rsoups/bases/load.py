@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rsoups.common.assets import embedded_name, need, resolve
+from rsoups.common.assets import need, resolve, ships
 from rsoups.common.errors import CheckpointError, HubError, RsoupsError
 
 
@@ -58,9 +58,9 @@ def load_tokenizer(name: str, **options: Any) -> Any:
 def dtype_of(name: str, dtype: Any = "auto", device: str | None = None) -> Any:
     """The type of weights that a model is loaded in: the one rule for all of rsoups.
 
-    A type other than ``auto`` is used as it is. ``auto`` is float32 for an embedded model, because its weights are stored in
-    float16 only to make the package small, and on the CPU, where half precision is slow and coarse. On a GPU it is the type of
-    the checkpoint.
+    A type other than ``auto`` is used as it is. ``auto`` is float32 for a model inside the package, because its weights are
+    stored in float16 only to make the package small, and on the CPU, where half precision is slow and coarse. On a GPU it is
+    the type of the checkpoint.
 
     Args:
         name: Folder, Hub id or ``rsoups/...`` of the model.
@@ -72,7 +72,7 @@ def dtype_of(name: str, dtype: Any = "auto", device: str | None = None) -> Any:
     if dtype not in ("auto", None):
         return dtype
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.float32 if embedded_name(name) or torch.device(device).type == "cpu" else "auto"
+    return torch.float32 if ships(name) or torch.device(device).type == "cpu" else "auto"
 
 
 def from_safetensors(load: Callable[..., Any], source: str, **options: Any) -> Any:

@@ -28,7 +28,7 @@ class Task:
         name: Name for ``--task``.
         dataset: Default data: a Hub id, or ``rsoups/...`` for the embedded prompts.
         columns: Names of the columns that a dataset must have.
-        prompt: Function of a row: its policy prompt, or None where the paper filters the row out.
+        prompt: Function of a row: its policy prompt (text or messages), or None where the paper filters the row out.
         references: Function of a row: its reference responses (empty where the data has none).
         cut: Function of a response: the part of it that rewards see.
         key: Function of a row: a value that may occur only once; None where every row counts.
@@ -41,7 +41,7 @@ class Task:
     name: str
     dataset: str
     columns: tuple[str, ...]
-    prompt: Callable[[dict[str, Any]], str | None]
+    prompt: Callable[[dict[str, Any]], str | list[dict[str, str]] | None]
     references: Callable[[dict[str, Any]], list[str]]
     cut: Callable[[str], str]
     key: Callable[[dict[str, Any]], Any] | None = None
@@ -189,6 +189,13 @@ def _concepts_references(row: dict[str, Any]) -> list[str]:
     return [sentences] if isinstance(sentences, str) else list(sentences)
 
 
+def _film_prompt(row: dict[str, Any]) -> list[dict[str, str]] | None:
+    if _is_empty(row["plot"]):
+        return None
+    content = f"Write a one-sentence review of this film.\n\n{one_line(row['plot'])}"
+    return [{"role": "user", "content": content}]
+
+
 _SUMMARIZE = "Generate a one-sentence summary of this post."
 
 
@@ -240,6 +247,14 @@ TASKS: dict[str, Task] = {
             columns=("concepts",),
             prompt=_concepts_prompt,
             references=_concepts_references,
+            cut=first_sentence,
+        ),
+        Task(
+            name="film",
+            dataset="rsoups/films",
+            columns=("plot",),
+            prompt=_film_prompt,
+            references=_own_references,
             cut=first_sentence,
         ),
         Task(
