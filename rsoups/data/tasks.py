@@ -95,6 +95,8 @@ class Task:
     def _check_columns(self, number: int, row: Any) -> None:
         if not isinstance(row, Mapping):
             raise DatasetError(f"row {number} is {shown(row)}, not an object of columns")
+        if self.columns == ("prompt",):
+            row = with_prompt(row)
         if missing := [c for c in self.columns if c not in row]:
             raise DatasetError(
                 f"task {self.name!r} needs the column(s) {missing}, the dataset has {sorted(map(str, row))}; "
@@ -132,7 +134,8 @@ def custom_task(dataset: str, template: str | None = None) -> Task:
     Args:
         dataset: Hub id, folder or file.
         template: Template such as ``"Summarize in one sentence: {article}"``; if None, the ``prompt`` column is the prompt: a
-            text, or messages ``[{"role", "content"}, ...]`` for a model with a chat template.
+            text, or messages ``[{"role", "content"}, ...]`` for a model with a chat template. A dataset without it may have
+            ``messages``: whole conversations, whose last answer is the reference.
 
     Raises:
         DatasetError: A template that names no column.
@@ -142,6 +145,7 @@ def custom_task(dataset: str, template: str | None = None) -> Task:
         raise DatasetError(f"the template {template!r} names no column: write one in braces, as in {{article}}")
 
     def prompt(row: dict[str, Any]) -> Any:
+        row = with_prompt(row)
         if any(_is_empty(row[name]) for name in names):
             return None
         if template is None:
@@ -153,6 +157,22 @@ def custom_task(dataset: str, template: str | None = None) -> Task:
     return Task("custom", dataset, names, prompt, _own_references, cut=str.strip)
 
 
+def with_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with a prompt and a reference, where it has ``messages`` and no ``prompt``.
+
+    A last message of the assistant is the reference; the others are the prompt.
+    """
+    messages = row.get("messages")
+    if "prompt" in row or "messages" not in row:
+        return dict(row)
+    if _is_empty(messages):
+        return {**row, "prompt": None}
+    *before, last = messages_of(messages)
+    if last["role"] != "assistant":
+        return {**row, "prompt": [*before, last]}
+    return {"reference": last["content"], **row, "prompt": before}
+
+
 def _is_empty(value: Any) -> bool:
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
@@ -162,6 +182,7 @@ def _own_references(row: dict[str, Any]) -> list[str]:
 
     A column ``reference`` or ``response`` of other values is no reference; rewards may read it.
     """
+    row = with_prompt(row)
     for name in ("references", "reference", "response"):
         if _is_empty(value := row.get(name)):
             continue
