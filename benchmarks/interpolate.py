@@ -10,6 +10,9 @@ bytes as the soup has meanwhile, and waits until they are on the disk; `peft` lo
 right shapes, without memory), adds the weighted one and saves it. PEFT's svd forms dense matrices and takes minutes: it and
 ours are measured on one layer.
 
+`command` is the whole of `rsoups interpolate` of two adapters from a shell, from the start of Python to its end; `--help`, and
+two adapters of one layer, tell how much of it does not depend on the adapters' size.
+
 Each measurement is a process of its own, timed inside after the imports, the files in the page cache. Written to
 benchmarks/results/interpolate.json: seconds, and memory at the work's peak beyond that before it, in MB; medians and ratios.
 """
@@ -210,6 +213,20 @@ def import_seconds():
     return statistics.median(a - b for a, b in pairs)
 
 
+def command_seconds(rounds, folders=()):
+    """Of `rsoups interpolate`, the whole process; of `rsoups --help` without folders."""
+
+    def once():
+        with tempfile.TemporaryDirectory() as scratch:
+            words = ["interpolate", *map(str, folders), "--out", f"{scratch}/out"] if folders else ["--help"]
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "rsoups.cli", *words], check=True, capture_output=True)
+            return time.perf_counter() - started
+
+    runs = [once() for _ in range(rounds)]
+    return {"seconds": statistics.median(runs), "runs": runs}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
@@ -244,6 +261,9 @@ def main():
             "floor": (folders[:2], "exact", 11),
         }
         results["11 soups"] = compare("exact, 2 adapters, 11 soups:", jobs, min(args.rounds, 3))
+        commands = {"2 adapters": folders[:2], "2 adapters, one layer": one_layer, "--help": []}
+        commands = {name: command_seconds(args.rounds, given) for name, given in commands.items()}
+        print("command:", {name: f"{measured['seconds']:.2f} s" for name, measured in commands.items()})
     ratios = {}
     for name, result in results.items():
         seconds = {who: m["seconds"] for who, m in result["medians"].items()}
@@ -254,13 +274,14 @@ def main():
         "command": " ".join(sys.argv),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "import_rsoups_seconds": import_seconds(),
+        "command_seconds": commands,
         "ratios": ratios,
         "results": results,
     }
     out = ROOT / "benchmarks/results/interpolate.json"
     if args.layers == 32:
         out.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps({k: report[k] for k in ("import_rsoups_seconds", "ratios")}, indent=2))
+    print(json.dumps({k: report[k] for k in ("import_rsoups_seconds", "command_seconds", "ratios")}, indent=2))
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ import hashlib
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -28,13 +26,17 @@ from rsoups.adapters.config import check_kind, check_linear, read_config
 from rsoups.adapters.filenames import CONFIG_FILE, WEIGHTS_FILE
 from rsoups.adapters.layer_names import current_names, path_of, plain_names, recorded_base
 from rsoups.adapters.lora_modules import FACTOR, LoraModule, read_modules
+from rsoups.adapters.settings import LoraSettings
 from rsoups.adapters.tensor_files import Scan, TensorFile, largest
 from rsoups.common.errors import AdapterError
 from rsoups.common.files import READING, from_hub
 from rsoups.common.pickles import converted, holds_only_pickles, remedy
 
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
 BASE_EMBEDDING = ".base_layer.weight"  # weights of an adapted embedding, which PEFT saves beside its factors
-EMBEDDINGS = tuple(f".{name}.weight" for name in EMBEDDING_LAYER_NAMES)  # PEFT saves them if the vocabulary was resized
+EMBEDDINGS = (".embed_tokens.weight", ".lm_head.weight")  # PEFT saves them if the vocabulary was resized
 TOKENS = ".token_adapter.trainable_tokens_delta"  # trained rows of an embedding (not their changes)
 _COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
@@ -50,13 +52,13 @@ class Adapter:
 
     Attributes:
         source: Folder or Hub id.
-        config: PEFT's config.
+        settings: Fields of PEFT's config.
         layout: Meta tensor for each name.
         revision: Commit on the Hub; None for a folder.
     """
 
     source: str
-    config: LoraConfig
+    settings: LoraSettings
     layout: dict[str, Tensor]
     _read: Callable[[str, slice], Tensor]
     _scan: Future[Scan]
@@ -64,6 +66,11 @@ class Adapter:
     _file: tuple[Path, os.stat_result] | None = None  # of the weights, and its status when it was opened
     _names: Mapping[str, str] = field(default_factory=dict)  # names of tensors in the file, if they differ
     _old_paths: Mapping[str, str] = field(default_factory=dict)  # paths of modules in the config, if they differ
+
+    @cached_property
+    def config(self) -> LoraConfig:
+        """PEFT's config."""
+        return self.settings.config()
 
     @property
     def folder(self) -> Path | None:
@@ -118,7 +125,7 @@ class Adapter:
     @cached_property
     def modules(self) -> dict[str, LoraModule]:
         """Adapted modules by their path in the base."""
-        return read_modules(self.source, self.config, self.layout, self._old_paths)
+        return read_modules(self.source, self.settings, self.layout, self._old_paths)
 
     @cached_property
     def full(self) -> list[str]:
@@ -128,7 +135,7 @@ class Adapter:
     @cached_property
     def copies(self) -> list[str]:
         """Names of the base's own embeddings and head, which PEFT saved too and training left unchanged."""
-        trained = tuple(f"{name}.weight" for name in self.config.modules_to_save or ())
+        trained = tuple(f"{name}.weight" for name in self.settings.modules_to_save or ())
         weights = [name for name in self.full if name.endswith(".weight") and not name.endswith(trained)]
         return [name for name in weights if name.endswith(EMBEDDINGS) or path_of(name) in self.modules]
 
@@ -161,15 +168,21 @@ def read_adapter(source: Any, hold: bool = False) -> Adapter:
         AdapterError: Files are missing, corrupt or contradictory, or no exact soup can hold this kind of adapter.
         HubError: The Hub cannot be reached or refuses.
     """
-    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], PeftModel):
+    if isinstance(source, tuple) and len(source) == 2 and is_peft_model(source[0]):
         adapter = _from_model(*source)
-    elif isinstance(source, PeftModel):
+    elif is_peft_model(source):
         adapter = _from_model(source, source.active_adapter)
     elif isinstance(source, (str, Path)):
         adapter = _from_files(str(source), hold)
     else:
         raise AdapterError(f"an adapter is a folder, a Hub id or a PeftModel, not {type(source).__name__}")
     return checked(adapter)
+
+
+def is_peft_model(source: Any) -> bool:
+    """Whether a value is a PeftModel; without importing PEFT, which has been imported where there is one."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(source, peft.PeftModel)
 
 
 def checked(adapter: Adapter) -> Adapter:
@@ -179,7 +192,7 @@ def checked(adapter: Adapter) -> Adapter:
         AdapterError: As `read_adapter`.
     """
     adapter = adapter.renamed(plain_names(adapter.source, adapter.layout))
-    base = recorded_base(adapter.config)
+    base = recorded_base(adapter.settings)
     if base is not None:
         adapter = named_as(adapter, base)
     _check(adapter)
@@ -202,20 +215,22 @@ def named_as(adapter: Adapter, base: Any) -> Adapter:
 def _from_model(model: PeftModel, name: str) -> Adapter:
     if name not in model.peft_config:
         raise AdapterError(f"the model has no adapter {name!r}; it has {sorted(model.peft_config)}")
+    from peft import LoraConfig, get_peft_model_state_dict
+
     config = model.peft_config[name]
     check_kind(f"adapter {name!r}", config.peft_type)
     assert isinstance(config, LoraConfig)
-    if config.task_type is None:  # PEFT does the same when it saves
+    settings = LoraSettings.of(config)
+    if settings.task_type is None:  # PEFT does the same when it saves
         kind = type(model.get_base_model())
-        config = deepcopy(config)
-        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        settings.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     embeddings = any("lora_embedding_" in key for key, _ in model.named_parameters())
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
     tensors = {key: tensor.detach().cpu().clone() for key, tensor in state.items()}
-    return adapter_of(f"adapter {name!r} of a live model", config, tensors)
+    return adapter_of(f"adapter {name!r} of a live model", settings, tensors)
 
 
-def adapter_of(source: str, config: LoraConfig, tensors: dict[str, Tensor]) -> Adapter:
+def adapter_of(source: str, settings: LoraSettings, tensors: dict[str, Tensor]) -> Adapter:
     """An adapter from tensors in memory."""
 
     def scan() -> Scan:
@@ -232,7 +247,7 @@ def adapter_of(source: str, config: LoraConfig, tensors: dict[str, Tensor]) -> A
 
     layout = {key: tensor.to("meta") for key, tensor in tensors.items()}
 
-    adapter = Adapter(source, config, layout, reading(tensors), READING.submit(scan))
+    adapter = Adapter(source, settings, layout, reading(tensors), READING.submit(scan))
     return adapter.renamed(plain_names(source, layout))
 
 
@@ -250,7 +265,7 @@ def _from_files(source: str, hold: bool) -> Adapter:
                 f"no adapter folder {source!r}, and it is no Hub id (user/name, user/name/subfolder, user/name@revision) either"
             )
         folder, revision = fetched
-    config = read_config(folder / CONFIG_FILE)
+    settings = read_config(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         copy = converted(source)
@@ -279,11 +294,11 @@ def _from_files(source: str, hold: bool) -> Adapter:
         except OSError as error:
             raise corrupt(error) from None
 
-    return Adapter(source, config, file.layout, read, READING.submit(scan), revision, (weights, file.found_as))
+    return Adapter(source, settings, file.layout, read, READING.submit(scan), revision, (weights, file.found_as))
 
 
 def _check(adapter: Adapter) -> None:
-    source, config = adapter.source, adapter.config
+    source, config = adapter.source, adapter.settings
     check_linear(source, config)
     if not adapter.layout:
         raise AdapterError(f"{source}: {WEIGHTS_FILE} holds no tensors")
@@ -307,7 +322,7 @@ def _check(adapter: Adapter) -> None:
 
 def _check_full(adapter: Adapter) -> None:
     """Check that the config accounts for every whole parameter."""
-    source, config = adapter.source, adapter.config
+    source, config = adapter.source, adapter.settings
     # PEFT takes every module whose path ends with a name: "norm" means all norms.
     saved = tuple(f"{name}." for name in config.modules_to_save or ())
     for key in adapter.full:
@@ -331,7 +346,7 @@ def holds_tokens(names: Iterable[str]) -> bool:
     return any(name.endswith((BASE_EMBEDDING, TOKENS, *EMBEDDINGS)) for name in names)
 
 
-def trained_tokens(config: LoraConfig, path: str) -> list[int] | None:
+def trained_tokens(config: LoraSettings, path: str) -> list[int] | None:
     """Ids of the tokens whose rows of the embedding at `path` were trained; None if there are none."""
     tokens = config.trainable_token_indices
     if isinstance(tokens, dict):

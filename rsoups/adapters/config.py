@@ -8,11 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 from rsoups.adapters.filenames import CONFIG_FILE
+from rsoups.adapters.settings import LoraSettings
 from rsoups.common.errors import AdapterError
 from rsoups.common.schema import validated
 
@@ -33,6 +32,15 @@ _REFUSED = {
 }
 # Initializations that subtract the adapter's start from the base: B·A is then not the change from the published base.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal", "mica")
+
+# Fields that PEFT stores as they are. Values of all others are checked by PEFT itself, if they are not the defaults.
+_STORED = set(
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha lora_dropout "
+    "target_modules exclude_modules target_parameters modules_to_save rank_pattern alpha_pattern fan_in_fan_out bias lora_bias "
+    "use_rslora trainable_token_indices megatron_core qalora_group_size ensure_weight_tying".split()
+)
+_TASKS = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+_NOT_WRITTEN = "runtime_config"  # a field of PEFT's config that it keeps out of files
 
 _WholeNumber = Annotated[float, Field(gt=0, multiple_of=1)]
 _Tokens = list[NonNegativeInt]
@@ -69,7 +77,7 @@ class _Fields(BaseModel):
     auto_mapping: dict[str, str] | None = None
 
 
-def read_config(path: Path) -> LoraConfig:
+def read_config(path: Path) -> LoraSettings:
     """Read an adapter's config.
 
     Raises:
@@ -87,16 +95,28 @@ def read_config(path: Path) -> LoraConfig:
         raise AdapterError(f"{path} holds a {type(data).__name__}, not an object of fields")
 
     check_kind(str(path), data.get("peft_type"))
-    known = {field.name for field in fields(LoraConfig)}
+    known = {field.name for field in fields(LoraSettings)} | {_NOT_WRITTEN}
     unknown = sorted(key for key in set(data) - known if data[key])
     if unknown:
         raise AdapterError(f"{path}: unknown field(s) {unknown}, perhaps of a newer PEFT: upgrade rsoups and PEFT")
 
     validated(_Fields, data, str(path), AdapterError)
+    data = {key: value for key, value in data.items() if key in known}
+    if not _has_checked_fields(data):
+        return LoraSettings(**data)
+    from peft import LoraConfig
+
     try:
-        return LoraConfig(**{key: value for key, value in data.items() if key in known})
+        return LoraSettings.of(LoraConfig(**data))
     except (TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{path}: {error}") from None
+
+
+def _has_checked_fields(data: dict[str, Any]) -> bool:
+    """Whether a field has a value that PEFT checks, or changes, when it makes its config."""
+    usual = LoraSettings()
+    odd = {key for key, value in data.items() if key not in _STORED and value != getattr(usual, key, None)}
+    return bool(odd) or data.get("task_type") not in _TASKS
 
 
 def _hint(folder: Path) -> str:
@@ -115,7 +135,7 @@ def check_kind(where: str, peft_type: Any) -> None:
         raise AdapterError(f"{where}: peft_type is {kind!r}; a soup can be made of LORA adapters only")
 
 
-def check_linear(source: str, config: LoraConfig) -> None:
+def check_linear(source: str, config: LoraSettings) -> None:
     """Refuse an adapter whose change is not θ0 + s·B·A."""
     for field, reason in _REFUSED.items():
         if getattr(config, field, None):
@@ -129,14 +149,7 @@ def check_linear(source: str, config: LoraConfig) -> None:
         )
 
 
-def by_pattern(pattern: Any, path: str, default: int) -> int:
-    """A module's rank or alpha, by PEFT's rule for patterns."""
-    if not pattern:
-        return default
-    return pattern.get(get_pattern_key(list(pattern), path), default)
-
-
-def for_inference(config: LoraConfig) -> LoraConfig:
+def for_inference(config: LoraSettings) -> LoraSettings:
     """A copy of a config as PEFT publishes it."""
     config = deepcopy(config)
     config.inference_mode = True

@@ -10,28 +10,30 @@ import json
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import (
-    convert_peft_adapter_state_dict_for_transformers,
-    convert_peft_config_for_transformers,
-)
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.utils import logging
 
+from rsoups.adapters.settings import LoraSettings
 from rsoups.common.errors import AdapterError
-from rsoups.common.files import is_hub_name
+from rsoups.common.files import hub_file, is_hub_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."
+# Classes whose layers never had other names, and the names of their layers: for these, transformers need not be imported,
+# which takes seconds.
+NEVER_RENAMED = {
+    f"{family}For{head}"
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2")
+    for head in ("CausalLM", "SequenceClassification")
+}
+PLAIN_LAYERS = {f"model.layers.#.self_attn.{name}_proj" for name in "qkvo"}
+PLAIN_LAYERS |= {f"model.layers.#.mlp.{name}_proj" for name in ("gate", "up", "down")}
 # torch.compile, FSDP (of torch and fairscale), activation checkpointing, Lightning, Opacus: anywhere in a name.
 _WRAPPER = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module|_forward_module|_module)\."
@@ -128,6 +130,9 @@ def current_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str
     Raises:
         AdapterError: Two names become one.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
     renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
     known = {without_numbers(path) for path, _ in model.named_modules()}
     given_names: dict[str, str] = {}
@@ -141,17 +146,24 @@ def current_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str
 
 
 def as_loaded(
-    base: PreTrainedModel, config: LoraConfig, layout: Mapping[str, Tensor]
-) -> tuple[LoraConfig, dict[str, Tensor]]:
+    base: PreTrainedModel, settings: LoraSettings, layout: Mapping[str, Tensor]
+) -> tuple[LoraSettings, dict[str, Tensor]]:
     """Convert a config and its tensors for a base, as PEFT does when it loads.
 
     Raises:
         AdapterError: PEFT cannot convert them.
     """
-    config = deepcopy(config)
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_adapter_state_dict_for_transformers,
+        convert_peft_config_for_transformers,
+    )
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    config = settings.config()
     try:
         convert_peft_config_for_transformers(config, base, get_model_conversion_mapping(base))
-        return config, convert_peft_adapter_state_dict_for_transformers(base, config, dict(layout))
+        tensors = convert_peft_adapter_state_dict_for_transformers(base, config, dict(layout))
+        return LoraSettings.of(config), tensors
     except (ValueError, KeyError, RuntimeError) as error:
         raise AdapterError(f"PEFT cannot convert the adapter for {type(base).__name__}: {error}") from None
 
@@ -161,40 +173,66 @@ def without_numbers(path: str) -> str:
     return re.sub(r"\d+", "#", path)
 
 
-def recorded_base(config: LoraConfig, only_renamed: bool = True) -> PreTrainedModel | None:
+def recorded_base(settings: LoraSettings, only_renamed: bool = True) -> PreTrainedModel | None:
     """A skeleton of the base that an adapter names; None if the base is not known here; `only_renamed` as of `skeleton`."""
-    name, base = _recorded(config)
-    return skeleton(name, base, only_renamed)
+    name = _recorded_class(settings)
+    if not name or (only_renamed and name in NEVER_RENAMED):
+        return None
+    return skeleton(name, _local_config(settings), only_renamed)
 
 
-def tells_class(config: LoraConfig) -> bool:
+def has_plain_layers(settings: LoraSettings, paths: Iterable[str]) -> bool:
+    """Whether the class of the base is known to have all of these layers under these names; heads are not looked at."""
+    known = _recorded_class(settings) in NEVER_RENAMED
+    return known and all(path in PLAIN_LAYERS or "#" not in path for path in map(without_numbers, paths))
+
+
+def tells_class(settings: LoraSettings) -> bool:
     """Whether the class of the base is known, from the adapter or from the base on this disk."""
-    return _class(_recorded(config)[0]) is not None
+    name = _recorded_class(settings)
+    return name in NEVER_RENAMED or (bool(name) and _class(name) is not None)
 
 
-def _recorded(config: LoraConfig) -> tuple[str, Any]:
-    """Name of the base's class ("" if unknown), and its config (None if it is not on this disk)."""
-    mapping = config.auto_mapping or {}
-    base = _local_config(config.base_model_name_or_path, config.revision)
+def _recorded_class(settings: LoraSettings) -> str:
+    """Name of the base's class; "" if neither the adapter nor a base on this disk tells it."""
+    mapping = settings.auto_mapping or {}
     if str(mapping.get("parent_library", "")).startswith("transformers.models."):
-        return str(mapping.get("base_model_class", "")), base
-    return (getattr(base, "architectures", None) or [""])[0], base
+        return str(mapping.get("base_model_class", ""))
+    path = _local_file(settings)
+    try:
+        named = json.loads(path.read_text("utf-8")).get("architectures") if path else None
+        name = str(named[0]) if named else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    # A config that transformers does not read tells nothing.
+    return name if not name or name in NEVER_RENAMED or _local_config(settings) is not None else ""
 
 
-def _local_config(name: str | None, revision: str | None) -> Any:
+def _local_file(settings: LoraSettings) -> Path | None:
+    """config.json of the base, on this disk or in the Hub's cache."""
+    name = settings.base_model_name_or_path or ""
+    try:
+        if name and (path := Path(name, "config.json")).is_file():
+            return path
+        return hub_file(name, "config.json", settings.revision) if is_hub_name(name) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _local_config(settings: LoraSettings) -> Any:
     """Config of a base on this disk or in the Hub's cache."""
     try:
-        path = Path(name or "", "config.json")
-        if name and path.is_file():
-            return _read(name, revision, path.stat().st_mtime_ns)
-        return _read(name, revision, 0) if name and is_hub_name(name) else None
+        path = _local_file(settings)
+        return _read(path, path.stat().st_mtime_ns) if path else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 @lru_cache(maxsize=32)
-def _read(name: str, revision: str | None, written: int) -> Any:
-    return AutoConfig.from_pretrained(name, revision=revision, local_files_only=True, trust_remote_code=False)
+def _read(path: Path, written: int) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
 
 
 def skeleton(name: str, config: Any, only_renamed: bool = False) -> PreTrainedModel | None:
@@ -212,18 +250,24 @@ def skeleton(name: str, config: Any, only_renamed: bool = False) -> PreTrainedMo
         return None
     if not isinstance(config, kind.config_class):
         config = None
-    if only_renamed and not _was_renamed(kind):
+    if only_renamed and not was_renamed(kind):
         return None
     return _built(kind, "" if config is None else json.dumps(config.to_dict(), default=str, sort_keys=True))
 
 
 def _class(name: str) -> Any:
     """A class of models in transformers; None if there is none."""
-    kind = getattr(transformers, name, None) if name.isidentifier() else None
-    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class else None
+    import transformers
+
+    kind: Any = getattr(transformers, name, None) if name.isidentifier() else None
+    is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return kind if is_model and kind.config_class else None
 
 
-def _was_renamed(kind: Any) -> bool:
+def was_renamed(kind: Any) -> bool:
+    """Whether a class of models may have had other names of layers."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     names = kind.__name__, kind.config_class.model_type
     return bool(kind.config_class.sub_configs) or any(
         get_checkpoint_conversion_mapping(name) is not None for name in names
@@ -241,6 +285,8 @@ def _built(kind: Any, config: str) -> PreTrainedModel | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
-from rsoups.adapters.config import by_pattern
 from rsoups.adapters.filenames import CONFIG_FILE
 from rsoups.adapters.layer_names import PREFIX
+from rsoups.adapters.settings import LoraSettings, by_pattern
 from rsoups.common.errors import AdapterError
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<kind>weight|bias))?")
@@ -58,7 +56,7 @@ class LoraModule:
 
 
 def read_modules(
-    source: str, config: LoraConfig, layout: Mapping[str, Tensor], old_paths: Mapping[str, str] | None = None
+    source: str, config: LoraSettings, layout: Mapping[str, Tensor], old_paths: Mapping[str, str] | None = None
 ) -> dict[str, LoraModule]:
     """Pair the factors, and check them against each other and the config.
 
@@ -111,7 +109,7 @@ class _Settings(NamedTuple):
 
 
 def _settings_of(
-    source: str, config: LoraConfig, path: str, wrappers: int, shape: Sequence[int], old_path: str
+    source: str, config: LoraSettings, path: str, wrappers: int, shape: Sequence[int], old_path: str
 ) -> _Settings:
     """Rank, alpha and parameter of a module in `wrappers` nested wrappers, found as PEFT finds them.
 
@@ -122,7 +120,7 @@ def _settings_of(
     if not names:
         both = list(dict.fromkeys((path, old_path)))
         any_path = config.target_modules in (None, "all-linear")
-        if not any_path and not any(check_target_module_exists(config, name) for name in both):
+        if not any_path and not any(map(config.targets, both)):
             raise AdapterError(f"{source}: tensors for module {path}, which {CONFIG_FILE} does not target")
         ranks, alphas = ([by_pattern(p, name, d) for name in both] for p, d in _patterns(config))
         if alphas[0] != alphas[-1]:
@@ -142,11 +140,11 @@ def _settings_of(
     return _Settings(rank, alpha, names[0] if len(names) == 1 else "")
 
 
-def _patterns(config: LoraConfig) -> tuple[tuple[Any, int], tuple[Any, int]]:
+def _patterns(config: LoraSettings) -> tuple[tuple[Any, int], tuple[Any, float]]:
     return (config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha)
 
 
-def _parameters(config: LoraConfig, path: str, wrappers: int) -> list[str]:
+def _parameters(config: LoraSettings, path: str, wrappers: int) -> list[str]:
     """Names of the parameters that the wrapper at `path` may hold; none if the whole module is targeted."""
     module = unwrapped(path)
     if not config.target_parameters or (path == module and wrappers == 1 and _is_plain(config, path)):
@@ -164,10 +162,10 @@ def _parameters(config: LoraConfig, path: str, wrappers: int) -> list[str]:
     return names
 
 
-def _is_plain(config: LoraConfig, path: str) -> bool:
+def _is_plain(config: LoraSettings, path: str) -> bool:
     if config.target_modules == "all-linear":
         return not path.endswith("experts")
-    return config.target_modules is not None and bool(check_target_module_exists(config, path))
+    return config.target_modules is not None and config.targets(path)
 
 
 def unwrapped(path: str) -> str:
@@ -212,7 +210,7 @@ def wrapper_paths(modules: Mapping[str, LoraModule]) -> dict[str, str]:
 
 def _module(
     source: str,
-    config: LoraConfig,
+    config: LoraSettings,
     layout: Mapping[str, Tensor],
     path: str,
     factors: dict[str, str],

@@ -25,7 +25,7 @@ def in_one_naming(adapters: Mapping[str, Adapter], base: Any = None) -> dict[str
         base: The loaded base or a skeleton of it; by default a skeleton of the base that an adapter names.
     """
     if base is None:
-        skeletons = (recorded_base(adapter.config) for adapter in adapters.values())
+        skeletons = (recorded_base(adapter.settings) for adapter in adapters.values())
         base = next((skeleton for skeleton in skeletons if skeleton is not None), None)
     if base is None:
         return dict(adapters)
@@ -42,11 +42,11 @@ def fused(adapter: Adapter, base: Any) -> Adapter:
     if not any(EXPERT.search(path) for path in adapter.modules):
         return adapter
     try:
-        config, tensors = as_loaded(base, adapter.config, {name: adapter.tensor(name) for name in adapter.layout})
+        config, tensors = as_loaded(base, adapter.settings, {name: adapter.tensor(name) for name in adapter.layout})
     except AdapterError as error:
         raise AdapterError(f"{adapter.source}: {error}") from None
     layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    return replace(adapter, config=config, layout=layout, _read=reading(tensors), _names={})
+    return replace(adapter, settings=config, layout=layout, _read=reading(tensors), _names={})
 
 
 def _need_fusing(adapters: Iterable[Adapter]) -> bool:
@@ -74,7 +74,7 @@ def check_compatible(adapters: Iterable[Adapter], allow_base_mismatch: bool = Fa
     for one, other in combinations(adapters, 2):
         _check_modules(one, other)
         _check_whole(one, other, with_base)
-        if not with_base and not any(tells_class(adapter.config) for adapter in (one, other)):
+        if not with_base and not any(tells_class(adapter.settings) for adapter in (one, other)):
             _check_one_naming(one, other)
     with_tokens = [
         adapter for adapter in adapters if holds_tokens(written_name(n, adapter.modules) for n in adapter.full)
@@ -93,7 +93,7 @@ def check_one_base(adapters: Iterable[Adapter]) -> None:
     same = {"base_model_name_or_path": same_base, "revision": lambda one, two: not one or not two or one == two}
     for other in others:
         for name, are_same in same.items():
-            ours, theirs = getattr(first.config, name), getattr(other.config, name)
+            ours, theirs = getattr(first.settings, name), getattr(other.settings, name)
             if not are_same(ours, theirs):
                 raise AdapterError(
                     f"{name} differs: {ours!r} ({first.source}) and {theirs!r} ({other.source}); adapters of different bases "
@@ -146,7 +146,7 @@ def _parameters_of(adapter: Adapter) -> dict[str, set[str]]:
 
 
 def _targets(adapter: Adapter) -> list[str]:
-    return sorted(adapter.config.target_parameters or ())
+    return sorted(adapter.settings.target_parameters or ())
 
 
 def _check_one_naming(one: Adapter, other: Adapter) -> None:
@@ -185,7 +185,7 @@ def _check_whole(one: Adapter, other: Adapter, with_base: bool) -> None:
             )
         if key.endswith(TOKENS) and key in other.layout:
             path = path_of(key)
-            if trained_tokens(one.config, path) != trained_tokens(other.config, path):
+            if trained_tokens(one.settings, path) != trained_tokens(other.settings, path):
                 raise AdapterError(
                     f"trainable_token_indices differ between {one.source} and {other.source}: one adapter has one row for each "
                     "token, so only the same tokens in the same order can be interpolated"

@@ -7,16 +7,17 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from rsoups.common.errors import AdapterError, HubError
-from rsoups.common.files import from_hub
+from rsoups.common.files import from_hub, hub_file
 from rsoups.common.published import is_disk_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # What goes with a model's weights: configs and the tokenizer, never code or pickles.
 TOKENIZER_FILES: tuple[str, ...] = (
@@ -80,6 +81,8 @@ def check_vocabularies(sources: Iterable[str]) -> None:
     Raises:
         AdapterError: Two vocabularies differ.
     """
+    from transformers import AutoTokenizer
+
     known: dict[str, dict[str, int]] = {}
     for source in sources:
         folder = tokenizer_folder(source)
@@ -115,10 +118,9 @@ class BaseFiles:
         if not self.source or folder.is_dir():
             return folder / name if self.source and (folder / name).is_file() else None
         try:
-            cached = try_to_load_from_cache(self.source, name, revision=self.revision)
+            return hub_file(self.source, name, self.revision)
         except ValueError:  # no Hub id
             return None
-        return Path(cached) if isinstance(cached, str) else None
 
     def tensors(self) -> dict[str, Path]:
         """File of each tensor, by the tensor's name."""
@@ -148,6 +150,8 @@ class BaseFiles:
             config: Changed config.
             dtype: Name of the type of the weights.
         """
+        from transformers import AutoConfig
+
         after = _plain(config)
         path = self.path("config.json")
         before = AutoConfig.from_pretrained(path.parent) if path is not None else None

@@ -6,24 +6,24 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from rsoups.adapters.adapter import TOKENS, Adapter, reading, trained_tokens
+from rsoups.adapters.adapter import TOKENS, Adapter, is_peft_model, reading, trained_tokens
 from rsoups.adapters.layer_names import PREFIX, path_of, skeleton
+from rsoups.adapters.settings import LoraSettings
 from rsoups.adapters.tensor_files import Scan, TensorFile, largest
 from rsoups.bases.compatibility import in_one_naming
 from rsoups.bases.load import base_config
 from rsoups.common.assets import resolve
 from rsoups.common.errors import AdapterError, CheckpointError
 from rsoups.common.files import READING, from_hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -42,9 +42,9 @@ class BaseWeights:
         Raises:
             CheckpointError: The config cannot be read, or transformers has no class for it.
         """
-        if isinstance(base, PeftModel):
+        if is_peft_model(base):
             base = base.get_base_model()
-        self.loaded = isinstance(base, PreTrainedModel)
+        self.loaded = _is_model(base)
         self.source = base.name_or_path or type(base).__name__ if self.loaded else str(base)
         if self.loaded:
             self.model: PreTrainedModel = base
@@ -94,6 +94,9 @@ class BaseWeights:
     @cached_property
     def _places(self) -> dict[str, tuple[TensorFile, str]]:
         """File and stored name of each parameter, by its name in the loaded base."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
         renamings = [one for one in get_model_conversion_mapping(self.model) if isinstance(one, WeightRenaming)]
         state = self.model.state_dict()
         places = {}
@@ -119,7 +122,7 @@ class BaseWeights:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise CheckpointError(f"cannot read the safetensors of {self.source!r}: {error}") from None
 
-    def like(self, configs: Mapping[str, LoraConfig]) -> Adapter:
+    def like(self, configs: Mapping[str, LoraSettings]) -> Adapter:
         """The base's values of whole parameters of adapters, as an adapter.
 
         Args:
@@ -131,9 +134,9 @@ class BaseWeights:
             return Scan("", max((largest(tensor) for tensor in tensors.values()), default=0.0), None)
 
         layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
-        return Adapter(self.source, LoraConfig(), layout, reading(tensors), READING.submit(scan))
+        return Adapter(self.source, LoraSettings(), layout, reading(tensors), READING.submit(scan))
 
-    def _own(self, name: str, config: LoraConfig) -> Tensor:
+    def _own(self, name: str, config: LoraSettings) -> Tensor:
         path = name.removeprefix(PREFIX)
         if name.endswith(TOKENS):
             rows = trained_tokens(config, path_of(name)) or []
@@ -144,6 +147,14 @@ class BaseWeights:
                 )
             return weight[rows]
         return self.tensor(path)
+
+
+def _is_model(base: Any) -> bool:
+    if isinstance(base, (str, Path)):
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(base, PreTrainedModel)
 
 
 def of_one_base(adapters: Mapping[str, Adapter], base: BaseWeights | None = None) -> dict[str, Adapter]:
@@ -181,7 +192,7 @@ def _is_own(tensor: Tensor, name: str, base: BaseWeights) -> bool:
 def _named_base(adapters: Iterable[Adapter]) -> BaseWeights | None:
     """The base that adapters name, if it is a folder of this disk."""
     for adapter in adapters:
-        name = adapter.config.base_model_name_or_path
+        name = adapter.settings.base_model_name_or_path
         try:
             if name and Path(resolve(name), "config.json").is_file():
                 return BaseWeights(name)

@@ -104,7 +104,7 @@ def merge(
     from rsoups.soups.interpolation import interpolate as interpolated
 
     soup = interpolated([adapter], [1.0])
-    source = base or soup.config.base_model_name_or_path
+    source = base or soup.settings.base_model_name_or_path
     if not source:
         raise AdapterError(f"{adapter} does not name its base: pass --base")
 

@@ -262,12 +262,24 @@ def hub_commit(source: str, revision: str | None = None) -> str | None:
         source: ``user/name``.
         revision: Branch, tag or commit; main by default.
     """
-    from huggingface_hub import try_to_load_from_cache
-
     if not is_hub_name(source) or Path(source).is_dir():
         return None
-    config = try_to_load_from_cache(source, "config.json", revision=revision)
-    return Path(config).parent.name if isinstance(config, str) else None
+    config = hub_file(source, "config.json", revision)
+    return config.parent.name if config else None
+
+
+def hub_file(repo: str, name: str, revision: str | None = None) -> Path | None:
+    """A file in the Hub's cache; None if it is not there.
+
+    Args:
+        repo: ``user/name``.
+        name: Name of the file.
+        revision: Branch, tag or commit; main by default.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo, name, revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def hub_files(source: str) -> list[str] | None:

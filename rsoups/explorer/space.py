@@ -84,7 +84,7 @@ def _check_base(sweep: SweepFolder) -> bool:
     Raises:
         AdapterError: Ingredients name another base on the Hub.
     """
-    sources = [(adapter.source, adapter.config) for adapter in sweep.adapters.values()]
+    sources = [(adapter.source, adapter.settings) for adapter in sweep.adapters.values()]
     on_hub = [(source, config) for source, config in sources if is_on_hub(config.base_model_name_or_path)]
     check_base(on_hub, sweep.base, sweep.base_mismatch)
     return any(not same_base(config.base_model_name_or_path, sweep.base) for _, config in sources)
@@ -101,7 +101,7 @@ def _copied(partial: Path, number: int, name: str, sweep: SweepFolder) -> str:
     # An absolute path, of which the lineage records the last part only.
     adapter: Adapter = read_adapter(Path(sweep.sources[name]).expanduser().resolve())
     alone = interpolate({name: adapter}, [1.0])
-    if _is_local(alone.config.base_model_name_or_path or "."):
+    if _is_local(alone.settings.base_model_name_or_path or "."):
         alone.config.base_model_name_or_path = sweep.base
     alone.save_pretrained(partial / inside)
     return inside

@@ -164,7 +164,7 @@ class SweepFolder:
         settings = SavedSettings.read(records.with_suffix(".settings.json"))
         sources = _sources(records.parent, names, settings, adapters or {})
         read = {name: read_adapter(source) for name, source in sources.items()}
-        base = base or settings.base or read[names[0]].config.base_model_name_or_path
+        base = base or settings.base or read[names[0]].settings.base_model_name_or_path
         if not base:
             raise AdapterError("neither the sweep nor its ingredients name their base: say --base")
         allowed = allow_base_mismatch or settings.base_mismatch_allowed

@@ -16,14 +16,14 @@ from rsoups.hub.evaluation import Evaluation
 from rsoups.hub.licenses import EMBEDDED_PREFIX, Terms, on_hub
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from rsoups.adapters.settings import LoraSettings
 
 _PACKAGES = ("rsoups", "peft", "torch", "transformers", "trl")
 
 
 def card(
     repo_id: str,
-    config: LoraConfig,
+    config: LoraSettings,
     manifests: Mapping[str, Manifest],
     terms: Terms,
     evaluation: Evaluation | None = None,

@@ -30,8 +30,7 @@ from rsoups.hub.licenses import license_of
 from rsoups.hub.upload import OUR_FILES, check_repo_id, commit
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-
+    from rsoups.adapters.settings import LoraSettings
     from rsoups.fronts.front import Front
 
 
@@ -169,7 +168,7 @@ class _Model:
     folder: Path
     weights: Path
     base: str | None
-    config: LoraConfig
+    config: LoraSettings
     manifest: Manifest
     has_tokens: bool
 
@@ -190,8 +189,8 @@ class _Model:
                 "publish the folder as it was written"
             )
 
-        base = adapter.config.base_model_name_or_path
-        config = deepcopy(adapter.config)
+        base = adapter.settings.base_model_name_or_path
+        config = deepcopy(adapter.settings)
         config.base_model_name_or_path = public_name(base, base_name)
         manifest = renamed_base(scrubbed(manifest), {base, short_name(base)}, config.base_model_name_or_path)
         place = adapter.folder or folder

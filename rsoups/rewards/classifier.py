@@ -125,10 +125,10 @@ class Reward(LoadedReward):
         soup = interpolate({self.name: place}, [1.0])
         assert isinstance(soup, Soup)
         if base is not None:
-            check_base([(source, soup.config)], base, revision=self.card.revision)
+            check_base([(source, soup.settings)], base, revision=self.card.revision)
         else:
-            base = soup.config.base_model_name_or_path
-            options = options | {"revision": soup.config.revision or "main"}
+            base = soup.settings.base_model_name_or_path
+            options = options | {"revision": soup.settings.revision or "main"}
         if not base:
             raise RewardError(f"{source!r} is an adapter that does not name its base")
 

@@ -6,7 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,18 +32,7 @@ _PLAIN = (nn.Linear, Conv1D, nn.Embedding)
 
 
 def load(soup: Soup, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False) -> PeftModel:
-    """Attach the soup to its base for good; `attached` does so for a while.
-
-    Args:
-        soup: The soup.
-        base: The loaded base. If it is refused, it is as it was.
-        resize: Give the base as many tokens as the soup has, if the soup holds the embeddings and the head of all of them.
-        allow_base_mismatch: Accept a base of another name than the adapters'.
-
-    Raises:
-        AdapterError: `base` already carries an adapter, or lacks a module of the soup, or has more or other-shaped ones;
-            or it is not the base that the adapters name.
-    """
+    """Do what `Soup.load` says."""
     _check_plain_model(base)
     before = _Before(base)
     try:
@@ -57,14 +46,7 @@ def load(soup: Soup, base: PreTrainedModel, *, resize: bool = False, allow_base_
 def attached(
     soup: Soup, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False
 ) -> Iterator[PeftModel]:
-    """A context in which the soup is on its base. The base comes back exactly as it was, however the context ends.
-
-    Args:
-        soup, base, resize, allow_base_mismatch: As `load`.
-
-    Raises:
-        AdapterError: As `load`; and within the context, where PEFT would merge the soup into the base.
-    """
+    """Do what `Soup.attached` says."""
     _check_plain_model(base)
     before = _Before(base)
     try:
@@ -145,10 +127,10 @@ def _put_on(soup: Soup, base: PreTrainedModel, before: _Before, resize: bool, al
     _fit_vocabulary(soup, base, resize)
     names = current_names(base, soup.state_dict)
     # As PEFT has them once it has converted them for this base: named, and fused, as its layers are.
-    _, state = as_loaded(base, soup.config, {new: soup.state_dict[name] for new, name in names.items()})
+    _, state = as_loaded(base, soup.settings, {new: soup.state_dict[name] for new, name in names.items()})
     model = _with_fresh_adapter(soup, base)
 
-    saved = soup.config.modules_to_save or ()
+    saved = soup.settings.modules_to_save or ()
     with_embeddings = any(
         key.endswith(BASE_EMBEDDING) or (key.endswith(EMBEDDINGS) and key.split(".")[-2] not in saved) for key in state
     )
@@ -167,7 +149,7 @@ def _put_on(soup: Soup, base: PreTrainedModel, before: _Before, resize: bool, al
 
 
 def _with_fresh_adapter(soup: Soup, base: PreTrainedModel) -> PeftModel:
-    config = deepcopy(soup.config)
+    config = soup.settings.config()
     config.base_model_name_or_path = None  # PEFT puts this base's in, and warns where there was another
     try:
         with warnings.catch_warnings():
@@ -178,7 +160,7 @@ def _with_fresh_adapter(soup: Soup, base: PreTrainedModel) -> PeftModel:
     finally:
         if getattr(base, "peft_config", None) is not None:
             del base.peft_config  # PEFT leaves it behind and would warn at the next load
-    model.peft_config["default"].base_model_name_or_path = soup.config.base_model_name_or_path
+    model.peft_config["default"].base_model_name_or_path = soup.settings.base_model_name_or_path
     return model
 
 

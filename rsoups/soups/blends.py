@@ -6,7 +6,7 @@ So a soup can be saved without being held in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,9 @@ from torch import Tensor
 from rsoups.adapters.adapter import Adapter
 
 _READ = 2**20  # numbers that are read at once
-_BLOCK = 2**14  # numbers that are multiplied and summed at once: they stay in the processor's cache
+# Numbers that are converted, multiplied and summed at once: they stay in the processor's cache, and torch takes one thread.
+# Several would wait for each other beside the threads that hash and read, many times longer than they work.
+_BLOCK = 2**14
 
 
 class Part(NamedTuple):
@@ -61,10 +63,21 @@ class Blend:
         """The tensor. Products and sums are in float64, rounded once."""
         return self.how(self)
 
+    def pieces(self) -> Iterable[Tensor]:
+        """The tensor in pieces, one below another: those that need no arithmetic are the ingredients' own."""
+        if self.how is one_below_another and self.experts == 1:
+            return (_converted(part.tensor(), self.dtype) for part in self.parts)
+        return [self.tensor()]
+
 
 def tensor_of(tensor: Blend | Tensor) -> Tensor:
     """The tensor itself, whether it is made yet or not."""
     return tensor.tensor() if isinstance(tensor, Blend) else tensor
+
+
+def pieces_of(tensor: Blend | Tensor) -> Iterable[Tensor]:
+    """The tensor in pieces, whether it is made yet or not."""
+    return tensor.pieces() if isinstance(tensor, Blend) else [tensor]
 
 
 def one_below_another(blend: Blend) -> Tensor:
@@ -102,6 +115,15 @@ def summed(blend: Blend) -> Tensor:
                 values.add_(tensor[block].double(), alpha=part.factor)
             piece[block] = values
     return total
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype == dtype or not tensor.dim():
+        return tensor.to(dtype)
+    converted = torch.empty(tensor.shape, dtype=dtype)
+    for rows in _rows_of(tensor, _BLOCK):
+        converted[rows] = tensor[rows]
+    return converted
 
 
 def _rows_of(tensor: Tensor, numbers: int) -> Iterator[slice]:

@@ -6,18 +6,27 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rsoups.adapters.adapter import TOKENS, Adapter, trained_tokens
 from rsoups.adapters.config import for_inference
-from rsoups.adapters.layer_names import EXPERT, as_loaded, path_of, recorded_base, tells_class, without_numbers
+from rsoups.adapters.layer_names import (
+    EXPERT,
+    as_loaded,
+    has_plain_layers,
+    path_of,
+    recorded_base,
+    tells_class,
+    without_numbers,
+)
 from rsoups.adapters.lora_modules import LoraModule, holder_of, read_modules
+from rsoups.adapters.settings import LoraSettings
 from rsoups.common.errors import AdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # Paths of layers of models with images or sound before transformers moved them into one `model`.
@@ -25,13 +34,13 @@ _OLD_PATH = re.compile(r"(language_model|vision_tower|visual|audio_tower|multi_m
 _BIASES = ("none", "lora_only", "all")
 
 
-def faithful_config(adapter: Adapter) -> LoraConfig:
+def faithful_config(adapter: Adapter) -> LoraSettings:
     """Return the config of an adapter that is written as it is.
 
     It is the adapter's own, unless PEFT would read that otherwise: patterns may depend on their order, which PEFT does not
     keep, and names may be old. Then it is one with the same meaning.
     """
-    config = for_inference(adapter.config)
+    config = for_inference(adapter.settings)
     if not _means(config, adapter.layout, adapter.modules):
         _select(config, [adapter], adapter.modules)
         alphas = {path: alpha_of(module, config.use_rslora) for path, module in adapter.modules.items()}
@@ -45,10 +54,10 @@ def alpha_of(module: LoraModule, rslora: bool | None) -> float:
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
 
 
-def stacked_config(adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> LoraConfig:
+def stacked_config(adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> LoraSettings:
     """Return the config of stacked factors: alpha equals the rank of each module, so that PEFT scales by 1."""
-    config = for_inference(adapters[0].config)
-    configs = [adapter.config for adapter in adapters]
+    config = for_inference(adapters[0].settings)
+    configs = [adapter.settings for adapter in adapters]
     config.use_rslora = False
     config.lora_bias = any(module.bias is not None for module in modules.values())
     config.lora_dropout = 0.0
@@ -65,18 +74,18 @@ def stacked_config(adapters: Sequence[Adapter], modules: Mapping[str, LoraModule
 def _tokens(adapters: Sequence[Adapter]) -> Any:
     """Trained tokens of all adapters, in the words of an adapter that has them all."""
     trained = {
-        path_of(name): (adapter, trained_tokens(adapter.config, path_of(name)))
+        path_of(name): (adapter, trained_tokens(adapter.settings, path_of(name)))
         for adapter in adapters
         for name in adapter.full
         if name.endswith(TOKENS)
     }
     for adapter, _ in trained.values():
         if trained.keys() == {path_of(name) for name in adapter.full if name.endswith(TOKENS)}:
-            return adapter.config.trainable_token_indices
+            return adapter.settings.trainable_token_indices
     return {path: tokens for path, (_, tokens) in trained.items()} or None
 
 
-def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alphas: Mapping[str, float]) -> None:
+def _write_patterns(config: LoraSettings, modules: Mapping[str, LoraModule], alphas: Mapping[str, float]) -> None:
     """Write rank and alpha of each module: the most common ones, and patterns for the others; at most one fits a module."""
     of_experts = {(module.rank, alphas[path]) for path, module in modules.items() if EXPERT.search(path)}
     if len(of_experts) > 1:
@@ -88,9 +97,9 @@ def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alpha
     # PEFT warns about patterns for parameters of fused experts, so these decide what is common.
     fused = [values[path] for path, module in modules.items() if module.parameter is not None]
     common = Counter(fused or values.values()).most_common(1)[0][0]
-    config.r, config.lora_alpha = next(iter(of_experts), common)  # type: ignore[assignment]  # PEFT takes any number
+    config.r, config.lora_alpha = next(iter(of_experts), common)
 
-    may_be_old = not tells_class(config)
+    may_be_old = any(map(_OLD_PATH.match, values)) and not tells_class(config)
     patterns = {_pattern(modules, path, may_be_old): value for path, value in values.items()}
     config.rank_pattern = {pattern: rank for pattern, (rank, _) in patterns.items() if rank != config.r}
     config.alpha_pattern = {pattern: alpha for pattern, (_, alpha) in patterns.items() if alpha != config.lora_alpha}
@@ -117,9 +126,9 @@ def _whatever_its_name(path: str) -> str:
     return re.sub(r"\\\.(model|vision_model)\\\.", r"\\.(?:\1\\.)?", re.escape(path))
 
 
-def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> None:
+def _select(config: LoraSettings, adapters: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> None:
     """Target the modules of all adapters."""
-    configs = [adapter.config for adapter in adapters]
+    configs = [adapter.settings for adapter in adapters]
     narrowed = any(getattr(one, name) for one in configs for name in _SELECTION[1:])
     parameters = [name for one in configs for name in one.target_parameters or ()]
     wrapped = [
@@ -141,15 +150,13 @@ def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[st
             config.target_modules = f"(.*\\.)?({'|'.join(map(_whatever_its_name, sorted(paths)))})"
 
 
-def _selects(config: LoraConfig, paths: Sequence[str]) -> bool:
+def _selects(config: LoraSettings, paths: Sequence[str]) -> bool:
     if config.target_modules == "all-linear":
         return True
-    return (
-        config.target_modules is None and not paths or all(check_target_module_exists(config, path) for path in paths)
-    )
+    return (config.target_modules is None and not paths) or all(map(config.targets, paths))
 
 
-def _means(config: LoraConfig, layout: Mapping[str, Tensor], modules: Mapping[str, LoraModule]) -> bool:
+def _means(config: LoraSettings, layout: Mapping[str, Tensor], modules: Mapping[str, LoraModule]) -> bool:
     """Whether PEFT reads these modules, with their scalings, from a config."""
     try:
         read = read_modules("the soup", as_written(config), layout)
@@ -158,7 +165,7 @@ def _means(config: LoraConfig, layout: Mapping[str, Tensor], modules: Mapping[st
     return read.keys() == modules.keys() and all(read[path].scaling == modules[path].scaling for path in modules)
 
 
-def as_written(config: LoraConfig) -> LoraConfig:
+def as_written(config: LoraSettings) -> LoraSettings:
     """Return a config as PEFT reads it back from its file, where all keys are sorted."""
     config = deepcopy(config)
     for name, value in vars(config).items():
@@ -169,7 +176,7 @@ def as_written(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def check_written(config: LoraConfig, layout: Mapping[str, Any], modules: Mapping[str, LoraModule]) -> None:
+def check_written(config: LoraSettings, layout: Mapping[str, Any], modules: Mapping[str, LoraModule]) -> None:
     """Check by names and shapes that PEFT, when it converts a soup for its base, loads all tensors.
 
     Args:
@@ -181,7 +188,7 @@ def check_written(config: LoraConfig, layout: Mapping[str, Any], modules: Mappin
         AdapterError: PEFT would pass over a tensor.
     """
     config = as_written(config)
-    if (base := recorded_base(config, only_renamed=False)) is None:
+    if has_plain_layers(config, modules) or (base := recorded_base(config, only_renamed=False)) is None:
         return
     try:
         config, layout = as_loaded(base, config, layout)

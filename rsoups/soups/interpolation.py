@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
 from torch import Tensor
 
-from rsoups.adapters.adapter import Adapter, adapter_of, read_adapter
+from rsoups.adapters.adapter import Adapter, adapter_of, is_peft_model, read_adapter
 from rsoups.common.errors import AdapterError, LambdasError
 from rsoups.soups import methods
 from rsoups.soups.lambdas import weights_of
@@ -104,7 +103,7 @@ def named_adapters(adapters: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any
         AdapterError: One adapter, not a list or a dict.
         LambdasError: No adapters.
     """
-    if isinstance(adapters, (str, Path, PeftModel, Adapter, Soup)):
+    if isinstance(adapters, (str, Path, Adapter, Soup)) or is_peft_model(adapters):
         raise AdapterError("interpolate takes a list or a dict of adapters, this is one adapter")
     if not adapters:
         raise LambdasError("no adapters to interpolate")
@@ -137,7 +136,7 @@ def _flattened(named: dict[str, Any], rows: list[list[float]], method: str) -> t
         elif source._file is not None:  # it was read: its ingredients are not at hand
             add(name, source._file, column)
         elif source.method == "factors" and method != "factors":
-            add(name, adapter_of(f"soup {name!r}", source.config, source.state_dict), column)
+            add(name, adapter_of(f"soup {name!r}", source.settings, source.state_dict), column)
         else:
             parts = zip(source.ingredients, source._adapters.values(), source.lambdas, strict=True)
             for ingredient, adapter, weight in parts:

@@ -120,7 +120,7 @@ class LiveSoup:
         self.adapters = of_one_base(opened(named_adapters(adapters)), BaseWeights(model))
         several = list(self.adapters.values())
         check_compatible(several, allow_base_mismatch, with_base=True)
-        check_base([(adapter.source, adapter.config) for adapter in several], model, allow_base_mismatch)
+        check_base([(adapter.source, adapter.settings) for adapter in several], model, allow_base_mismatch)
         if method == "factors":
             check_factors(several)
         for adapter in several:
@@ -169,7 +169,7 @@ class LiveSoup:
         read = opened(named_adapters(adapters))
         if not allow_base_mismatch:  # before the base is loaded
             check_one_base(read.values())
-            check_base([(a.source, a.config) for a in read.values()], base, revision=kwargs.get("revision"))
+            check_base([(a.source, a.settings) for a in read.values()], base, revision=kwargs.get("revision"))
         if isinstance(quantization, str):
             if quantization not in ("8bit", "4bit"):
                 raise LambdasError(f"quantization is {quantization!r}, must be '8bit', '4bit' or a config")

@@ -68,22 +68,7 @@ def merge(
     *,
     allow_base_mismatch: bool = False,
 ) -> None:
-    """Write the whole model, θ0 + Σ λi·Δi, with the names of tensors that the base's own files have.
-
-    The tokenizer is the one that came with the adapter, or else the base's.
-
-    Args:
-        soup: The soup.
-        base: Hub id or folder, or a loaded model, which is left as it was. A model in 4 or 8 bit cannot hold Δ: its
-            full-precision weights are read again from where it came.
-        out: Folder of the model.
-        dtype: Dtype of the result; the base's own by default. Sums are in float32, rounded once.
-        allow_base_mismatch: Accept a base of another name than the adapters'; recorded in the model's soup.json.
-
-    Raises:
-        AdapterError: The soup does not fit the base, or the base's kind of model cannot hold what the soup changes.
-        OutputError: The folder holds something other than a merged soup, or cannot be written.
-    """
+    """Do what `Soup.merge` says."""
     check_base(soup.named_configs, base, allow_base_mismatch)
     check_replaceable(Path(out), SOUP_FILE)  # before the base is loaded
     model = base if isinstance(base, PreTrainedModel) else None
@@ -125,8 +110,8 @@ def _load(source: str, soup: Soup) -> PreTrainedModel:
 
     Of a base on the Hub, the revision that the adapters name.
     """
-    of_adapters = is_on_hub(source) and same_base(source, soup.config.base_model_name_or_path)
-    revision = (soup.config.revision if of_adapters else None) or "main"
+    of_adapters = is_on_hub(source) and same_base(source, soup.settings.base_model_name_or_path)
+    revision = (soup.settings.revision if of_adapters else None) or "main"
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
@@ -137,7 +122,7 @@ def _load(source: str, soup: Soup) -> PreTrainedModel:
         )
 
     architecture = (config.architectures or [""])[0]
-    task = getattr(soup.config.task_type, "value", soup.config.task_type)
+    task = soup.settings.task_type
     ending, auto = _HEADS.get(str(task), ("", ""))
     if auto and not architecture.endswith(ending):
         kind = getattr(transformers, auto)

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from rsoups.adapters.adapter import TOKENS, Adapter
 from rsoups.adapters.layer_names import PREFIX, written_name
 from rsoups.adapters.lineage import SOUP_METHODS
 from rsoups.adapters.lora_modules import LoraModule, wrapper_paths
+from rsoups.adapters.settings import LoraSettings
 from rsoups.adapters.tensor_files import is_finite
 from rsoups.bases.weights import BaseWeights
 from rsoups.common.errors import AdapterError, LambdasError
@@ -38,7 +38,7 @@ class Mixture:
     """Result of a method; the fields are those of `Soup`."""
 
     tensors: Mapping[str, Blend | Tensor]
-    config: LoraConfig
+    settings: LoraSettings
     svd_error: float | None = None
     svd_errors: dict[str, float] = field(default_factory=dict)
     factors_distance: float | None = None
@@ -116,7 +116,7 @@ def factors(weighted: Weighted, dtype: torch.dtype | None, starts: Mapping[tuple
         for name, like in first.layout.items()
     }
     if any(starts[pair] < ONE_START for pair in combinations([adapter for adapter, _ in weighted], 2)):
-        distance = _distance(weighted, tensors)
+        distance = _distance(weighted)
         warnings.warn(
             f"these ingredients do not start from one initialization: Δ of method 'factors' is {distance:.0%} of the exact "
             "Δ away from it; use method 'exact' or 'svd'",
@@ -252,7 +252,7 @@ def _own_values(adapters: list[Adapter], base: BaseWeights | None) -> Adapter | 
         raise AdapterError(
             f"the ingredients train tokens of other layers, and the base {base.source} ties them: train the same ones in all"
         )
-    own = base.like({name: adapter.config for name, adapter in names.items()})
+    own = base.like({name: adapter.settings for name, adapter in names.items()})
     for name, adapter in names.items():
         ours, theirs = tuple(own.layout[name].shape), tuple(adapter.layout[name].shape)
         if ours != theirs:
@@ -265,7 +265,7 @@ def _own_values(adapters: list[Adapter], base: BaseWeights | None) -> Adapter | 
 
 def _stacked(weighted: Weighted, dtype: torch.dtype) -> tuple[dict[str, LoraModule], dict[str, Blend]]:
     """The modules of a soup, and their factors."""
-    with_bias = any(adapter.config.lora_bias for adapter, _ in weighted)
+    with_bias = any(adapter.settings.lora_bias for adapter, _ in weighted)
     paths = wrapper_paths({name: module for adapter, _ in weighted for name, module in adapter.modules.items()})
     modules, tensors = {}, {}
     for name, path in paths.items():
@@ -321,22 +321,26 @@ def _whole_parameter(weighted: Weighted, name: str, dtype: torch.dtype, base: Ad
     )
 
 
-def _distance(weighted: Weighted, tensors: Mapping[str, Blend]) -> float:
-    """‖B·A - Σ λi·Bi·Ai‖ / ‖Σ λi·Bi·Ai‖ over all modules; B and A are the averages in `tensors`."""
+def _distance(weighted: Weighted) -> float:
+    """‖B·A - Σ λi·Bi·Ai‖ / ‖Σ λi·Bi·Ai‖ over all modules; B = Σ λi·Bi and A = Σ λi·Ai are the averages.
+
+    Both changes are B'·M·A' of the stacked factors, with λi·λj and with diag(λ) in M, and ‖B'·M·A'‖² = Σ (B'ᵀB'·M) ∘ (M·A'A'ᵀ).
+    """
+    weights = torch.tensor([weight for _, weight in weighted], dtype=torch.float64)
     apart = total = 0.0
     for path, module in weighted[0][0].modules.items():
         parts = [
             module.factors(adapter.tensor(adapter.modules[path].A), adapter.tensor(adapter.modules[path].B))
             for adapter, _ in weighted
         ]
-        averages = module.factors(tensors[module.A].tensor(), tensors[module.B].tensor())
-        scale = module.scaling**2
-        for (a, b), *experts in zip(averages, *parts, strict=True):
-            A = torch.cat([one.double() for one, _ in experts])
-            B = torch.cat([w * one.double() for (_, one), (_, w) in zip(experts, weighted, strict=True)], dim=1)
-            difference = (torch.cat([A, a.double()]), torch.cat([B, -b.double()], dim=1))
-            apart += scale * inner(difference, difference)
-            total += scale * inner((A, B), (A, B))
+        exact = torch.kron(weights.diag(), torch.eye(module.rank, dtype=torch.float64))
+        averaged = torch.kron(weights.outer(weights), torch.eye(module.rank, dtype=torch.float64))
+        for experts in zip(*parts, strict=True):
+            A = torch.cat([a.double() for a, _ in experts])
+            B = torch.cat([b.double() for _, b in experts], dim=1)
+            gram_a, gram_b = A @ A.T, B.T @ B
+            apart += module.scaling**2 * float(((gram_b @ (averaged - exact)) * ((averaged - exact) @ gram_a)).sum())
+            total += module.scaling**2 * float(((gram_b @ exact) * (exact @ gram_a)).sum())
     return math.sqrt(max(apart, 0) / total) if total else 0.0
 
 

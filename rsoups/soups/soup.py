@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from html import escape
@@ -16,9 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Unpack
 
-import peft
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from rsoups.adapters import tensor_files
@@ -27,6 +26,7 @@ from rsoups.adapters.filenames import SOUP_FILE, WEIGHTS_FILE
 from rsoups.adapters.layer_names import PREFIX, written_name
 from rsoups.adapters.lineage import Ingredient, history_of, manifest_of, parents_of, pinned, soup_ingredients
 from rsoups.adapters.lora_modules import LoraModule, read_modules
+from rsoups.adapters.settings import LoraSettings
 from rsoups.bases.compatibility import check_compatible
 from rsoups.bases.files import TOKENIZER_FILES, copy_files, tokenizer_folder
 from rsoups.bases.names import check_base, short_name
@@ -34,12 +34,12 @@ from rsoups.bases.weights import BaseWeights, of_one_base
 from rsoups.common.errors import AdapterError, LineageError
 from rsoups.common.files import whole_folder
 from rsoups.common.published import command, published, scrubbed
-from rsoups.soups import attach, methods
-from rsoups.soups.blends import Blend, tensor_of
+from rsoups.soups import methods
+from rsoups.soups.blends import Blend, pieces_of, tensor_of
 from rsoups.soups.config import as_written, check_written
-from rsoups.soups.merge import merge
 
 if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
     from rsoups.fronts.front import Front
@@ -54,7 +54,6 @@ class Soup:
     in memory; `state_dict` makes all of them at once.
 
     Attributes:
-        config: PEFT's config.
         lambdas: One weight for each ingredient.
         method: ``exact``, ``factors`` or ``svd``.
         base_mismatch: Whether `allow_base_mismatch` let ingredients of differently named bases in.
@@ -65,7 +64,7 @@ class Soup:
         tensors: How each tensor is made, by PEFT's names.
     """
 
-    config: LoraConfig
+    _settings: LoraSettings
     lambdas: tuple[float, ...]
     method: str
     base_mismatch: bool = False
@@ -79,9 +78,9 @@ class Soup:
     _base: Any = None  # that `interpolate` was given
 
     def __repr__(self) -> str:
-        rank = max([self.config.r, *(self.config.rank_pattern or {}).values()])
+        rank = max([self.settings.r, *(self.settings.rank_pattern or {}).values()])
         error = f", error {self.svd_error:.2%}" if self.svd_error is not None else ""
-        base = short_name(self.config.base_model_name_or_path) or "no recorded base"
+        base = short_name(self.settings.base_model_name_or_path) or "no recorded base"
         return f"Soup({self.mix}; {self.method}, rank {rank}{error}, of {base})"
 
     def _repr_html_(self) -> str:
@@ -110,7 +109,7 @@ class Soup:
                 f"{source} holds no {SOUP_FILE}: rsoups.interpolate([{str(source)!r}], [1.0]) takes any adapter"
             )
         return cls(
-            config=adapter.config,
+            _settings=adapter.settings,
             lambdas=tuple(float(ingredient["lambda"]) for ingredient in soup_ingredients(source, manifest)),
             method=manifest["method"],
             base_mismatch=bool(manifest.get("base_mismatch_allowed")),
@@ -120,6 +119,16 @@ class Soup:
             _manifest=manifest,
             _file=adapter,
         )
+
+    @cached_property
+    def config(self) -> LoraConfig:
+        """PEFT's config. `save_pretrained` writes changes made to it."""
+        return self._settings.config()
+
+    @property
+    def settings(self) -> LoraSettings:
+        """Fields of PEFT's config."""
+        return LoraSettings.of(self.config) if "config" in vars(self) else self._settings
 
     # --- what it is --------------------------------------------------------------------------------------------------
 
@@ -181,7 +190,7 @@ class Soup:
         parents = [(adapter.source, adapter.revision, adapter.sha256) for adapter in self._adapters.values()]
         return {
             "kind": "soup",
-            "base": {"model": short_name(self.config.base_model_name_or_path), "revision": self.config.revision},
+            "base": {"model": short_name(self.settings.base_model_name_or_path), "revision": self.settings.revision},
             "base_mismatch_allowed": self.base_mismatch,
             "ingredients": [
                 {**asdict(ingredient), "lambda": weight}
@@ -191,15 +200,15 @@ class Soup:
             "rank": max((module.rank for module in self._modules.values()), default=0),
             "svd_error": self.svd_error,
             "factors_distance": self.factors_distance,
-            "versions": {"rsoups": version("rsoups"), "peft": peft.__version__, "torch": str(torch.__version__)},
+            "versions": {"rsoups": version("rsoups"), "peft": version("peft"), "torch": str(torch.__version__)},
             "command": command(),
             "history": scrubbed(history_of(parents)),
         }
 
     @property
-    def named_configs(self) -> list[tuple[str, LoraConfig]]:
-        """Source and config of each ingredient; of a soup that was read, its own."""
-        return [(adapter.source, adapter.config) for adapter in self._origins] or [("the soup", self.config)]
+    def named_configs(self) -> list[tuple[str, LoraSettings]]:
+        """Source and settings of each ingredient; of a soup that was read, its own."""
+        return [(adapter.source, adapter.settings) for adapter in self._origins] or [("the soup", self.settings)]
 
     @property
     def _origins(self) -> list[Adapter]:
@@ -208,7 +217,7 @@ class Soup:
 
     def as_adapter(self) -> Adapter:
         """The soup as one adapter: the file that it was read from, or its tensors."""
-        return self._file or adapter_of("the soup", self.config, self.state_dict)
+        return self._file or adapter_of("the soup", self.settings, self.state_dict)
 
     def tokenizer_folder(self) -> Path | None:
         """Folder of the tokenizer that came with the ingredients; None if none of them has one."""
@@ -217,7 +226,7 @@ class Soup:
 
     @cached_property
     def _modules(self) -> dict[str, LoraModule]:
-        return read_modules("the soup", as_written(self.config), self.layout)
+        return read_modules("the soup", as_written(self.settings), self.layout)
 
     def check_loads(self) -> None:
         """Check by names and shapes that PEFT loads every tensor of the soup with its config.
@@ -225,7 +234,7 @@ class Soup:
         Raises:
             AdapterError: PEFT would pass over a tensor.
         """
-        check_written(self.config, self.layout, self._modules)
+        check_written(self.settings, self.layout, self._modules)
 
     def _check_unchanged(self) -> None:
         for adapter in self._adapters.values():
@@ -246,8 +255,8 @@ class Soup:
         order = sorted(self.tensors, key=lambda name: (-self.tensors[name].dtype.itemsize, name))  # safetensors' own
         layout = {name: (tensor_files.NAMES[self.tensors[name].dtype], self.tensors[name].shape) for name in order}
         with whole_folder(folder, SOUP_FILE) as partial:
-            _, sha256 = tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: [tensor_of(self.tensors[name])])
-            as_written(self.config).save_pretrained(str(partial))
+            _, sha256 = tensor_files.write(partial / WEIGHTS_FILE, layout, lambda name: pieces_of(self.tensors[name]))
+            self.settings.save(partial)
             manifest = self.lineage | {"sha256": sha256}
             (partial / SOUP_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             if holds_tokens(self.tensors) and (tokenizer := self.tokenizer_folder()) is not None:
@@ -289,17 +298,68 @@ class Soup:
         methods.check_method("svd", rank)
         if self.method == "factors":
             raise AdapterError("a soup of method 'factors' has its ingredients' rank: truncate an 'exact' one")
-        if self._file is not None:  # it was read: it is the one ingredient
-            named, lambdas = {"soup": self._file}, [1.0]
-        else:
-            named, lambdas = self._adapters, list(self.lambdas)
-        (soup,) = soups_of(named, [lambdas], "svd", rank, None, self.base_mismatch, self._base)
+        # A soup that was read is the one ingredient.
+        named, row = ({"soup": self._file}, [1.0]) if self._file else (self._adapters, list(self.lambdas))
+        (soup,) = soups_of(named, [row], "svd", rank, None, self.base_mismatch, self._base)
         return soup if self._file is not None else replace(soup, lambdas=self.lambdas)
 
-    # Methods that need more room: their docstrings are there.
-    load = attach.load
-    attached = attach.attached
-    merge = merge
+    # The methods below need transformers and PEFT, whose import takes seconds.
+
+    def load(self, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False) -> PeftModel:
+        """Attach the soup to its base for good; `attached` does so for a while.
+
+        Args:
+            base: The loaded base. If it is refused, it is as it was.
+            resize: Give the base as many tokens as the soup has, if the soup holds the embeddings and head of all of them.
+            allow_base_mismatch: Accept a base of another name than the adapters'.
+
+        Raises:
+            AdapterError: The base carries an adapter, has other modules or shapes than the soup, or another name.
+        """
+        from rsoups.soups import attach
+
+        return attach.load(self, base, resize=resize, allow_base_mismatch=allow_base_mismatch)
+
+    def attached(
+        self, base: PreTrainedModel, *, resize: bool = False, allow_base_mismatch: bool = False
+    ) -> AbstractContextManager[PeftModel]:
+        """A context in which the soup is on its base. The base comes back exactly as it was, however the context ends.
+
+        Args:
+            base, resize, allow_base_mismatch: As `load`.
+
+        Raises:
+            AdapterError: As `load`; and within the context, where PEFT would merge the soup into the base.
+        """
+        from rsoups.soups import attach
+
+        return attach.attached(self, base, resize=resize, allow_base_mismatch=allow_base_mismatch)
+
+    def merge(
+        self,
+        base: str | Path | PreTrainedModel,
+        out: str | Path,
+        dtype: torch.dtype | None = None,
+        *,
+        allow_base_mismatch: bool = False,
+    ) -> None:
+        """Write the whole model, θ0 + Σ λi·Δi, with the names of tensors that the base's own files have.
+
+        The tokenizer is the one that came with the adapter, or else the base's.
+
+        Args:
+            base: Hub id, folder or loaded model. Of a model in 4 or 8 bit the full-precision weights are read again.
+            out: Folder of the model.
+            dtype: Dtype of the result; the base's own by default. Sums are in float32, rounded once.
+            allow_base_mismatch: Accept a base of another name than the adapters'; recorded in the model's soup.json.
+
+        Raises:
+            AdapterError: The soup does not fit the base, or the base's kind of model cannot hold what the soup changes.
+            OutputError: The folder holds something other than a merged soup, or cannot be written.
+        """
+        from rsoups.soups.merge import merge
+
+        merge(self, base, out, dtype, allow_base_mismatch=allow_base_mismatch)
 
 
 def soups_of(
@@ -314,7 +374,7 @@ def soups_of(
     """Return the soup of each row of λ; arguments and errors as those of `interpolate`, adapters read and λ checked."""
     weights = BaseWeights(base) if base is not None else None
     if base is not None:
-        check_base([(adapter.source, adapter.config) for adapter in adapters.values()], base, allow_base_mismatch)
+        check_base([(adapter.source, adapter.settings) for adapter in adapters.values()], base, allow_base_mismatch)
     adapters = of_one_base(adapters, weights)
     check_compatible(adapters.values(), allow_base_mismatch, with_base=weights is not None)
     if method == "factors":
@@ -325,7 +385,7 @@ def soups_of(
     mixtures = methods.mixtures(list(adapters.values()), rows, method, rank, dtype, weights)
     return [
         Soup(
-            config=mixture.config,
+            _settings=mixture.settings,
             lambdas=tuple(row),
             method=method,
             base_mismatch=allow_base_mismatch,

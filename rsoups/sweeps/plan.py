@@ -180,7 +180,7 @@ def plan_of(
     if not settings.allow_base_mismatch:
         check_one_base(ingredients.values())
     base = own_base(ingredients) if base is None else base
-    sources = [(adapter.source, adapter.config) for adapter in [*ingredients.values(), *compared.values()]]
+    sources = [(adapter.source, adapter.settings) for adapter in [*ingredients.values(), *compared.values()]]
     check_base(sources, live.model if live else base, settings.allow_base_mismatch)
 
     base_model = Base(base, tokenizer)
@@ -239,7 +239,7 @@ def own_base(adapters: Mapping[str, Adapter]) -> str:
     Raises:
         AdapterError: The adapters name no base, or several.
     """
-    names = {name: adapter.config.base_model_name_or_path for name, adapter in adapters.items()}
+    names = {name: adapter.settings.base_model_name_or_path for name, adapter in adapters.items()}
     bases = {base for base in names.values() if base}
     if len(bases) > 1:
         raise AdapterError(f"the adapters name different bases, {names}: say which one to sweep on")

@@ -133,7 +133,7 @@ def run_suite(suite: Suite, source: Any, against: str | Path | None = None) -> l
     """
     adapter = source if isinstance(source, Adapter) else read_adapter(source)
     parent = against or suite.against
-    base = suite.base or adapter.config.base_model_name_or_path
+    base = suite.base or adapter.settings.base_model_name_or_path
     if not base:
         raise SuiteError("neither the suite nor the adapter names a base: add `base:` to the suite")
     rewards = {limit.reward: load_reward(limit.reward) for each in suite.sets for limit in each.require}

@@ -163,7 +163,7 @@ def _shapes(factors: list[tuple[Tensor, Tensor]]) -> list[tuple[int, int]]:
 
 
 def _description(name: str, adapter: Adapter) -> list[str]:
-    config = adapter.config
+    config = adapter.settings
     ranks = Counter(module.rank for module in adapter.modules.values())
     targets = Counter(module.parameter or path.rsplit(".", 1)[-1] for path, module in adapter.modules.items())
     parameters = sum(tensor.numel() for tensor in adapter.layout.values())
