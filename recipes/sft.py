@@ -16,6 +16,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from rsoups.data.tasks import TASKS  # isort: skip  (before torch)
+
 import torch
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
@@ -25,7 +27,6 @@ from rsoups.bases.load import load_base, load_tokenizer
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import hub_commit
 from rsoups.data.datasets import is_table, load_rows
-from rsoups.data.tasks import TASKS
 from rsoups.data.training_data import prompt_marks
 from rsoups.training.callbacks import launcher_callbacks
 from rsoups.training.configs import with_config_path

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rsoups import load_reward, simplex, sweep, write_report  # isort: skip  (before torch)
+
 import torch
 from trl import TrlParser
 
-from rsoups import load_reward, simplex, sweep, write_report
 from rsoups.common.assets import named_sources
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl

@@ -1,9 +1,10 @@
 """Fixtures that several folders use."""
 
+import rsoups  # isort: skip  (before torch, whose idle threads then sleep)
+
 import pytest
 from tiny import tiny_adapter
 
-import rsoups
 from rsoups.adapters.adapter import read_adapter
 from rsoups.adapters.lineage import write_manifest
 

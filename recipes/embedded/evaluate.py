@@ -19,12 +19,13 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from rsoups import load_reward  # isort: skip  (before torch)
+
 import torch
 from prepare import tidy_sentence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewards import covered, prompt, samples
-from rsoups import load_reward
 from rsoups.common.assets import resolve
 from rsoups.common.files import read_jsonl
 from rsoups.data.datasets import load_rows

@@ -24,6 +24,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rsoups.data.tasks import TASKS  # isort: skip  (before torch)
+
 import torch
 from nltk.stem.snowball import SnowballStemmer
 from prepare import STOP_WORDS, content_words, tidy_sentence, write_jsonl
@@ -43,7 +45,6 @@ from transformers import (
 from rsoups.common.assets import resolve
 from rsoups.common.files import read_jsonl
 from rsoups.data.prompts import first_sentence
-from rsoups.data.tasks import TASKS
 
 VOCABULARY = 5_000
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
