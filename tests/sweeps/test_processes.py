@@ -12,6 +12,7 @@ import pytest
 from places import HELPERS
 from sweep_runs import run, same
 from tiny import tiny_adapter
+from warm import warm_python
 
 from rsoups import OutputError
 from rsoups.common.files import read_jsonl
@@ -52,9 +53,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(root, processes, out, pause=0.0, **env):
+def start(root, processes, out, pause=0.0, python=None, **env):
     (root / "script.py").write_text(SCRIPT)
-    command = [sys.executable]
+    command = [python or warm_python()]
     if processes > 1:
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -126,7 +127,7 @@ def test_each_process_checks_its_base(root, whole):
 def test_a_sweep_killed_by_sigkill_goes_on_with_another_number_of_processes(root, whole, processes):
     out = root / f"killed-{processes}" / "records.jsonl"
     out.parent.mkdir()
-    killed = start(root, processes, out, pause=0.3)
+    killed = start(root, processes, out, pause=0.3, python=sys.executable)  # its children are its own, to be killed
     deadline = time.monotonic() + 120
     while asked(out) < 12 and time.monotonic() < deadline:
         time.sleep(0.02)

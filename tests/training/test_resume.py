@@ -5,14 +5,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from places import HELPERS
 from ppo_runs import CUT, pays_for_one_word, trainer
+from warm import warm_python
 
 from rsoups import OutputError, RewardError, TrainingError
 from rsoups.common.files import only_run_in
@@ -151,7 +152,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
 
 
 SCRIPT = """
-import sys
+import os, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from ppo_runs import trainer
@@ -159,24 +160,24 @@ from ppo_runs import CUT
 torch = __import__("torch")
 torch.set_num_threads(1)
 run = trainer(Path(sys.argv[1]), **CUT | {{"max_steps": int(sys.argv[2]), "save_total_limit": 2}})
-print("ready", flush=True)
+print(os.getpid(), flush=True)
 run.train(resume_from_checkpoint=True)
 run.save_model(str(Path(sys.argv[1]) / "adapter"))
 """
 
 
 def command(folder, steps):
-    return [sys.executable, "-c", SCRIPT.format(tests=str(HELPERS)), str(folder), str(steps)]
+    return [warm_python(), "-c", SCRIPT.format(tests=str(HELPERS)), str(folder), str(steps)]
 
 
 def kill_after(delay, folder, steps):
     """Start the run, or start it again, and SIGKILL it so many seconds into its training."""
     with subprocess.Popen(command(folder, steps), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
-        assert run.stdout.readline().strip() == "ready"
+        process = int(run.stdout.readline())
         time.sleep(delay)
-        alive = run.poll() is None
-        run.kill()
-    return alive
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(process, signal.SIGKILL)
+    return run.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(("kills", "steps"), [(3, 40), pytest.param(20, 240, marks=pytest.mark.slow)])
