@@ -8,8 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from forked import warm_python
 from places import ROOT
-from warm import warm_python
 
 import rsoups
 

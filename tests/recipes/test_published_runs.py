@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import warm_python
 from hub_server import TOKEN, HubServer, files_with_the_token
 from places import RECIPES
-from warm import warm_python
 
 import rsoups
 from rsoups.adapters.adapter import read_adapter

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import warm_python
 from hub_server import HubServer
 from paper_hub import publish_assistant, publish_other_tasks
 from places import ROOT
 from ports import free_port
-from warm import warm_python
 
 import rsoups
 from rsoups.adapters.lineage import manifest_of, read_manifest

@@ -8,11 +8,11 @@ import time
 
 import psutil
 import pytest
+from forked import warm_python
 from places import HELPERS
 from ports import free_port
 from sweep_runs import run, same
 from tiny import tiny_adapter
-from warm import warm_python
 
 from rsoups import OutputError
 from rsoups.common.files import read_jsonl

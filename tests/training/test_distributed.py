@@ -6,10 +6,10 @@ import subprocess
 
 import pytest
 import torch
+from forked import warm_python
 from places import HELPERS
 from ports import free_port
 from safetensors.torch import load_file
-from warm import warm_python
 
 from rsoups import SettingsError
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import warm_python
 from places import HELPERS
 from ppo_runs import CUT, pays_for_one_word, trainer
-from warm import warm_python
 
 from rsoups import OutputError, RewardError, TrainingError
 from rsoups.common.files import only_run_in

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 # Client: hands arguments, environment, folder and the three standard files to the server; ends as its process ends.
 CLIENT = """#!{python} -IS
@@ -141,9 +142,13 @@ MODULES += ["trl:RLOOTrainer", "trl:TrlParser", "accelerate.commands.launch", "t
 MODULES += ["matplotlib.pyplot", "pydantic", "safetensors.torch", "yaml", "jinja2"]
 
 
+_starting = Lock()
+
+
 def warm_python(**environment: str) -> str:
     """Path of the executable; the process that it forks from is made at the first call with this environment."""
-    return _started(tuple(sorted(environment.items())))
+    with _starting:
+        return _started(tuple(sorted(environment.items())))
 
 
 @cache
