@@ -41,12 +41,13 @@ os._exit(code)
 
 # Server: forks a supervisor for each request, which forks the process itself.
 SERVER = """
-import importlib, json, os, runpy, select, signal, socket, sys, types, warnings
+import atexit, gc, importlib, json, os, runpy, select, signal, socket, sys, threading, traceback, types, warnings
 
 for name in {modules!r}:
     package, _, attribute = name.partition(":")
     module = importlib.import_module(package)
     attribute and getattr(module, attribute)
+gc.freeze()
 listener = socket.socket(socket.AF_UNIX)
 listener.bind({address!r})
 listener.listen(64)
@@ -109,20 +110,37 @@ while words and words[0] in ("-u", "-W"):
     else:
         sys.stdout.reconfigure(write_through=True)
 kind = words.pop(0)
-if kind == "-m":
-    name = words.pop(0)
-    sys.argv = [name, *words]
-    sys.path.insert(0, os.getcwd())
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
-elif kind == "-c":
-    sys.argv, code = ["-c", *words[1:]], words[0]
-    sys.path.insert(0, "")
-    main = sys.modules["__main__"] = types.ModuleType("__main__")
-    exec(compile(code, "<string>", "exec"), vars(main))
-else:
-    sys.argv = [kind, *words]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(kind)))
-    runpy.run_path(kind, run_name="__main__")
+exit_code = 0
+try:
+    if kind == "-m":
+        sys.argv = list(words)
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.argv = ["-c", *words[1:]]
+        sys.path.insert(0, "")
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(words[0], "<string>", "exec"), vars(main))
+    else:
+        sys.argv = [kind, *words]
+        sys.path.insert(0, os.path.dirname(os.path.abspath(kind)))
+        runpy.run_path(kind, run_name="__main__")
+except SystemExit as end:
+    exit_code = end.code or 0
+    if not isinstance(exit_code, int):
+        exit_code = print(exit_code, file=sys.stderr) or 1
+except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+except BaseException:
+    traceback.print_exc()
+    exit_code = 1
+# Python would now take everything apart that it has imported, which takes seconds.
+threading._shutdown()
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(exit_code)
 """
 
 MODULES = [
@@ -138,7 +156,7 @@ MODULES += [
     "trl:GRPOTrainer",
     "trl:SFTTrainer",
 ]
-MODULES += ["trl:RLOOTrainer", "trl:TrlParser", "accelerate.commands.launch", "torch.distributed.run", "moocore"]
+MODULES += ["trl:RLOOTrainer", "trl:TrlParser", "accelerate.commands.config", "torch.distributed.run", "moocore"]
 MODULES += ["matplotlib.pyplot", "pydantic", "safetensors.torch", "yaml", "jinja2"]
 
 
