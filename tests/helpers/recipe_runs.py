@@ -30,3 +30,4 @@ def launch(*arguments, cwd=None, python=None):
 
 
 SHORT = ["--per_device_train_batch_size", 8, "--max_steps", 4, "--max_completion_length", 8, "--disable_tqdm", "true"]
+SHORT += ["--eval_prompts", 8]

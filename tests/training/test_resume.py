@@ -170,10 +170,17 @@ def command(folder, steps):
     return [warm_python(), "-c", SCRIPT.format(tests=str(HELPERS)), str(folder), str(steps)]
 
 
-def kill_after(delay, folder, steps):
-    """Start the run, or start it again, and SIGKILL it so many seconds into its training."""
+def newest(folder):
+    names = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def kill_after(step, delay, folder, steps):
+    """Start the run, or start it again, and SIGKILL it so many seconds after the checkpoint of a step is there."""
     with subprocess.Popen(command(folder, steps), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
         process = int(run.stdout.readline())
+        while run.poll() is None and newest(folder / "run") < step:
+            time.sleep(0.002)
         time.sleep(delay)
         with suppress(ProcessLookupError):  # it has ended
             os.kill(process, signal.SIGKILL)
@@ -184,12 +191,10 @@ def kill_after(delay, folder, steps):
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_adapter(tmp_path, kills, steps):
     subprocess.run(command(tmp_path / "whole", steps), check=True, capture_output=True)
     expected = (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
-    moments = 0.1 + torch.rand(kills, generator=torch.Generator().manual_seed(kills))
-    alive = [kill_after(delay, tmp_path / "cut", steps) for delay in moments.tolist()]
-    while (reached := last_checkpoint(tmp_path / "cut" / "run")) is None and moments[-1] < 30:  # a busy machine
-        moments[-1] *= 2
-        alive.append(kill_after(float(moments[-1]), tmp_path / "cut", steps))
-    assert all(alive), "a run ended before it could be killed: the test tests less than it says"
-    assert reached and reached.name != f"checkpoint-{steps}"
+    delays = 0.02 * torch.rand(kills, generator=torch.Generator().manual_seed(kills))  # about a step takes as long
+    for number, delay in enumerate(delays.tolist(), 1):
+        step = number * steps // (kills + 2)
+        assert kill_after(step, delay, tmp_path / "cut", steps), "it ended before it could be killed"
+        assert last_checkpoint(tmp_path / "cut" / "run").name != f"checkpoint-{steps}"
     subprocess.run(command(tmp_path / "cut", steps), check=True, capture_output=True)
     assert (tmp_path / "cut" / "adapter" / "adapter_model.safetensors").read_bytes() == expected
