@@ -119,11 +119,12 @@ def process_of(entry: str, environment: dict[str, str]) -> Iterator[Callable[[],
         command = [sys.executable, "-W", "ignore", "-c", TURNS.format(entry=ENTRIES[entry]), folder]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(command, text=True, env=environment, cwd=ROOT, **pipes)
-        assert process.stdin and process.stdout
+        answers = process.stdout
+        assert answers
 
         def turn() -> float:
             print("work", file=process.stdin, flush=True)
-            for line in process.stdout:
+            for line in answers:
                 if line.startswith("seconds"):
                     return float(line.split()[1])
             sys.exit(f"{entry}: exit code {process.wait()}")

@@ -14,6 +14,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 # Client: hands arguments, environment, folder and the three standard files to the server; ends as its process ends.
 CLIENT = """#!{python} -IS
@@ -174,11 +175,11 @@ def _started(environment: tuple[tuple[str, str], ...]) -> str:
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     address = str(folder / "socket")
     command = [sys.executable, "-c", SERVER.format(modules=MODULES, address=address)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     server = subprocess.Popen(
         command, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment), **pipes
     )
-    assert server.stdout.readline() == "ready\n"
+    assert server.stdout and server.stdout.readline() == "ready\n"
 
     def stop():
         server.communicate()  # closes its standard input, at which it ends
