@@ -31,7 +31,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_co
 from rsoups.bases.load import dtype_of, load_tokenizer
 from rsoups.common.assets import resolve
 from rsoups.common.errors import in_one_line
-from rsoups.common.files import read_jsonl
+from rsoups.common.files import read_jsonl, writing
 from rsoups.rewards.inputs import encode_pairs
 from rsoups.training.callbacks import launcher_callbacks
 from rsoups.training.configs import with_config_path
@@ -103,8 +103,9 @@ def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) ->
         # PEFT looks for the base's config under this name, to see whether the vocabulary grew. It did not.
         warnings.filterwarnings("ignore", message="Could not find a config file in")
         name_base(trainer.model, model)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model()
+    with writing(str(training.output_dir)):
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        trainer.save_model()
     if held_out is not None:
         metrics = trainer.evaluate()
         if trainer.accelerator.is_main_process:

@@ -25,7 +25,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, 
 from rsoups.adapters.lineage import fingerprint, settings_of, write_manifest
 from rsoups.bases.load import load_base, load_tokenizer
 from rsoups.common.errors import in_one_line
-from rsoups.common.files import hub_commit
+from rsoups.common.files import hub_commit, writing
 from rsoups.data.datasets import is_table, load_rows
 from rsoups.data.training_data import prompt_marks
 from rsoups.training.callbacks import launcher_callbacks
@@ -117,8 +117,9 @@ def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> No
     )
     if model.use_peft:
         name_base(trainer.model, model)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model()
+    with writing(str(training.output_dir)):
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        trainer.save_model()
     if trainer.accelerator.is_main_process:
         assert training.output_dir is not None  # TrainingArguments has set its default
         write_manifest(

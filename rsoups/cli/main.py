@@ -111,6 +111,7 @@ def _in_flags(message: str) -> str:
     def flag(match: re.Match[str]) -> str:
         return f"--{match[1].replace('_', '-')}"
 
+    message = re.sub(r"(?<==True) \(on the command line --\w+\)", "", message)  # for those who read it in Python
     return re.sub(r"(?<![\w.-])([a-z][a-z_]+)=(?:True|(?=[\s),.;:]|$))", flag, message)
 
 

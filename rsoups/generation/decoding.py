@@ -323,7 +323,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping
         DatasetError: Messages that `messages_of` refuses, or a tokenizer without a chat template.
     """
     if isinstance(prompt, str):
-        return trimmed(tokenizer, prompt, list(tokenizer(prompt)["input_ids"]))
+        return trimmed(tokenizer, prompt, list(tokenizer(prompt, verbose=False)["input_ids"]))
 
     messages = messages_of(prompt)
     if not tokenizer.chat_template:

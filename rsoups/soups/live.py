@@ -328,7 +328,7 @@ def _check_rows(adapter: Adapter) -> None:
             f"{adapter.source}: {adapter.full[0]} was trained as a whole: LiveSoup cannot mix fully trained parameters per "
             f"row; {remedy}"
         )
-    fused = [path for path, m in adapter.modules.items() if m.experts > 1 or path.endswith(".base_layer")]
+    fused = [path for path, m in adapter.modules.items() if m.experts > 1 or m.parameter not in (None, "weight")]
     if fused:
         raise AdapterError(
             f"{adapter.source}: {fused[0]} holds fused experts, whose change is in no layer's output: {remedy}"
