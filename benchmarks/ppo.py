@@ -56,6 +56,7 @@ def tokenizer_and_prompts(count):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "rsoups/assets/tiny-llama", padding_side="left")
+    # TRL 1.12's environment has no rsoups, so its reader of JSON lines is not used.
     lines = (ROOT / "rsoups/assets/concepts/train.jsonl").read_text().splitlines()
     words = [", ".join(json.loads(line)["concepts"]) for line in lines[:count]]
     prompts = ["### Instruction: Write one sentence that uses these words. ### Input: " + w for w in words]

@@ -196,4 +196,4 @@ def summary(trainer: GRPOTrainer) -> dict[str, Any]:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with in_one_line():
-        main(*parse(description=__doc__.splitlines()[0]))
+        main(*parse(doc=__doc__))

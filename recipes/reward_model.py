@@ -15,7 +15,6 @@ runs/reward ...`.
 
 import json
 import os
-import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from rsoups.data.prompts import pair_of  # isort: skip  (before torch)
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, set_seed
-from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
+from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config
 
 from rsoups.bases.load import dtype_of, load_tokenizer
 from rsoups.common.assets import resolve
@@ -34,7 +33,7 @@ from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl, writing
 from rsoups.rewards.inputs import encode_pairs
 from rsoups.training.callbacks import launcher_callbacks
-from rsoups.training.configs import with_config_path
+from rsoups.training.flags import FlagParser
 from rsoups.training.policy import name_base
 
 
@@ -117,6 +116,5 @@ def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) ->
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with in_one_line():
-        classes: Any = (ScriptArguments, RewardConfig, ModelConfig)  # the parser takes classes, whatever its hints say
-        parser = TrlParser(classes, description=__doc__.splitlines()[0])
-        main(*parser.parse_args_and_config(with_config_path(sys.argv[1:])))
+        example = "--base user/base --dataset pairs.jsonl --eval-dataset held-out.jsonl --out runs/reward"
+        main(*FlagParser((ScriptArguments, RewardConfig, ModelConfig), __doc__, example).read())

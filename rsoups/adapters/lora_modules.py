@@ -113,7 +113,7 @@ class _Settings(NamedTuple):
 def _settings_of(
     source: str, config: LoraConfig, path: str, wrappers: int, shape: Sequence[int], old_path: str
 ) -> _Settings:
-    """Rank, alpha and parameter of a module of some wrappers, found as PEFT finds them.
+    """Rank, alpha and parameter of a module in `wrappers` nested wrappers, found as PEFT finds them.
 
     Raises:
         AdapterError: The config does not target it, or the file does not tell which parameter it is.
@@ -153,7 +153,8 @@ def _parameters(config: LoraConfig, path: str, wrappers: int) -> list[str]:
         return []
     targets = [target.rpartition(".") for target in sorted(config.target_parameters)]
     fitting = [(place, name) for place, _, name in targets if f".{module}".endswith(f".{place}" if place else "")]
-    # A bare name fits every path. Those that PEFT writes for experts are of no other module which has a name of its own.
+    # A target without a path fits every module. But PEFT's names for parameters of experts do not mean a module that another
+    # target names with its path.
     if not module.endswith("experts") and any(place for place, _ in fitting):
         fitting = [(place, name) for place, name in fitting if place or name not in _DEFINED]
     names = list(dict.fromkeys(name for _, name in fitting))

@@ -154,8 +154,9 @@ class Decoder:
         """Read the tokens that all prompts begin with (an instruction, say) once for each model.
 
         Returns:
-            Their keys and values in each row, and their number. None and 0 where prompts share nothing or each row is another
-            model's, and for a cache that cannot be padded in the middle of a row (a sliding window, a recurrent state).
+            Keys and values of these tokens in each row, and the number of tokens. None and 0 if the prompts share no tokens, if
+            each row has a model of its own, or if the cache cannot be padded in the middle of a row (a sliding window, a
+            recurrent state).
         """
         of_rows = [model * members + i for model in models or [0] * len(prompts) for i in range(members)]
         first = {model: row for row, model in reversed([*enumerate(of_rows)])}
@@ -163,6 +164,8 @@ class Decoder:
         if len(first) == len(of_rows) or not shared:
             return None, 0
 
+        # The first row of each model reads the shared tokens, then every row gets its model's keys and values. `keep` sets λ
+        # of the rows that read, and after that of all rows.
         places = {model: place for place, model in enumerate(first)}
         to_rows = torch.tensor([places[model] for model in of_rows], device=self.model.device)
         ids = torch.tensor([prompts[0][:shared]], device=self.model.device).expand(len(first), -1)

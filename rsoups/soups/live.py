@@ -292,6 +292,8 @@ class LiveSoup:
         inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(self.model.device)
         inputs.pop("token_type_ids", None)
 
+        # Not `generation.respond`: λ belongs to the rows of this one batch, which may not be split, and any setting of
+        # transformers' generate is allowed (beams, several sequences for a prompt), where `respond` samples purely.
         if seed is not None:
             torch.manual_seed(seed)
         with self.at(lambdas), torch.inference_mode(), fast_sampling(self.model.device):
