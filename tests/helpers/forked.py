@@ -166,6 +166,8 @@ _starting = Lock()
 
 def warm_python(**environment: str) -> str:
     """Path of the executable; the process that it forks from is made at the first call with this environment."""
+    if not hasattr(os, "pidfd_open"):
+        return sys.executable  # not Linux
     with _starting:
         return _started(tuple(sorted(environment.items())))
 
