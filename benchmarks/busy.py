@@ -4,10 +4,9 @@
     python benchmarks/busy.py --entries sweep --spin 1000         # one entry, one more way; results of others are kept
 
 A neighbor is a process that this script starts: `python` spins on one core, `torch` multiplies matrices on two threads. The way
-`rsoups` is what users get; `runtime` sets libgomp's own default, GOMP_SPINCOUNT=300000, which rsoups leaves as it is;
-`one thread` is OMP_NUM_THREADS=1. Each entry has one process for each way, which imports once and then works in turns with the
-others, alone and beside each neighbor. `imports` is a whole `rsoups sweep --help`. Ratios are of medians over the rounds, and
-`loss` is the quiet time over the runtime's.
+`rsoups` is what users get; `runtime` sets libgomp's own default, GOMP_SPINCOUNT=300000, which rsoups leaves as it is. Each
+entry has one process for each way, which imports once and then works in turns with the others, alone and beside each neighbor.
+`imports` is a whole `rsoups sweep --help`. Ratios are of medians over the rounds; `loss` is the quiet time over the runtime's.
 """
 
 import argparse
@@ -68,11 +67,11 @@ sources = [f"{name}={path}" for name, path in adapters.items()]
 
 
 def work():
-    command("sweep", "--adapters", *sources, "--reward", "naturalness", "coverage", "--points", "3", "--prompts", "100")
+    command("sweep", "--adapters", *sources, "--reward", "naturalness", "coverage", "--points", "3", "--prompts", "50")
 """
 PPO = """
 def work():
-    command("train", "--reward", "coverage", "--max_steps", "16", "--eval_prompts", "0", "--disable_tqdm", "true")
+    command("train", "--reward", "coverage", "--max_steps", "8", "--eval_prompts", "0", "--disable_tqdm", "true")
 """
 SCORING = """
 reward = rsoups.load_reward("naturalness")
@@ -104,7 +103,6 @@ TURNS = """
 import sys, time
 import rsoups
 {entry}
-work()
 for line in iter(input, "end"):
     started = time.perf_counter()
     work()
@@ -186,7 +184,7 @@ def measured(entry: str, ways: dict[str, dict[str, str]], rounds: int) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["imports", *ENTRIES]
+    names = [*ENTRIES, "imports"]
     parser.add_argument("--entries", nargs="+", choices=names, default=names)
     parser.add_argument("--spin", nargs="*", default=[], help="further ways: values of GOMP_SPINCOUNT")
     parser.add_argument("--rounds", type=int, default=5)
@@ -195,11 +193,7 @@ def main() -> None:
 
     plain = {name: value for name, value in os.environ.items() if name not in WAITING}
     plain |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    ways = {
-        "rsoups": plain,
-        "runtime": plain | {"GOMP_SPINCOUNT": "300000"},
-        "one thread": plain | {"OMP_NUM_THREADS": "1"},
-    }
+    ways = {"rsoups": plain, "runtime": plain | {"GOMP_SPINCOUNT": "300000"}}
     ways |= {f"spin {count}": plain | {"GOMP_SPINCOUNT": count} for count in args.spin}
     results = json.loads(args.out.read_text()) if args.out.exists() else {"entries": {}}
     results["cores"], results["machine"] = len(os.sched_getaffinity(0)), platform.machine()
