@@ -31,7 +31,7 @@ demo: install
 
 # One file of tests after the other in up to four processes, one thread each: torch's threads wait for each other actively.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-install: install
 	$(BIN)/pytest -m install

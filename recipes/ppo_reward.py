@@ -24,13 +24,14 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
+from rsoups import PPOTrainer, load_reward  # isort: skip  (before torch)
+
 import torch
 from peft import PeftModel
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig
 from trl.trainer.utils import use_adapter
 
-from rsoups import PPOTrainer, load_reward
 from rsoups.adapters.filenames import MANIFEST_FILE
 from rsoups.bases.load import base_config, load_tokenizer
 from rsoups.common.assets import need

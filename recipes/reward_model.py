@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rsoups.data.prompts import pair_of  # isort: skip  (before torch)
+
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, set_seed
@@ -29,7 +31,6 @@ from rsoups.bases.load import dtype_of, load_tokenizer
 from rsoups.common.assets import resolve
 from rsoups.common.errors import SettingsError, in_one_line
 from rsoups.common.files import read_jsonl, writing
-from rsoups.data.prompts import pair_of
 from rsoups.rewards.inputs import encode_pairs, encode_texts
 from rsoups.training.callbacks import launcher_callbacks
 from rsoups.training.flags import FlagParser

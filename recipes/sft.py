@@ -15,6 +15,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from rsoups.data.tasks import TASKS, find_task  # isort: skip  (before torch)
+
 import torch
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
@@ -24,7 +26,6 @@ from rsoups.bases.load import load_base, load_tokenizer
 from rsoups.common.errors import DatasetError, in_one_line
 from rsoups.common.files import hub_commit, writing
 from rsoups.data.datasets import is_table, load_rows
-from rsoups.data.tasks import TASKS, find_task
 from rsoups.data.training_data import prompt_marks
 from rsoups.generation.decoding import encode
 from rsoups.training.callbacks import launcher_callbacks

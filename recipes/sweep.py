@@ -16,9 +16,10 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rsoups import load_reward, simplex, sweep, write_report  # isort: skip  (before torch)
+
 import torch
 
-from rsoups import load_reward, simplex, sweep, write_report
 from rsoups.common.assets import named_sources
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl

@@ -4,13 +4,13 @@ import json
 import math
 import runpy
 import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
+from forked import warm_python
 from peft import LoraConfig
 from places import RECIPES
 from recipe_runs import CONFIGS, launch, parse_ppo
@@ -44,7 +44,7 @@ def test_ones_own_base_needs_no_word_about_bf16_where_no_gpu_has_it(monkeypatch)
 
 
 def test_a_pickled_adapter_is_not_trained_on(tmp_path, bomb):
-    command = [sys.executable, str(RECIPES / "ppo_reward.py"), "--config", str(CONFIGS / "embedded.yaml")]
+    command = [warm_python(), str(RECIPES / "ppo_reward.py"), "--config", str(CONFIGS / "embedded.yaml")]
     command += ["--adapter_name_or_path", str(bomb.parent), "--output_dir", str(tmp_path / "out")]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode and "rsoups convert" in run.stderr

@@ -73,7 +73,7 @@ def server(monkeypatch):
     server.keys = set()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
     monkeypatch.setenv("VLLM_API_KEY", "ours")
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])
     thread.start()
     yield server
     server.shutdown()
