@@ -6,8 +6,8 @@
 
 Same base, prompts, LoRA, batch (64 responses, 2 PPO epochs, minibatches of 32), response length, temperature, KL
 coefficient and reward: the share of a sequence's tokens with odd ids, times 4,
-cheap for both so that the trainers are what is measured; --reward deberta puts a DeBERTa-v3-large of random weights
-beside it (ours only: TRL 1.12 wants a reward on the policy's tokenizer). TRL's critic is a second model, as it asks.
+cheap for both so that the trainers are what is measured; --reward deberta adds what a DeBERTa-v3-large of random weights
+costs to both. TRL's critic is a second model, as it asks; of LLaMA-7b's shape one with a LoRA.
 
 Each measurement is a process of its own. Written to benchmarks/results/: episodes per second of training, peak memory
 beyond the base (RSS on a CPU, allocated on a GPU), mean reward of the last quarter of the episodes; medians and ratios.
@@ -18,7 +18,6 @@ import copy
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -37,21 +36,6 @@ COMMON = {"learning_rate": 1e-3, "kl_coef": 0.05, "temperature": TEMPERATURE, "r
 # --- one measurement -------------------------------------------------------------------------------------------------
 
 
-def base_model(args):
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    if args.shape == "embedded":
-        return AutoModelForCausalLM.from_pretrained(ROOT / "rsoups/assets/tiny-llama", dtype=torch.float32)
-    torch.manual_seed(0)
-    config = LlamaConfig(num_hidden_layers=args.layers or 32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model
-
-
 def tokenizer_and_prompts(count):
     from transformers import AutoTokenizer
 
@@ -60,16 +44,6 @@ def tokenizer_and_prompts(count):
     words = [", ".join(json.loads(line)["concepts"]) for line in lines[:count]]
     prompts = ["### Instruction: Write one sentence that uses these words. ### Input: " + w for w in words]
     return tokenizer, [prompt + " ### Response: " for prompt in prompts]
-
-
-def memory():
-    """Bytes now, and at the peak so far."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def rsoups_trainer(args, base, folder):
@@ -93,32 +67,42 @@ def rsoups_trainer(args, base, folder):
         max_steps=args.episodes // ROLLOUT * EPOCHS * (ROLLOUT // MINIBATCH), activation_checkpointing=False,
         kl_limit=None, use_cpu=not gpu, dataloader_pin_memory=gpu, **COMMON,
     )  # fmt: skip
-    rewards = [reward, *([deberta_reward()] if args.reward == "deberta" else [])]
+    rewards = [reward, *([deberta_reward(args, tokenizer)] if args.reward == "deberta" else [])]
     return PPOTrainer(
         base, rewards, config, train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer,
         peft_config=LoraConfig(**LORA),
     )  # fmt: skip
 
 
-def deberta_reward():
-    """What an OpenAssistant reward costs: a DeBERTa-v3-large of random weights, ids drawn for the tokenizer's."""
-    import torch
-    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
-
-    config = DebertaV2Config(
-        vocab_size=128_100, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-        relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
-        pos_att_type=["p2c", "c2p"], position_biased_input=False, max_relative_positions=-1, type_vocab_size=0, num_labels=1,
-    )  # fmt: skip
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DebertaV2ForSequenceClassification(config).to(device).eval()
+def deberta_reward(args, tokenizer):
+    """Zero for every response, at the price of an OpenAssistant reward: DeBERTa-v3-large's shape reads prompt and response."""
+    score = deberta_scores(args)
 
     def reward(prompts, completions, completion_ids, **columns):
-        ids = torch.randint(5, 128_000, (len(prompts), 64), device=device)
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            return [0.0 * score for score in model(input_ids=ids).logits[:, 0].tolist()]
+        import torch
+
+        rows = [a + b for a, b in zip(tokenizer(prompts)["input_ids"], completion_ids, strict=True)]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return [0.0 * value for value in score(ids, mask).tolist()]
 
     return reward
+
+
+def deberta_scores(args):
+    """A function of ids and mask (B, T) that returns DeBERTa's scores (B,), in bfloat16 on a GPU."""
+    import shapes
+    import torch
+
+    model = shapes.deberta_v3_large(tiny=args.shape == "tiny").to(shapes.DEVICE)
+
+    def score(ids, mask):
+        half = torch.autocast(shapes.DEVICE, torch.bfloat16, enabled=shapes.DEVICE == "cuda")
+        with torch.inference_mode(), half:
+            return model(input_ids=ids.to(shapes.DEVICE), attention_mask=mask.to(shapes.DEVICE)).logits[:, 0].float()
+
+    return score
 
 
 def trl_trainer(args, base, folder):
@@ -129,12 +113,15 @@ def trl_trainer(args, base, folder):
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     tokenizer, prompts = tokenizer_and_prompts(1024)
+    scores = deberta_scores(args) if args.reward == "deberta" else None
 
     class Backbone(torch.nn.Module):
         def forward(self, input_ids, attention_mask, **kwargs):
             # (B, T, 1): running share of favored tokens; TRL reads it at a response's last token.
             good = ((input_ids % 2 == 1) & attention_mask.bool()).float().cumsum(1)
             share = 4 * good / attention_mask.cumsum(1).clamp(min=1)
+            if scores is not None:
+                share = share + 0.0 * scores(input_ids, attention_mask.long())[:, None]
             return type("Output", (), {"hidden_states": [share.unsqueeze(-1)]})()
 
     class Reward(torch.nn.Module):
@@ -146,9 +133,14 @@ def trl_trainer(args, base, folder):
 
     shape = copy.deepcopy(base.config)
     shape.num_labels = 1
-    critic = LlamaForSequenceClassification(shape).to(base.dtype)
+    torch.set_default_dtype(base.dtype)
+    with torch.device(base.device):
+        critic = LlamaForSequenceClassification(shape)
+    torch.set_default_dtype(torch.float32)
     critic.model.load_state_dict(base.model.state_dict())
     torch.nn.init.zeros_(critic.score.weight)
+    if args.shape == "llama7b":  # a second model of 7B trained as a whole takes 54 GB, so that nothing else fits a card
+        critic = with_lora(critic)
     gpu = torch.cuda.is_available()
     config = PPOConfig(
         output_dir=folder, per_device_train_batch_size=ROLLOUT, num_mini_batches=ROLLOUT // MINIBATCH,
@@ -163,14 +155,28 @@ def trl_trainer(args, base, folder):
     )  # fmt: skip
 
 
+def with_lora(critic):
+    """TRL's critic with a LoRA like the policy's, its head trained too: a choice in TRL's favor."""
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+
+    critic = inject_adapter_in_model(LoraConfig(**LORA | {"task_type": "SEQ_CLS"}), critic)
+    for parameter in critic.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)  # as PEFT does for the policy's
+    critic.score.requires_grad_(True)
+    return critic
+
+
 def measure(args):
     import peft
+    import shapes
     import torch
     import transformers
     import trl
 
-    base = base_model(args)
-    before, _ = memory()
+    base = shapes.base_model(args.shape, args.layers)
+    before, _ = shapes.memory()
     with tempfile.TemporaryDirectory() as folder:
         trainer = {"rsoups": rsoups_trainer, "trl": trl_trainer}[args.worker](args, base, folder)
         started = time.perf_counter()
@@ -184,7 +190,7 @@ def measure(args):
         json.dumps(
             {
                 "episodes_per_second": args.episodes / seconds,
-                "peak_memory_beyond_base_mb": (memory()[1] - before) / 2**20,
+                "peak_memory_beyond_base_mb": (shapes.memory()[1] - before) / 2**20,
                 "reward_first": rewards[0],
                 "reward_last_quarter": statistics.mean(rewards[-tail:]),
                 "kl_last_quarter": statistics.mean(kls[-tail:]),
@@ -201,8 +207,8 @@ def measure(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("embedded", "llama7b"), default="embedded")
-    parser.add_argument("--layers", type=int, help="fewer layers than LLaMA-7b's 32")
+    parser.add_argument("--shape", choices=("embedded", "tiny", "smollm2", "llama7b"), default="embedded")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--reward", choices=("tokens", "deberta"), default="tokens")
     parser.add_argument("--episodes", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
@@ -211,7 +217,7 @@ def main():
     if args.worker:
         return measure(args)
 
-    names = ["rsoups"] if args.reward == "deberta" else ["trl", "rsoups"]
+    names = ["trl", "rsoups"]
     found = {name: [] for name in names}
     flags = [f"--{key}={value}" for key, value in vars(args).items() if value is not None and key != "rounds"]
     for number in range(args.rounds):
@@ -231,11 +237,10 @@ def main():
         name: {key: statistics.median(run[key] for run in runs) for key in figures} for name, runs in found.items()
     }
     result = {"command": " ".join(sys.argv), "cores": os.cpu_count(), "medians": medians, "runs": found}
-    if len(names) == 2:
-        result["ratio"] = {key: medians["rsoups"][key] / medians["trl"][key] for key in figures[:2]}
+    result["ratio"] = {key: medians["rsoups"][key] / medians["trl"][key] for key in figures[:2]}
     out = ROOT / "benchmarks/results" / f"ppo-{args.shape}{'' if args.reward == 'tokens' else '-deberta'}.json"
     out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: result[key] for key in ("medians", "ratio") if key in result}, indent=2), f"\n{out}")
+    print(json.dumps({key: result[key] for key in ("medians", "ratio")}, indent=2), f"\n{out}")
 
 
 if __name__ == "__main__":

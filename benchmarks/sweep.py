@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import shapes
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 import rsoups
 from rsoups.common.assets import resolve
@@ -40,25 +41,12 @@ from rsoups.data.datasets import load_rows
 from rsoups.data.tasks import TASKS
 from rsoups.generation.decoding import Decoder
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = shapes.DEVICE
 TOKENS = 32
 STD = 0.25  # of the random B: responses at 11 λ then differ about as often as with trained adapters
 GRID = rsoups.simplex(2, 11)
 BATCH = 64
 TOKENIZER = AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama"), padding_side="left")
-
-
-def base_model(shape: str, layers: int) -> LlamaForCausalLM:
-    if shape == "embedded":
-        small: Any = AutoModelForCausalLM.from_pretrained(resolve("rsoups/tiny-llama"), dtype=torch.float32)
-        return small.to(DEVICE).eval()
-    torch.manual_seed(0)
-    config = LlamaConfig(num_hidden_layers=layers, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(DEVICE):
-        model = LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
 
 
 def write_adapters(model: LlamaForCausalLM, folder: Path, count: int) -> dict[str, Path]:
@@ -90,11 +78,16 @@ def responses(model: Any, prompts: list[str]) -> list[str]:
 
 
 def by_paper(
-    load: Callable[[], LlamaForCausalLM], adapters: dict[str, Path], rewards: dict, prompts: list[str], measured: int
+    load: Callable[[], LlamaForCausalLM],
+    adapters: dict[str, Path],
+    rewards: dict,
+    prompts: list[str],
+    measured: int,
+    lambdas: int = len(GRID),
 ) -> float:
-    """Seconds of all prompts, extrapolated from the first `measured` ones."""
+    """Seconds of all prompts at all λ, extrapolated from the first `measured` prompts at the first `lambdas` ones."""
     loading = answering = 0.0
-    for row in GRID:
+    for row in GRID[:lambdas]:
         start = time.perf_counter()
         model = PeftModel.from_pretrained(load(), next(iter(adapters.values())), adapter_name="soup")
         others = [rsoups.interpolate([path]).state_dict for path in adapters.values()]
@@ -112,7 +105,7 @@ def by_paper(
             for reward in rewards.values():
                 reward([prompt], texts)
         answering += time.perf_counter() - start
-    return loading + answering * len(prompts) / measured
+    return (loading + answering * len(prompts) / measured) * len(GRID) / lambdas
 
 
 def by_peft(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str]) -> tuple[float, dict]:
@@ -223,10 +216,45 @@ def steps(base: LlamaForCausalLM, adapters: dict[str, Path], rows: int, rounds: 
     return best
 
 
+def by_rsoups_of_one(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str]) -> float:
+    """Seconds of a sweep of one λ."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "records.jsonl"
+        settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": TOKENS, "progress": False, "out": out}
+        start = time.perf_counter()
+        rsoups.sweep(base, adapters, rewards, prompts, [[0.5, 0.5]], tokenizer=TOKENIZER, **settings)
+        return time.perf_counter() - start
+
+
+def compared(
+    base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str], rounds: int
+) -> dict[str, Any]:
+    """Seconds of a sweep by PEFT and by rsoups, the best of some rounds in turn, their ratios, and how many texts are equal."""
+    best = dict.fromkeys(("peft", "rsoups", "rsoups without KL"), float("inf"))
+    for _ in range(rounds):
+        seconds, by = by_peft(base, adapters, rewards, prompts)
+        best["peft"] = min(best["peft"], seconds)
+        seconds, ours = by_rsoups(base, adapters, rewards, prompts)
+        best["rsoups"] = min(best["rsoups"], seconds)
+        seconds, _ = by_rsoups(base, adapters, rewards, prompts, kl=False)
+        best["rsoups without KL"] = min(best["rsoups without KL"], seconds)
+
+    same = sum(ours[key] == text for key, text in by.items())
+    # In bfloat16 rounding decides between tokens of much the same logits, and random weights have many of these.
+    if base.dtype == torch.float32 and same < 0.97 * len(by):
+        raise SystemExit(f"only {same} of {len(by)} texts are the same")
+    return {
+        **best,
+        **{f"peft / {ours}": best["peft"] / best[ours] for ours in ("rsoups", "rsoups without KL")},
+        "same texts": f"{same} of {len(by)}",
+        "different texts": len({(prompt, text) for (_, prompt), text in by.items()}),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="embedded", choices=("embedded", "llama7b"))
-    parser.add_argument("--layers", type=int, default=32, help="of LLaMA-7b's 32")
+    parser.add_argument("--shape", default="embedded", choices=shapes.SHAPES)
+    parser.add_argument("--layers", type=int, help="number of layers, if not the shape's own")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--paper_prompts", type=int, default=4, help="of those, how many the paper's way answers")
     parser.add_argument("--rounds", type=int, default=3)
@@ -238,32 +266,15 @@ def main() -> None:
     results: dict = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     results |= {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", "prompts": len(prompts)}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        load = partial(base_model, args.shape, args.layers)
+        load = partial(shapes.base_model, args.shape, args.layers)
         base = load()
         four = write_adapters(base, Path(folder), 4)
         two = dict(list(four.items())[:2])
         results["logits, apart from PEFT's"] = far = apart(base, two, prompts[:8])
         if far["rsoups"] > (1e-5 if base.dtype == torch.float32 else 0.02):
             raise SystemExit(f"other logits than PEFT's: {far}")
-        for name, asked in (("sweep", prompts), ("interactive", prompts[:8])):
-            best = dict.fromkeys(("peft", "rsoups", "rsoups without KL"), float("inf"))
-            for _ in range(args.rounds):
-                seconds, by = by_peft(base, two, rewards, asked)
-                best["peft"] = min(best["peft"], seconds)
-                seconds, ours = by_rsoups(base, two, rewards, asked)
-                best["rsoups"] = min(best["rsoups"], seconds)
-                seconds, _ = by_rsoups(base, two, rewards, asked, kl=False)
-                best["rsoups without KL"] = min(best["rsoups without KL"], seconds)
-            same = sum(ours[key] == text for key, text in by.items())
-            results[name] = {
-                **best,
-                **{f"peft / {ours}": best["peft"] / best[ours] for ours in ("rsoups", "rsoups without KL")},
-                "same texts": f"{same} of {len(by)}",
-                "different texts": len({(prompt, text) for (_, prompt), text in by.items()}),
-            }
-            # In bfloat16 rounding decides between tokens of much the same logits, and random weights have many of these.
-            if base.dtype == torch.float32 and same < 0.97 * len(by):
-                raise SystemExit(f"{name}: only {same} of {len(by)} texts are the same")
+        results["sweep"] = compared(base, two, rewards, prompts, args.rounds)
+        results["interactive"] = compared(base, two, rewards, prompts[:8], args.rounds)
         one = min(by_rsoups_of_one(base, two, rewards, prompts) for _ in range(args.rounds))
         results["sweep"]["rsoups, one λ"] = one
         results["sweep"]["11 λ / one λ"] = results["sweep"]["rsoups"] / one
@@ -278,16 +289,6 @@ def main() -> None:
     args.out.mkdir(exist_ok=True)
     (args.out / f"sweep-{args.shape}.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
-
-
-def by_rsoups_of_one(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str]) -> float:
-    """Seconds of a sweep of one λ."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "records.jsonl"
-        settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": TOKENS, "progress": False, "out": out}
-        start = time.perf_counter()
-        rsoups.sweep(base, adapters, rewards, prompts, [[0.5, 0.5]], tokenizer=TOKENIZER, **settings)
-        return time.perf_counter() - start
 
 
 if __name__ == "__main__":
