@@ -78,7 +78,7 @@ def deberta_reward(args, tokenizer):
     """Zero for every response, at the price of an OpenAssistant reward: DeBERTa-v3-large's shape reads prompt and response."""
     score = deberta_scores(args)
 
-    def reward(prompts, completions, completion_ids, **columns):
+    def deberta(prompts, completions, completion_ids, **columns):
         import torch
 
         rows = [a + b for a, b in zip(tokenizer(prompts)["input_ids"], completion_ids, strict=True)]
@@ -87,7 +87,7 @@ def deberta_reward(args, tokenizer):
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         return [0.0 * value for value in score(ids, mask).tolist()]
 
-    return reward
+    return deberta
 
 
 def deberta_scores(args):

@@ -1,6 +1,7 @@
 """A sweep by rsoups beside the paper's way and PEFT's: same base, adapters, prompts, rewards, greedy decoding, in one run.
 
     python benchmarks/sweep.py                                      # the embedded policy, CPU cores, some minutes
+    python benchmarks/sweep.py --shape smollm2 --prompts 64 --rounds 1 --measure sweep                # SmolLM2-135M's shape
     python benchmarks/sweep.py --shape llama7b --rounds 1           # a CUDA GPU: LLaMA-7b's shape, random weights, bf16
     python benchmarks/sweep.py --prompts 16 --rounds 1 --paper_prompts 1 --out /tmp                  # a dry run
 
@@ -46,6 +47,7 @@ TOKENS = 32
 STD = 0.25  # of the random B: responses at 11 λ then differ about as often as with trained adapters
 GRID = rsoups.simplex(2, 11)
 BATCH = 64
+MEASURED = ("sweep", "interactive", "one", "decode", "paper")
 TOKENIZER = AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama"), padding_side="left")
 
 
@@ -251,12 +253,44 @@ def compared(
     }
 
 
+def measured(args: argparse.Namespace, prompts: list[str], rewards: dict, folder: Path) -> dict[str, Any]:
+    """The figures that were asked for."""
+    load = partial(shapes.base_model, args.shape, args.layers)
+    base = load()
+    four = write_adapters(base, folder, 4 if "decode" in args.measure else 2)
+    two = dict(list(four.items())[:2])
+    results: dict[str, Any] = {"logits, apart from PEFT's": apart(base, two, prompts[:8])}
+    far = results["logits, apart from PEFT's"]["rsoups"]
+    if far > (1e-5 if base.dtype == torch.float32 else 0.02):
+        raise SystemExit(f"logits are {far} from PEFT's")
+
+    if "sweep" in args.measure:
+        results["sweep"] = compared(base, two, rewards, prompts, args.rounds)
+    if "interactive" in args.measure:
+        results["interactive"] = compared(base, two, rewards, prompts[:8], args.rounds)
+    if "one" in args.measure:
+        one = min(by_rsoups_of_one(base, two, rewards, prompts) for _ in range(args.rounds))
+        results["sweep"] |= {"rsoups, one λ": one, "11 λ / one λ": results["sweep"]["rsoups"] / one}
+    if "decode" in args.measure:
+        results["decode step, ms"] = {}
+        for count in (1, 8, 64):
+            found = steps(base, four, count, args.rounds)
+            ratios = {f"{name} / peft": found[name] / found["peft"] for name in ("live 2", "live 4")}
+            results["decode step, ms"][f"{count} rows"] = found | ratios
+    del base
+    if "paper" in args.measure:
+        paper = by_paper(load, two, rewards, prompts, args.paper_prompts)
+        results["sweep"] |= {"paper": paper, "paper / rsoups": paper / results["sweep"]["rsoups"]}
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="embedded", choices=shapes.SHAPES)
     parser.add_argument("--layers", type=int, help="number of layers, if not the shape's own")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--paper_prompts", type=int, default=4, help="of those, how many the paper's way answers")
+    parser.add_argument("--measure", nargs="+", choices=MEASURED, default=MEASURED, help="one and paper need the sweep")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -266,26 +300,7 @@ def main() -> None:
     results: dict = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     results |= {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", "prompts": len(prompts)}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        load = partial(shapes.base_model, args.shape, args.layers)
-        base = load()
-        four = write_adapters(base, Path(folder), 4)
-        two = dict(list(four.items())[:2])
-        results["logits, apart from PEFT's"] = far = apart(base, two, prompts[:8])
-        if far["rsoups"] > (1e-5 if base.dtype == torch.float32 else 0.02):
-            raise SystemExit(f"other logits than PEFT's: {far}")
-        results["sweep"] = compared(base, two, rewards, prompts, args.rounds)
-        results["interactive"] = compared(base, two, rewards, prompts[:8], args.rounds)
-        one = min(by_rsoups_of_one(base, two, rewards, prompts) for _ in range(args.rounds))
-        results["sweep"]["rsoups, one λ"] = one
-        results["sweep"]["11 λ / one λ"] = results["sweep"]["rsoups"] / one
-        results["decode step, ms"] = {}
-        for count in (1, 8, 64):
-            found = steps(base, four, count, args.rounds)
-            ratios = {f"{name} / peft": found[name] / found["peft"] for name in ("live 2", "live 4")}
-            results["decode step, ms"][f"{count} rows"] = found | ratios
-        del base
-        paper = by_paper(load, two, rewards, prompts, args.paper_prompts)
-        results["sweep"] |= {"paper": paper, "paper / rsoups": paper / results["sweep"]["rsoups"]}
+        results |= measured(args, prompts, rewards, Path(folder))
     args.out.mkdir(exist_ok=True)
     (args.out / f"sweep-{args.shape}.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
