@@ -140,7 +140,8 @@ def ppo_trl(size: Size, note: Callable[..., None]) -> None:
 def measured_ppo(
     size: Size, note: Callable[..., None], name: str, functions: Callable[[Any], list[tuple[Any, str, str]]]
 ) -> None:
-    args = Namespace(worker=name, shape=size.shape, layers=None, reward="deberta", episodes=size.rollouts * ppo.ROLLOUT)
+    work = ppo.SHAPES[size.shape]
+    args = gpu_training.ppo_arguments(size, name, "deberta", size.rollouts * work.rollout)
     base = shapes.base_model(size.shape)
     weights = sum(module.weight.numel() for module in base.modules() if isinstance(module, torch.nn.Linear))
     before, _ = shapes.memory()
@@ -156,7 +157,7 @@ def measured_ppo(
     timed = size.rollouts - 1  # rollouts; the first one is for warming up
     since = spans.starts("generation")[-timed]
     seconds = ended - since
-    episodes = timed * ppo.ROLLOUT
+    episodes = timed * work.rollout
     parts = {label: spans.seconds(label, since) for label in ("generation", "scoring", "rollout")}
     if parts["rollout"]:  # what is left of a rollout: log-probabilities and values
         begun = spans.starts("rollout")[-timed]
@@ -165,12 +166,12 @@ def measured_ppo(
     key = "reward" if name == "rsoups" else "objective/scores"
     rewards = [row[key] for row in trainer.state.log_history if key in row]
     note(
-        episodes_per_second=episodes / seconds, tokens_per_second=episodes * ppo.LENGTH / seconds,
+        episodes_per_second=episodes / seconds, tokens_per_second=episodes * work.length / seconds,
         peak_memory_beyond_base_mb=(shapes.memory()[1] - before) / 2**20, base_mb=before / 2**20,
         share_of_time={label: value / seconds for label, value in parts.items()}, rewards=rewards,
     )  # fmt: skip
     if name == "rsoups":
-        note(model_flops_utilization=_utilization(size, weights, episodes, parts))
+        note(model_flops_utilization=_utilization(args, weights, episodes, parts, size.matrix))
 
 
 def _critic_mb(trainer: Any, name: str) -> float:
@@ -179,16 +180,16 @@ def _critic_mb(trainer: Any, name: str) -> float:
     return sum(p.nbytes * (4 if p.requires_grad else 1) for p in critic.parameters()) / 2**20
 
 
-def _utilization(size: Size, weights: int, episodes: int, seconds: dict[str, float]) -> dict[str, Any]:
+def _utilization(args: Namespace, weights: int, episodes: int, seconds: dict[str, float], width: int) -> dict[str, Any]:
     """FLOP/s of generation and update that the model needs, beside the card's peak.
 
     A token needs two operations for each weight of a linear layer in a forward pass, and two more in a backward pass, since
     the base's weights get no gradients. Attention and adapters are left out.
     """
-    tokenizer, prompts = ppo.tokenizer_and_prompts(256)
+    tokenizer, prompts = ppo.tokenizer_and_prompts(args, 256)
     prompt = statistics.mean(len(tokenizer(text)["input_ids"]) for text in prompts)
-    tokens = episodes * (prompt + ppo.LENGTH)
-    reached = _product(size.matrix)
+    tokens = episodes * (prompt + ppo.SHAPES[args.shape].length)
+    reached = _product(width)
     peak = next(
         (value for name, value in _PEAKS.items() if torch.cuda.is_available() and name in torch.cuda.get_device_name()),
         None,

@@ -44,6 +44,14 @@ def no_bitsandbytes() -> str | None:
     return None if importlib.util.find_spec("bitsandbytes") else "bitsandbytes is not installed"
 
 
+def ppo_arguments(size: Any, worker: str, reward: str, episodes: int) -> Namespace:
+    """Arguments of ppo.py for one measurement in this process."""
+    return Namespace(
+        worker=worker, shape=size.shape, base=None, layers=None, bf16=torch.cuda.is_available(), reward=reward,
+        episodes=episodes, seed=0,
+    )  # fmt: skip
+
+
 # --- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +229,7 @@ def qlora(size: Any, note: Any) -> None:
     base = shapes.quantized(shapes.base_model(size.shape), bits=4)
     shapes.reset_peak()
     before, _ = shapes.memory()
-    args = Namespace(shape=size.shape, layers=None, reward="tokens", episodes=2 * ppo.ROLLOUT)
+    args = ppo_arguments(size, "rsoups", "tokens", 2 * ppo.SHAPES[size.shape].rollout)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = ppo.rsoups_trainer(args, base, folder)

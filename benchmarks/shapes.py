@@ -41,23 +41,26 @@ _LLAMAS: dict[str, dict[str, Any]] = {
 SHAPES = ("embedded", *_LLAMAS)
 
 
-def base_model(shape: str, layers: int | None = None) -> Any:
-    """Return a base in evaluation mode: the embedded policy, or random weights of another shape.
-
-    LLaMA-7b's are bfloat16, and are drawn on the GPU where there is one; the others are float32.
+def base_model(
+    shape: str, layers: int | None = None, dtype: torch.dtype | None = None, folder: str | Path | None = None
+) -> Any:
+    """Return a base in evaluation mode, on the GPU if there is one: the embedded policy, or random weights of another shape.
 
     Args:
         shape: One of `SHAPES`.
         layers: Number of layers, if not the shape's own.
+        dtype: Type of the weights; bfloat16 for LLaMA-7b and float32 for the others if None.
+        folder: Folder of a model of that shape, instead of random weights.
     """
-    if shape == "embedded":
-        base: Any = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    dtype = dtype or (torch.bfloat16 if shape == "llama7b" else torch.float32)
+    if folder or shape == "embedded":
+        base: Any = AutoModelForCausalLM.from_pretrained(folder or EMBEDDED, dtype=dtype)
         return base.to(DEVICE).eval()
 
     config = LlamaConfig(**_SPECIAL, **_LLAMAS[shape])
     config.num_hidden_layers = layers or config.num_hidden_layers
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if shape == "llama7b" else torch.float32)
+    torch.set_default_dtype(dtype)
     try:
         with torch.device(DEVICE):
             return LlamaForCausalLM(config).eval()

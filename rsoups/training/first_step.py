@@ -1,8 +1,8 @@
 """Checks before the first step of PPO: the policy that samples, is scored and is trained must be one and the same.
 
-Sampling goes through transformers' `generate`, the update through `PPOTrainer`'s own forward. Where the two differ, by
-dropout, a setting of the base's generation_config, or a head that changes its logits, PPO silently optimizes another
-policy than the one that writes.
+Sampling goes through `Decoder` or transformers' `generate`, the update through `PPOTrainer`'s own forward. Where the two
+differ, by dropout, a setting of the base's generation_config, or a head that changes its logits, PPO silently optimizes
+another policy than the one that writes.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _first_to_differ(model: nn.Module, forward: Callable[[], Tensor]) -> str:
 
 
 class Sampler:
-    """Records the draws of `generate`: each token, and its log p under the distribution that it was drawn from.
+    """Records the draws of `generate` or `Decoder`: each token, and its log p under the distribution that it was drawn from.
 
     Attributes:
         logps: Log-probabilities, one (B,) for each drawn token.
@@ -187,8 +187,12 @@ class Sampler:
 
     def __call__(self, probabilities: Tensor, drawn: Tensor) -> None:
         weights = probabilities.double()
-        self.logps.append((weights.gather(-1, drawn) / weights.sum(-1, keepdim=True)).log()[:, 0].cpu())
-        self.tokens.append(drawn[:, 0].cpu())
+        self.add(drawn[:, 0], (weights.gather(-1, drawn) / weights.sum(-1, keepdim=True)).log()[:, 0])
+
+    def add(self, tokens: Tensor, logps: Tensor) -> None:
+        """Record the drawn tokens (B,) and their log-probabilities (B,)."""
+        self.logps.append(logps.cpu())
+        self.tokens.append(tokens.cpu())
 
     def of(self, responses: list[list[int]]) -> list[Tensor]:
         """Log p of the drawn tokens of each response; none if the draws are not the beginnings of the responses."""

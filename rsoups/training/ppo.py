@@ -40,9 +40,10 @@ from rsoups.training.metrics import (
     rollout_metrics,
     take_pending,
 )
-from rsoups.training.policy import reset_adapter
+from rsoups.training.policy import fuse_lora, reset_adapter
 from rsoups.training.ppo_config import PPOConfig
 from rsoups.training.resumable import ResumableTrainer
+from rsoups.training.rollouts import decode, decoder_generates
 from rsoups.training.trl_rewards import named_failures
 
 
@@ -94,7 +95,10 @@ class PPOTrainer(ResumableTrainer):
 
         # The head is on the base, so that the adapter's own files never include it; checkpoints hold it beside them.
         causal_lm.value_head = ValueHead(causal_lm.config.get_text_config().hidden_size, self.model.device)
-        add_actor_critic_forward(causal_lm, self.temperature)
+        self.sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        add_actor_critic_forward(causal_lm, self.temperature, self.sharded)
+        if not self.sharded:  # sharded weights are gathered where PEFT's forward calls the factors
+            fuse_lora(self.model)
         if self.use_vllm:
             hide_value_head(self.vllm_generation)
         self.kl_controller = rl_math.KLController(args.kl_coef, args.kl_target, args.kl_horizon)
@@ -221,20 +225,22 @@ class PPOTrainer(ResumableTrainer):
         if size < len(prompt_ids):
             order.sort(key=lambda i: len(prompt_ids[i]))  # less padding
 
+        by_decoder = decoder_generates(self) and not any(args[:2])  # no images, nor other inputs beside the tokens
         responses: list[list[int]] = [[] for _ in prompt_ids]
         with fast_sampling(self.accelerator.device, self.sampler_watch):
             for start in range(0, len(order), size):
                 group = order[start : start + size]
-                generated, *_ = super()._generate_single_turn([prompt_ids[i] for i in group], *args, **kwargs)
-                for i, ids in zip(group, generated, strict=True):
-                    responses[i] = ids
+                ids = [prompt_ids[i] for i in group]
+                generated = decode(self, ids) if by_decoder else super()._generate_single_turn(ids, *args, **kwargs)[0]
+                for i, response in zip(group, generated, strict=True):
+                    responses[i] = response
 
         self._ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in responses]
         shortest = self.args.min_completion_length
         if shortest is not None:
             limits = torch.randint(shortest, int(self.args.max_completion_length or 0) + 1, (len(responses),)).tolist()
             responses = [ids[:limit] for ids, limit in zip(responses, limits, strict=True)]
-        # None: vLLM's log-probabilities are not used. The policy's own forward gives the old ones.
+        # None: the sampler's log-probabilities are not used. The policy's own forward gives the old ones.
         return responses, None
 
     def _rollout_tensors(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> dict[str, Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from accelerate.utils import get_int_from_env
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from rsoups.common.errors import SettingsError
@@ -21,6 +23,14 @@ _HARMLESS = {
 }
 # Environment variables in which launchers (torch, accelerate, MPI) set the number of processes, in accelerate's order.
 _WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+
+
+def has_bf16() -> bool:
+    """Whether this machine's GPU, or without one its CPU, has instructions that multiply matrices in bfloat16."""
+    if torch.accelerator.is_available():
+        return bool(is_torch_bf16_gpu_available())
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 @dataclass(frozen=True)
@@ -216,9 +226,34 @@ class PPOConfig(GRPOConfig):
         metadata={"help": "Seed of a fresh adapter's weights, the same for all runs that will share a soup."},
     )
 
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute in bfloat16 by autocast; adapter, values and log-probabilities stay float32. If unset, so where "
+            "the GPU, or without one the CPU, has instructions for it."
+        },
+    )
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Old name of activation_checkpointing."}
+    )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute activations in the backward pass instead of keeping them: less memory, a fifth more time. If "
+            "unset, recipes keep them where half of the memory holds them by an estimate, and PPOTrainer recomputes them."
+        },
+    )
+
+    checkpointing_unset: bool = field(init=False, repr=False)  # whether the user left activation_checkpointing open
     shares: Shares = field(init=False, repr=False)  # the division of a rollout that follows from the sizes above
 
     def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and has_bf16()
+            self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # transformers asks for it
+        self.checkpointing_unset = self.activation_checkpointing is None and self.gradient_checkpointing is None
+        if self.checkpointing_unset:
+            self.activation_checkpointing = True
         self._check()
         responses = self.num_generations
         self.shares = self._divide(get_int_from_env(_WORLD_SIZES, 1))

@@ -97,15 +97,17 @@ def parse(
             "convert_pickles: pass --convert_pickles on the command line; a config file cannot allow it"
         )
     given = {flag.split("=")[0].removeprefix("--") for flag in flags} | set(file)
-    if not is_torch_bf16_gpu_available() and not given & {"bf16", "fp16", "use_cpu"}:
-        flags = [*flags, "--bf16", "false"]  # TRL's default is true, which transformers refuses without such a GPU
-
     # The algorithm decides which settings exist, so it is read before the rest is parsed. The parser refuses unknown ones.
     name = values.get("--algorithm", file.get("algorithm", "ppo"))
+    if name != "ppo" and not is_torch_bf16_gpu_available() and not given & {"bf16", "fp16", "use_cpu"}:
+        flags = [*flags, "--bf16", "false"]  # TRL's default is true, which transformers refuses without such a GPU
     settings, _ = ALGORITHMS.get(name, ALGORITHMS["ppo"])
     classes: Any = (RunArguments, settings, ModelConfig)
     parser = TrlParser(classes, description=description)
     run, training, model = parser.parse_args_and_config(flags)
+
+    if name == "ppo" and training.bf16 and training.use_cpu and not given & {"bf16", "dtype"}:
+        model.dtype = "auto"  # a base that is published in bfloat16 need not be cast anew in each product
 
     prefix = run.prefix_tokens
     if prefix and (len(prefix) != 2 or not 0 <= prefix[0] <= prefix[1]):
