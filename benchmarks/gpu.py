@@ -186,9 +186,10 @@ def goals(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def work(part: str, notes: Notes, tiny: bool) -> None:
     """Run a part in this process."""
     import gpu_parts
+    import gpu_training
 
     notes(machine=gpu_parts.machine())
-    gpu_parts.PARTS[part](gpu_parts.TINY if tiny else gpu_parts.FULL, notes)
+    gpu_parts.PARTS[part](gpu_training.TINY if tiny else gpu_training.FULL, notes)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import sweep as sweeps
 import torch
 import transformers
 import trl
+from gpu_training import Size
 
 import rsoups
 from rsoups.data.datasets import load_rows
@@ -29,37 +29,6 @@ from rsoups.data.tasks import TASKS
 
 # Peak of dense bfloat16 matrix products by the makers' data sheets, FLOP/s, by a part of the card's name.
 _PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large the parts are.
-
-    Attributes:
-        shape: Shape of the base, as in shapes.py.
-        rollouts: Rollouts of PPO; the first one is not timed.
-        prompts: Prompts of a sweep.
-        papers: Number of λ, and of prompts at each, that the paper's way is measured on.
-        rows: Rows of the decode step.
-        matrix: Width of the matrices whose product shows what the card reaches.
-        shrink: Divisor of the lengths and batches of the memory's table.
-    """
-
-    shape: str
-    rollouts: int
-    prompts: int
-    papers: tuple[int, int]
-    rows: tuple[int, ...]
-    matrix: int
-    shrink: int
-
-    @property
-    def tiny(self) -> bool:
-        return self.shape == "tiny"
-
-
-FULL = Size("llama7b", rollouts=4, prompts=64, papers=(2, 2), rows=(1, 8, 64), matrix=8_192, shrink=1)
-TINY = Size("tiny", rollouts=2, prompts=2, papers=(1, 1), rows=(64,), matrix=128, shrink=16)
 
 
 def machine() -> dict[str, Any]:
@@ -114,7 +83,7 @@ class Spans:
         return sum(end - begun for name, begun, end in self.spans if name == label and begun >= since)
 
 
-def ppo_ours(size: Size, note: Callable[..., None]) -> None:
+def ppo_ours(size: Size, note: Any) -> None:
     """PPO by rsoups: speed, memory, where the time goes, and the share of the card's peak."""
     functions = {
         "_generate_single_turn": "generation",
@@ -124,7 +93,7 @@ def ppo_ours(size: Size, note: Callable[..., None]) -> None:
     measured_ppo(size, note, "rsoups", lambda trainer: [(trainer, *pair) for pair in functions.items()])
 
 
-def ppo_trl(size: Size, note: Callable[..., None]) -> None:
+def ppo_trl(size: Size, note: Any) -> None:
     """The same by TRL 1.12, whose critic has a LoRA too. Log-probabilities, values and update are one figure."""
     if not trl.__version__.startswith("1.12"):
         return note(skipped=f"TRL 1.12 is not on the path (TRL {trl.__version__} is): pass --trl FOLDER")
@@ -137,9 +106,7 @@ def ppo_trl(size: Size, note: Callable[..., None]) -> None:
     measured_ppo(size, note, "trl", reward)
 
 
-def measured_ppo(
-    size: Size, note: Callable[..., None], name: str, functions: Callable[[Any], list[tuple[Any, str, str]]]
-) -> None:
+def measured_ppo(size: Size, note: Any, name: str, functions: Callable[[Any], list[tuple[Any, str, str]]]) -> None:
     work = ppo.SHAPES[size.shape]
     args = gpu_training.ppo_arguments(size, name, "deberta", size.rollouts * work.rollout)
     base = shapes.base_model(size.shape)
@@ -159,7 +126,7 @@ def measured_ppo(
     seconds = ended - since
     episodes = timed * work.rollout
     parts = {label: spans.seconds(label, since) for label in ("generation", "scoring", "rollout")}
-    if parts["rollout"]:  # what is left of a rollout: log-probabilities and values
+    if spans.starts("rollout"):  # what is left of a rollout: log-probabilities and values
         begun = spans.starts("rollout")[-timed]
         parts["rollout"] = spans.seconds("rollout", begun) - parts["generation"] - parts["scoring"]
     parts["update"] = seconds - sum(parts.values())

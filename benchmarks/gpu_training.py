@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,6 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
-
-from rsoups import PPOConfig, PPOTrainer
-from rsoups.training.run_plan import memory as calculated_memory
 
 # Of recipes/configs/README.md: tokens of the longest prompt and response; GB in 8 bit as the config stands; GB in bfloat16 with
 # the whole rollout generated at one time.
@@ -39,12 +37,43 @@ _LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "task_type": "CAUSAL_LM"}
 _CUT = 3  # the step after which a run is resumed, in the middle of a rollout
 
 
+@dataclass(frozen=True)
+class Size:
+    """How large the parts are.
+
+    Attributes:
+        shape: Shape of the base, as in shapes.py.
+        rollouts: Rollouts of PPO; the first one is not timed.
+        prompts: Prompts of a sweep.
+        papers: Number of λ, and of prompts at each, that the paper's way is measured on.
+        rows: Rows of the decode step.
+        matrix: Width of the matrices whose product shows what the card reaches.
+        shrink: Divisor of the lengths and batches of the memory's table.
+    """
+
+    shape: str
+    rollouts: int
+    prompts: int
+    papers: tuple[int, int]
+    rows: tuple[int, ...]
+    matrix: int
+    shrink: int
+
+    @property
+    def tiny(self) -> bool:
+        return self.shape == "tiny"
+
+
+FULL = Size("llama7b", rollouts=4, prompts=64, papers=(2, 2), rows=(1, 8, 64), matrix=8_192, shrink=1)
+TINY = Size("tiny", rollouts=2, prompts=2, papers=(1, 1), rows=(64,), matrix=128, shrink=16)
+
+
 def no_bitsandbytes() -> str | None:
     """Why nothing can be quantized."""
     return None if importlib.util.find_spec("bitsandbytes") else "bitsandbytes is not installed"
 
 
-def ppo_arguments(size: Any, worker: str, reward: str, episodes: int) -> Namespace:
+def ppo_arguments(size: Size, worker: str, reward: str, episodes: int) -> Namespace:
     """Arguments of ppo.py for one measurement in this process."""
     return Namespace(
         worker=worker, shape=size.shape, base=None, layers=None, bf16=torch.cuda.is_available(), reward=reward,
@@ -55,7 +84,7 @@ def ppo_arguments(size: Any, worker: str, reward: str, episodes: int) -> Namespa
 # --- memory ------------------------------------------------------------------------------------------------------------
 
 
-def memory_of_configs(size: Any, note: Any) -> None:
+def memory_of_configs(size: Size, note: Any) -> None:
     """The memory of a rollout and an optimizer step of each config of the paper, in GB, beside what the plan calculates."""
     for name in CONFIGS:
         note.add({f"{name}, bf16": _memory_of(name, size, bits=16)})
@@ -65,7 +94,10 @@ def memory_of_configs(size: Any, note: Any) -> None:
         note.add({f"{name}, 8 bit": _memory_of(name, size, bits=8)})
 
 
-def _memory_of(name: str, size: Any, bits: int) -> dict[str, Any]:
+def _memory_of(name: str, size: Size, bits: int) -> dict[str, Any]:
+    from rsoups import PPOTrainer
+    from rsoups.training.run_plan import memory as calculated_memory
+
     shapes.reset_peak()
     config = yaml.safe_load((shapes.ROOT / f"recipes/configs/llama7b-{name}.yaml").read_text("utf-8"))
     tokens, as_it_stands, faster = CONFIGS[name]
@@ -119,8 +151,10 @@ class _DebertaReward:
             return self._model(input_ids=ids).logits[:, 0].tolist()
 
 
-def _config(folder: Any, size: Any, **settings: Any) -> PPOConfig:
+def _config(folder: Any, size: Size, **settings: Any) -> Any:
     """Settings that all runs here share; those of `settings` replace them."""
+    from rsoups import PPOConfig
+
     common: dict[str, Any] = {
         "output_dir": str(folder), "use_cpu": size.tiny, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
         "disable_tqdm": True, "activation_checkpointing": False, "dataloader_pin_memory": False, "kl_limit": None,
@@ -132,7 +166,7 @@ def _config(folder: Any, size: Any, **settings: Any) -> PPOConfig:
 # --- resumed runs ------------------------------------------------------------------------------------------------------
 
 
-def resume(size: Any, note: Any) -> None:
+def resume(size: Size, note: Any) -> None:
     """A run that is resumed in the middle of a rollout against a whole one, in float32 and in bfloat16.
 
     The same run once more shows how far two runs are apart whose kernels add in another order.
@@ -150,16 +184,21 @@ def resume(size: Any, note: Any) -> None:
     note(cuda_seed=torch.cuda.initial_seed() if torch.cuda.is_available() else None)
 
 
-def _trained(folder: Path, name: str, size: Any, bf16: bool) -> dict[str, Tensor]:
+def _trained(folder: Path, name: str, size: Size, bf16: bool) -> dict[str, Tensor]:
     """The adapter of a run; of the run "resumed" from a checkpoint of the run "whole"."""
     trainer = _small_trainer(folder / name, size, bf16)
     trainer.train(str(folder / "whole" / f"checkpoint-{_CUT}") if name == "resumed" else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return {key: tensor.detach().cpu().clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    return {
+        key: tensor.detach().cpu().clone()
+        for key, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
 
 
-def _small_trainer(folder: Path, size: Any, bf16: bool) -> PPOTrainer:
+def _small_trainer(folder: Path, size: Size, bf16: bool) -> Any:
     """Six steps of PPO on few layers: a rollout of 16 responses, gone through twice in halves."""
+    from rsoups import PPOTrainer
+
     base = shapes.base_model("tiny" if size.tiny else "smollm2", 2 if size.tiny else 4)
     tokenizer = shapes.words_tokenizer(base.config.vocab_size)
     prompts = [f"w{i} w{i * 7 % 50} w{i * 3 % 11}" for i in range(64)]
@@ -181,7 +220,7 @@ def _apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[key] - other[key]).abs().max()) for key in one)
 
 
-def processes(size: Any, note: Any) -> None:
+def processes(size: Size, note: Any) -> None:
     """Two processes: their seeds differ, their adapters are equal, and a resumed run ends like a whole one."""
     if not size.tiny and torch.cuda.device_count() < 2:
         return note(skipped="there is one card")
@@ -191,7 +230,8 @@ def processes(size: Any, note: Any) -> None:
         server.close()
         started = [
             subprocess.Popen(
-                [sys.executable, __file__, folder, size.shape], env=env | {"RANK": rank, "LOCAL_RANK": rank}
+                [sys.executable, __file__, folder, "tiny" if size.tiny else "full"],
+                env=env | {"RANK": rank, "LOCAL_RANK": rank},
             )
             for rank in ("0", "1")
         ]
@@ -203,9 +243,8 @@ def processes(size: Any, note: Any) -> None:
     note(ranks=ranks, seeds_differ=seeds[0] != seeds[1], adapters_equal=ranks[0]["adapter"] == ranks[1]["adapter"])
 
 
-def rank(folder: Path, shape: str) -> None:
+def rank(folder: Path, size: Size) -> None:
     """One of several processes: trains, resumes, and writes its figures."""
-    size = Namespace(shape=shape, tiny=shape == "tiny")
     number = int(os.environ["RANK"])
     seeds: dict[str, Any] = {}
 
@@ -222,7 +261,7 @@ def rank(folder: Path, shape: str) -> None:
 # --- 4 bit ---------------------------------------------------------------------------------------------------------------
 
 
-def qlora(size: Any, note: Any) -> None:
+def qlora(size: Size, note: Any) -> None:
     """PPO over a base in 4 bit: speed, memory, rewards."""
     if reason := no_bitsandbytes():
         return note(skipped=reason)
@@ -234,7 +273,7 @@ def qlora(size: Any, note: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = ppo.rsoups_trainer(args, base, folder)
         trainer.train()
-    adapter = get_peft_model_state_dict(trainer.model)
+    adapter = get_peft_model_state_dict(trainer.model, save_embedding_layers=False)
     note(
         base_mb=before / 2**20, peak_memory_beyond_base_mb=(shapes.memory()[1] - before) / 2**20,
         episodes_per_second=args.episodes / (time.perf_counter() - started),
@@ -244,4 +283,4 @@ def qlora(size: Any, note: Any) -> None:
 
 
 if __name__ == "__main__":
-    rank(Path(sys.argv[1]), sys.argv[2])
+    rank(Path(sys.argv[1]), TINY if sys.argv[2] == "tiny" else FULL)

@@ -128,6 +128,7 @@ def by_peft(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, pr
             for reward in rewards.values():
                 reward(batch, texts)
             found |= {(tuple(row), prompt): text for prompt, text in zip(batch, texts, strict=True)}
+        model.set_adapter(first)
         model.delete_adapter("soup")
     seconds = time.perf_counter() - start
     model.unload()
