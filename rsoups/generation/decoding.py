@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rsoups.common.errors import DatasetError
 from rsoups.data.prompts import messages_of, shown
+from rsoups.generation.cache import reserve
 from rsoups.generation.sampling import draw
 
 if TYPE_CHECKING:
@@ -132,6 +133,8 @@ class Decoder:
         for step in range(self.max_new_tokens):
             out = self._forward(ids, mask, 1, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
+            if step == 0 and is_plain(cache):
+                reserve(cache, self.max_new_tokens - 1)
             own = None if uniforms is None else uniforms[at, step, None]
 
             tokens, logp = self._choose(out.logits[:, -1].float(), own, members)
