@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -156,12 +157,16 @@ def adapter_in_base(model: PeftModel) -> Iterator[None]:
     bit; meanwhile they exist twice.
     """
     layers = [module for module in model.modules() if isinstance(module.__dict__.get("forward"), FusedLora)]
+    holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     kept: list[tuple[FusedLora, nn.Parameter, Tensor]] = []
     try:
         for layer in layers:
             forward, weight = layer.__dict__["forward"], layer.base_layer.weight
-            name = forward.plain_adapter()
-            if name is None or weight.dtype != torch.float32:
+            name, is_tied = (
+                forward.plain_adapter(),
+                holders[id(weight)] > 1,
+            )  # the embeddings stay without the head's adapter
+            if name is None or is_tied or weight.dtype != torch.float32:
                 continue
             kept.append((forward, weight, weight.data))
             factors = layer.lora_B[name].weight.data, layer.lora_A[name].weight.data

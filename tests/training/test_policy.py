@@ -127,6 +127,20 @@ def test_a_base_that_includes_the_adapter_gives_the_same_logits_and_comes_back(k
     assert torch.equal(model(input_ids=ids).logits, expected)
 
 
+def test_tied_embeddings_do_not_get_the_heads_adapter():
+    lora = LoraConfig(r=4, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM", ensure_weight_tying=False)
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), lora).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    fuse_lora(model)
+    ids = torch.arange(4, 24).view(2, 10)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with adapter_in_base(model):
+            assert torch.allclose(model(input_ids=ids).logits, expected, atol=2e-5)
+
+
 def test_no_base_in_half_precision_includes_the_adapter():
     """A change that is smaller than the weight's rounding would be lost."""
     model = policy().bfloat16()
