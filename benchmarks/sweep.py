@@ -1,7 +1,7 @@
 """A sweep by rsoups beside the paper's way and PEFT's: same base, adapters, prompts, rewards, greedy decoding, in one run.
 
     python benchmarks/sweep.py                                      # the embedded policy, CPU cores, some minutes
-    python benchmarks/sweep.py --shape smollm2 --prompts 64 --rounds 1 --measure sweep                # SmolLM2-135M's shape
+    python benchmarks/sweep.py --shape smollm2 --prompts 64 --rounds 1 --measure sweep --peft_lambdas 4      # SmolLM2's shape
     python benchmarks/sweep.py --shape llama7b --rounds 1           # a CUDA GPU: LLaMA-7b's shape, random weights, bf16
     python benchmarks/sweep.py --prompts 16 --rounds 1 --paper_prompts 1 --out /tmp                  # a dry run
 
@@ -47,7 +47,7 @@ TOKENS = 32
 STD = 0.25  # of the random B: responses at 11 λ then differ about as often as with trained adapters
 GRID = rsoups.simplex(2, 11)
 BATCH = 64
-MEASURED = ("sweep", "interactive", "one", "decode", "paper")
+MEASURED = ("sweep", "without_kl", "interactive", "one", "decode", "paper")
 TOKENIZER = AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama"), padding_side="left")
 
 
@@ -110,7 +110,10 @@ def by_paper(
     return (loading + answering * len(prompts) / measured) * len(GRID) / lambdas
 
 
-def by_peft(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str]) -> tuple[float, dict]:
+def by_peft(
+    base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str], lambdas: int = len(GRID)
+) -> tuple[float, dict]:
+    """Seconds at all λ, extrapolated from the first `lambdas` ones, and the texts of these."""
     start = time.perf_counter()
     (first, path), *others = adapters.items()
     model = PeftModel.from_pretrained(base, path, adapter_name=first)
@@ -118,7 +121,7 @@ def by_peft(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, pr
         model.load_adapter(path, adapter_name=name)
     found: dict[tuple, str] = {}
     ordered = sorted(prompts, key=len, reverse=True)
-    for row in GRID:
+    for row in GRID[:lambdas]:
         used = [(name, weight) for name, weight in zip(adapters, row, strict=True) if weight]
         model.add_weighted_adapter([n for n, _ in used], [w for _, w in used], "soup", combination_type="cat")
         model.set_adapter("soup")
@@ -130,7 +133,7 @@ def by_peft(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, pr
             found |= {(tuple(row), prompt): text for prompt, text in zip(batch, texts, strict=True)}
         model.set_adapter(first)
         model.delete_adapter("soup")
-    seconds = time.perf_counter() - start
+    seconds = (time.perf_counter() - start) * len(GRID) / lambdas
     model.unload()
     vars(base).pop("peft_config", None)
     return seconds, found
@@ -230,17 +233,21 @@ def by_rsoups_of_one(base: LlamaForCausalLM, adapters: dict[str, Path], rewards:
 
 
 def compared(
-    base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str], rounds: int
+    base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Seconds of a sweep by PEFT and by rsoups, the best of some rounds in turn, their ratios, and how many texts are equal."""
-    best = dict.fromkeys(("peft", "rsoups", "rsoups without KL"), float("inf"))
-    for _ in range(rounds):
-        seconds, by = by_peft(base, adapters, rewards, prompts)
-        best["peft"] = min(best["peft"], seconds)
+    best: dict[str, float] = {}
+
+    def keep(name: str, seconds: float) -> None:
+        best[name] = min(best.get(name, seconds), seconds)
+
+    for _ in range(args.rounds):
+        seconds, by = by_peft(base, adapters, rewards, prompts, args.peft_lambdas)
+        keep("peft", seconds)
         seconds, ours = by_rsoups(base, adapters, rewards, prompts)
-        best["rsoups"] = min(best["rsoups"], seconds)
-        seconds, _ = by_rsoups(base, adapters, rewards, prompts, kl=False)
-        best["rsoups without KL"] = min(best["rsoups without KL"], seconds)
+        keep("rsoups", seconds)
+        if "without_kl" in args.measure:
+            keep("rsoups without KL", by_rsoups(base, adapters, rewards, prompts, kl=False)[0])
 
     same = sum(ours[key] == text for key, text in by.items())
     # In bfloat16 rounding decides between tokens of much the same logits, and random weights have many of these.
@@ -248,9 +255,9 @@ def compared(
         raise SystemExit(f"only {same} of {len(by)} texts are the same")
     return {
         **best,
-        **{f"peft / {ours}": best["peft"] / best[ours] for ours in ("rsoups", "rsoups without KL")},
+        **{f"peft / {name}": best["peft"] / best[name] for name in best if name != "peft"},
         "same texts": f"{same} of {len(by)}",
-        "different texts": len({(prompt, text) for (_, prompt), text in by.items()}),
+        "different texts": len({(prompt, text) for (_, prompt), text in ours.items()}),
     }
 
 
@@ -266,9 +273,9 @@ def measured(args: argparse.Namespace, prompts: list[str], rewards: dict, folder
         raise SystemExit(f"logits are {far} from PEFT's")
 
     if "sweep" in args.measure:
-        results["sweep"] = compared(base, two, rewards, prompts, args.rounds)
+        results["sweep"] = compared(base, two, rewards, prompts, args)
     if "interactive" in args.measure:
-        results["interactive"] = compared(base, two, rewards, prompts[:8], args.rounds)
+        results["interactive"] = compared(base, two, rewards, prompts[:8], args)
     if "one" in args.measure:
         one = min(by_rsoups_of_one(base, two, rewards, prompts) for _ in range(args.rounds))
         results["sweep"] |= {"rsoups, one λ": one, "11 λ / one λ": results["sweep"]["rsoups"] / one}
@@ -291,6 +298,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="number of layers, if not the shape's own")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--paper_prompts", type=int, default=4, help="of those, how many the paper's way answers")
+    parser.add_argument("--peft_lambdas", type=int, default=len(GRID), help="of the 11, how many PEFT's way answers at")
     parser.add_argument("--measure", nargs="+", choices=MEASURED, default=MEASURED, help="one and paper need the sweep")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
