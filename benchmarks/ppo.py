@@ -8,8 +8,8 @@
 
 Same base, prompts, LoRA, batch (64 responses, 2 PPO epochs, minibatches of 32; of SmolLM2 32 and 16), response length,
 temperature, KL coefficient and reward: the share of a sequence's tokens with odd ids, times 4,
-cheap for both so that the trainers are what is measured; --reward deberta puts a DeBERTa-v3-large of random weights
-beside it (ours only: TRL 1.12 wants a reward on the policy's tokenizer). TRL's critic is a second model, as it asks.
+cheap for both so that the trainers are what is measured; --reward deberta adds what a DeBERTa-v3-large of random weights
+costs to both. TRL's critic is a second model, as it asks; of LLaMA-7b's shape one with a LoRA.
 TRL's own loop never recomputes activations. `rsoups-float32` and others are the two in one precision;
 `old` is rsoups of another folder with its defaults of then: float32, activation checkpointing.
 Without --base, SmolLM2's shape has random weights (and the embedded policy's tokenizer): such a policy ends by chance only.
@@ -23,7 +23,6 @@ import copy
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -65,6 +64,7 @@ SHAPES = {
     "embedded": Shape(64, 32, 24, 16, 1e-3, 0.7),
     "llama7b": Shape(64, 32, 24, 16, 1e-3, 0.7),
     "smollm2": Shape(32, 16, 40, 8, 5e-4, 1.0),
+    "tiny": Shape(64, 32, 24, 16, 1e-3, 0.7),
 }
 
 
@@ -72,25 +72,10 @@ SHAPES = {
 
 
 def base_model(args):
+    import shapes
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    folder = args.base or (ROOT / "rsoups/assets/tiny-llama" if args.shape == "embedded" else None)
-    if folder:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-
-    torch.manual_seed(0)
-    shape = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    if args.shape == "smollm2":
-        shape |= {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
-                  "vocab_size": 49_152, "tie_word_embeddings": True, "rope_theta": 1e5}  # fmt: skip
-    config = LlamaConfig(num_hidden_layers=args.layers or {"smollm2": 30, "llama7b": 32}[args.shape], **shape)
-    torch.set_default_dtype(dtype)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model
+    return shapes.base_model(args.shape, args.layers, torch.bfloat16 if args.bf16 else torch.float32, args.base)
 
 
 def tokenizer_and_prompts(args, count):
@@ -108,16 +93,6 @@ def tokenizer_and_prompts(args, count):
         chats = [[{"role": "user", "content": f"{INSTRUCTION}: {w}. Leave these out: {v}"}] for w, v in pairs]
         return tokenizer, [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
     return tokenizer, [f"### Instruction: {INSTRUCTION}. ### Input: {w} ### Response: " for w in words]
-
-
-def memory():
-    """Bytes now, and at the peak so far."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def rsoups_trainer(args, base, folder):
@@ -141,32 +116,42 @@ def rsoups_trainer(args, base, folder):
         max_steps=args.episodes // shape.minibatch * EPOCHS, activation_checkpointing=args.worker == "old",
         kl_limit=None, use_cpu=not gpu, dataloader_pin_memory=gpu, seed=args.seed, **shape.common,
     )  # fmt: skip
-    rewards = [reward, *([deberta_reward()] if args.reward == "deberta" else [])]
+    rewards = [reward, *([deberta_reward(args, tokenizer)] if args.reward == "deberta" else [])]
     return PPOTrainer(
         base, rewards, config, train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer,
         peft_config=LoraConfig(**shape.lora),
     )  # fmt: skip
 
 
-def deberta_reward():
-    """What an OpenAssistant reward costs: a DeBERTa-v3-large of random weights, ids drawn for the tokenizer's."""
+def deberta_reward(args, tokenizer):
+    """Zero for every response, at the price of an OpenAssistant reward: DeBERTa-v3-large's shape reads prompt and response."""
+    score = deberta_scores(args)
+
+    def deberta(prompts, completions, completion_ids, **columns):
+        import torch
+
+        rows = [a + b for a, b in zip(tokenizer(prompts)["input_ids"], completion_ids, strict=True)]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return [0.0 * value for value in score(ids, mask).tolist()]
+
+    return deberta
+
+
+def deberta_scores(args):
+    """A function of ids and mask (B, T) that returns DeBERTa's scores (B,), in bfloat16 on a GPU."""
+    import shapes
     import torch
-    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-    config = DebertaV2Config(
-        vocab_size=128_100, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-        relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
-        pos_att_type=["p2c", "c2p"], position_biased_input=False, max_relative_positions=-1, type_vocab_size=0, num_labels=1,
-    )  # fmt: skip
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DebertaV2ForSequenceClassification(config).to(device).eval()
+    model = shapes.deberta_v3_large(tiny=args.shape == "tiny").to(shapes.DEVICE)
 
-    def reward(prompts, completions, completion_ids, **columns):
-        ids = torch.randint(5, 128_000, (len(prompts), 64), device=device)
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            return [0.0 * score for score in model(input_ids=ids).logits[:, 0].tolist()]
+    def score(ids, mask):
+        half = torch.autocast(shapes.DEVICE, torch.bfloat16, enabled=shapes.DEVICE == "cuda")
+        with torch.inference_mode(), half:
+            return model(input_ids=ids.to(shapes.DEVICE), attention_mask=mask.to(shapes.DEVICE)).logits[:, 0].float()
 
-    return reward
+    return score
 
 
 def trl_trainer(args, base, folder):
@@ -177,12 +162,15 @@ def trl_trainer(args, base, folder):
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     tokenizer, prompts = tokenizer_and_prompts(args, 1024)
+    scores = deberta_scores(args) if args.reward == "deberta" else None
 
     class Backbone(torch.nn.Module):
         def forward(self, input_ids, attention_mask, **kwargs):
             # (B, T, 1): running share of favored tokens; TRL reads it at a response's last token.
             good = ((input_ids % 2 == 1) & attention_mask.bool()).float().cumsum(1)
             share = 4 * good / attention_mask.cumsum(1).clamp(min=1)
+            if scores is not None:
+                share = share + 0.0 * scores(input_ids, attention_mask.long())[:, None]
             return type("Output", (), {"hidden_states": [share.unsqueeze(-1)]})()
 
     class Reward(torch.nn.Module):
@@ -194,9 +182,14 @@ def trl_trainer(args, base, folder):
 
     shape = copy.deepcopy(base.config)
     shape.num_labels = 1
-    critic = LlamaForSequenceClassification(shape).to(base.dtype)
+    torch.set_default_dtype(base.dtype)
+    with torch.device(base.device):
+        critic = LlamaForSequenceClassification(shape)
+    torch.set_default_dtype(torch.float32)
     critic.model.load_state_dict(base.model.state_dict())
     torch.nn.init.zeros_(critic.score.weight)
+    if args.shape == "llama7b":  # a second model of 7B trained as a whole takes 54 GB, so that nothing else fits a card
+        critic = with_lora(critic, SHAPES[args.shape].lora)
     work, gpu = SHAPES[args.shape], torch.cuda.is_available()
     config = PPOConfig(
         output_dir=folder, per_device_train_batch_size=work.rollout, num_mini_batches=work.rollout // work.minibatch,
@@ -211,8 +204,22 @@ def trl_trainer(args, base, folder):
     )  # fmt: skip
 
 
+def with_lora(critic, settings):
+    """TRL's critic with a LoRA like the policy's, its head trained too: a choice in TRL's favor."""
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+
+    critic = inject_adapter_in_model(LoraConfig(**settings | {"task_type": "SEQ_CLS"}), critic)
+    for parameter in critic.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)  # as PEFT does for the policy's
+    critic.score.requires_grad_(True)
+    return critic
+
+
 def measure(args):
     import peft
+    import shapes
     import torch
     import transformers
     import trl
@@ -224,7 +231,7 @@ def measure(args):
 
         args.bf16 = has_bf16()
     base = base_model(args)
-    before, _ = memory()
+    before, _ = shapes.memory()
     with tempfile.TemporaryDirectory() as folder:
         trainer = (trl_trainer if args.worker.startswith("trl") else rsoups_trainer)(args, base, folder)
         started = time.perf_counter()
@@ -237,7 +244,7 @@ def measure(args):
         json.dumps(
             {
                 "episodes_per_second": args.episodes / seconds,
-                "peak_memory_beyond_base_mb": (memory()[1] - before) / 2**20,
+                "peak_memory_beyond_base_mb": (shapes.memory()[1] - before) / 2**20,
                 "reward_first": rewards[0],
                 "reward_last_quarter": statistics.mean(rewards[-tail:]),
                 "kl_last_quarter": statistics.mean(kls[-tail:]),
@@ -281,7 +288,7 @@ def main():
     if args.worker:
         return measure(args)
 
-    names = args.trainers or (["rsoups"] if args.reward == "deberta" else ["trl", "rsoups"])
+    names = args.trainers or ["trl", "rsoups"]
     if "old" in names and not args.old:
         parser.error("the trainer `old` needs --old FOLDER")
     found = {name: [] for name in names}

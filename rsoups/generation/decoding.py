@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rsoups.common.errors import DatasetError
 from rsoups.data.prompts import messages_of, shown
+from rsoups.generation.cache import reserve
 from rsoups.generation.sampling import draw
 
 if TYPE_CHECKING:
@@ -132,6 +133,8 @@ class Decoder:
         for step in range(self.max_new_tokens):
             out = self._forward(ids, mask, 1, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
+            if step == 0 and is_plain(cache):
+                reserve(cache, self.max_new_tokens - 1)
             own = None if uniforms is None else uniforms[at, step, None]
 
             tokens, logp = self._choose(out.logits[:, -1].float(), own, members)
@@ -293,7 +296,7 @@ class Decoder:
         """Return the next tokens and their log p, (B,) each, for logits (B·M, V)."""
         temperature = self.temperature or 1.0
         if members == 1 and uniform is None:
-            tokens = logits.argmax(-1)
+            tokens = _largest(logits)
             return tokens, _logp(logits, tokens, temperature)
 
         weights = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
@@ -314,6 +317,13 @@ def _shared(prompts: Sequence[Sequence[int]]) -> int:
     lowest, highest = min(map(list, prompts)), max(map(list, prompts))
     most = min(map(len, prompts)) - 1
     return next((i for i in range(most) if lowest[i] != highest[i]), most)
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """Return the place of each row's first largest logit, (B,). (NumPy's argmax takes a twelfth of torch's time on a CPU.)"""
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.numpy().argmax(-1))
 
 
 def _logp(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:

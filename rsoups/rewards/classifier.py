@@ -49,6 +49,8 @@ class Reward(LoadedReward):
     is_model = True
 
     def __init__(self, card: RewardCard, device: str = "cpu", trust_remote_code: bool = False):
+        from rsoups.rewards.relative_positions import project_positions_once
+
         if card.average == "scores":
             raise RewardError(f"reward card {card.name!r} averages scores of several models: use load_reward")
         self.card, self.name = card, card.name
@@ -63,6 +65,7 @@ class Reward(LoadedReward):
         labels = [label for label in (card.logit, card.minus) if label is not None]
         self._logit_places = [self._place_of(model.config, label) for label in labels]
         self._model = model.eval().requires_grad_(False).to(device)
+        project_positions_once(self._model)
         self._pad_id = self._padding()
         self._even = False  # the test itself pads
         self._even = self._moves_with_padding()
