@@ -38,6 +38,7 @@ from rsoups.data.prompts import question_of
 from rsoups.data.tasks import TASKS
 from rsoups.fronts.estimates import Estimate
 from rsoups.fronts.points import Point
+from rsoups.reports.plots import add_legend, bars, new_figure, style
 from rsoups.training.configs import config_path
 from rsoups.training.launch import QUIET, Run, train_all
 
@@ -209,8 +210,7 @@ def results_of(front: rsoups.Front, divergences: np.ndarray, best: str, chosen: 
     gains = {id(point): gap[reward] for point, gap in front.linear_mode_connectivity()}
 
     def at(some: Sequence[str]) -> Point:
-        wanted = [(name in some) / len(some) for name in names]
-        return next(p for p in front.soups if np.allclose(p.weights, wanted))
+        return front.at({name: 1 / len(some) for name in some})
 
     def figures(estimate: Estimate) -> list[float | None]:
         return [estimate.value, estimate.low, estimate.high]
@@ -228,9 +228,7 @@ def results_of(front: rsoups.Front, divergences: np.ndarray, best: str, chosen: 
 
     against = [(a, b) for a in SOUPS for b in (best, "ensemble")]
     return {
-        "reward": {
-            name: figures(Estimate(p.mean[reward], p.low[reward], p.high[reward])) for name, p in models.items()
-        },
+        "reward": {name: figures(point.estimate(reward)) for name, point in models.items()},
         GAIN: figures(gains[id(at(names))]),
         "differences": {f"{a} less {b}": figures(front.difference(models[a], models[b])[reward]) for a, b in against},
         "pairs": pairs,
@@ -240,7 +238,7 @@ def results_of(front: rsoups.Front, divergences: np.ndarray, best: str, chosen: 
 
 def report(results: dict, settings: list[dict], best: str, chosen: list[str]) -> str:
     def row(name: str, setting: str, cells: list[list[float]]) -> str:
-        return f"| {name} | {setting} | {' | '.join('{:.3f} [{:.3f}, {:.3f}]'.format(*cell) for cell in cells)} |"
+        return f"| {name} | {setting} | {' | '.join(str(Estimate(*cell)) for cell in cells)} |"
 
     sets, first = list(results.values()), next(iter(results.values()))
     lines = [f"Best single run on the validation prompts: {best}. Greedy soup: {', '.join(chosen)}.", ""]
@@ -263,37 +261,30 @@ def report(results: dict, settings: list[dict], best: str, chosen: list[str]) ->
 
 def plot(results: dict, runs: int, reward: str, path: Path) -> None:
     """Left: every model on every set of prompts. Right: each pair's gain against its diversity."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2)
     for at, (figures, color) in enumerate(zip(results.values(), ("#0072B2", "#D55E00"), strict=False)):
         rewards = figures["reward"]
         single = [value for name, (value, _, _) in rewards.items() if name.startswith("run-")]
         left.plot([at - 0.2] * runs, single, "o", color="#777777", label="single runs")
         for shift, (name, (mark, shape)) in zip((-0.05, 0.1, 0.25), MARKS.items(), strict=True):
-            value, low, high = rewards[name]
-            left.errorbar(at + shift, value, yerr=[[value - low], [high - value]], fmt=shape, color=mark, label=name)
+            yerr = bars([Estimate(*rewards[name])])
+            left.errorbar(at + shift, rewards[name][0], yerr=yerr, fmt=shape, color=mark, label=name)
         left.hlines(rewards["base"][0], at - 0.3, at + 0.35, "#222222", "dotted", label="base")
 
-        gains = np.array([pair["gain"] for pair in figures["pairs"]])
-        kl = [pair["diversity"] for pair in figures["pairs"]]
-        bars = [gains[:, 0] - gains[:, 1], gains[:, 2] - gains[:, 0]]
-        right.errorbar(kl, gains[:, 0], yerr=bars, fmt="o", color=color, ecolor=color + "55", label=list(results)[at])
+        gains = [Estimate(*pair["gain"]) for pair in figures["pairs"]]
+        kl, y = [pair["diversity"] for pair in figures["pairs"]], [gain.value for gain in gains]
+        right.errorbar(kl, y, yerr=bars(gains), fmt="o", color=color, ecolor=color + "55", label=list(results)[at])
 
     left.set_xticks(range(len(results)), results)
     left.set_ylabel(f"{reward}  (mean reward)")
     left.set_title("bars: 95% bootstrap over prompts", fontsize=9, color="#777777", loc="left")
-    handles, labels = left.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))  # each label occurs for each set of prompts
-    left.legend(once.values(), once, frameon=False, fontsize=9)
     right.axhline(0, color="#777777", ls="--", lw=1.2)
     right.set_xlabel("KL between the two runs, nats per token")
     right.set_ylabel("middle of two runs less their mean")
-    right.legend(frameon=False, fontsize=9)
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e6e6e6", lw=0.6)
+        add_legend(axes)
+        style(axes)
     figure.savefig(path, dpi=160)
 
 

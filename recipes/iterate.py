@@ -26,7 +26,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -35,11 +34,12 @@ from rsoups.adapters.filenames import MANIFEST_FILE
 from rsoups.adapters.lineage import write_manifest
 from rsoups.bases.load import load_tokenizer
 from rsoups.common.errors import in_one_line
-from rsoups.common.files import read_jsonl, whole_folder
+from rsoups.common.files import read_jsonl, whole_folder, write_whole
 from rsoups.fronts.estimates import Estimate
-from rsoups.fronts.points import Point
+from rsoups.fronts.points import Point, estimates_of
 from rsoups.generation.decoding import encode
 from rsoups.generation.respond import respond
+from rsoups.reports.plots import add_legend, bars, new_figure, style
 from rsoups.rewards.interface import check_columns, columns_read, rewards_by_name
 from rsoups.training.configs import config_path, with_config_path
 from rsoups.training.launch import QUIET, Run, train_all
@@ -88,9 +88,7 @@ def main() -> None:
         if name in {record["name"] for record in records}:
             return
         records.extend(evaluator.records(name, soup))
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
-        partial.replace(path)
+        write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
     start = evaluator.start
     evaluate("start", rsoups.interpolate([start], [1.0]))
@@ -241,44 +239,39 @@ def divergence(logits: torch.Tensor, reference: torch.Tensor, ids: torch.Tensor)
 
 def report(front: rsoups.Front, rewards: list[str], out: Path) -> None:
     """The table, and a panel for each reward and for their mean, over KL."""
-    from matplotlib.figure import Figure
-
     (out / "report.md").write_text(table(front, rewards) + "\n", "utf-8")
     first, *others = front.points
     lines: dict[str, list[Point]] = {}
     for point in others:
         lines.setdefault(point.name.partition(",")[0], [first]).append(point)
 
-    figure = Figure(figsize=(5 * (len(rewards) + 1), 4.4), layout="constrained")
+    figure = new_figure(5 * (len(rewards) + 1), 4.4)
     panels = {"mean of the rewards": rewards} | {reward: [reward] for reward in rewards}
     for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for (name, points), color, marker in zip(lines.items(), cycle(COLORS), cycle("o^sDvP"), strict=False):
             x = [abs(p.mean[MINUS_KL]) for p in points]
             estimates = [mean_of(front, p, names) for p in points]
-            y = np.array([(e.low, e.value, e.high) for e in estimates], dtype=float)
-            axes.errorbar(
-                x, y[:, 1], np.diff(y).T, marker=marker, color=color, label=name, linewidth=1.5, elinewidth=0.6
-            )
+            y = [estimate.value for estimate in estimates]
+            axes.errorbar(x, y, bars(estimates), marker=marker, color=color, label=name, linewidth=1.5, elinewidth=0.6)
         axes.set(title=title, xlabel="KL to the first start, nats per response")
-        axes.grid(alpha=0.3)
+        style(axes)
     figure.axes[0].set_ylabel("reward")
-    figure.axes[0].legend(frameon=False, loc="lower right")
+    add_legend(figure.axes[0])
     figure.savefig(out / "iterate.png", dpi=130)
 
 
 def table(front: rsoups.Front, rewards: list[str]) -> str:
     rows = [f"| model | KL | mean | {' | '.join(rewards)} |", "| --- | ---: | ---: |" + " ---: |" * len(rewards)]
     for point in front.points:
-        cells = [str(mean_of(front, point, rewards)), *(str(mean_of(front, point, [r])) for r in rewards)]
+        cells = [str(mean_of(front, point, rewards)), *(str(point.estimate(reward)) for reward in rewards)]
         rows.append(f"| {point.name} | {abs(point.mean[MINUS_KL]):.2f} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def mean_of(front: rsoups.Front, point: Point, rewards: list[str]) -> Estimate:
-    """The mean of some rewards, with its interval: 1.96 standard errors over prompts."""
-    values = point.values[:, [front.rewards.index(reward) for reward in rewards]].mean(axis=1)
-    half = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return Estimate(float(values.mean()), float(values.mean()) - half, float(values.mean()) + half)
+    """The mean of some rewards, with its bootstrap interval over prompts."""
+    columns = point.values[:, [front.rewards.index(reward) for reward in rewards]]
+    return estimates_of(columns.mean(axis=1, keepdims=True), ["mean"], front.shares)["mean"]
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main(run: RunArguments, training: GRPOConfig | RLOOConfig, model: ModelConfi
 
     results = summary(trainer) if data.held_out else {}
     if trainer.accelerator.is_main_process:
-        write_run_manifest(run, training, model, trainer, rewards, results, data.asked, data.held_out_prompts)
+        write_run_manifest(run, training, model, trainer, rewards, results, data.unprefixed, data.held_out_prompts)
     trainer.accelerator.print(f"adapter: {training.output_dir}")
     if repository:
         print(push(training.output_dir, repository, **options))

@@ -24,15 +24,16 @@ from rsoups import load_reward, simplex, sweep, write_report
 from rsoups.common.assets import named_sources
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl
+from rsoups.data.arguments import PromptArguments
 from rsoups.data.datasets import is_table, load_rows
 from rsoups.data.prompts import template_kwargs
-from rsoups.data.tasks import TASKS, columns_of, find_task
+from rsoups.data.tasks import columns_of
 from rsoups.fronts.grids import edges
 from rsoups.rewards.interface import check_columns, columns_read, rewards_by_name
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(PromptArguments):
     adapters: list[str] = field(
         metadata={
             "help": "Ingredients, NAME=FOLDER or NAME=HUB_ID. Without NAME=, the last part of the path is the name."
@@ -50,20 +51,6 @@ class ScriptArguments:
         metadata={"help": "Further adapters to compare, NAME=FOLDER, such as MORL runs.", "aliases": ["--morl"]},
     )
     ensemble: bool = field(default=False, metadata={"help": "Also evaluate the ingredients' prediction ensemble."})
-    task: str = field(
-        default="concepts",
-        metadata={
-            "help": "Task that writes the prompts; custom takes them from the dataset.",
-            "choices": [*sorted(TASKS), "custom"],
-        },
-    )
-    template: str | None = field(
-        default=None,
-        metadata={"help": "Template of a custom task's prompts, as in ppo_reward.py; the column `prompt` if unset."},
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "File, folder or Hub id; the task's own dataset if unset."}
-    )
     split: str = field(
         default="test",
         metadata={
@@ -100,13 +87,6 @@ class ScriptArguments:
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling; 0 is greedy."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest response, in tokens."})
-    long_prompts: str = field(
-        default="refuse",
-        metadata={
-            "help": "Treatment of prompts that leave no room for a response in the context.",
-            "choices": ["refuse", "drop"],
-        },
-    )
     batch_tokens: int | None = field(
         default=None, metadata={"help": "Tokens of a batch; as many as fit the memory if unset."}
     )
@@ -122,7 +102,7 @@ class ScriptArguments:
 
 def main(script: ScriptArguments) -> None:
     adapters, others = named_sources(script.adapters, "adapters"), named_sources(script.others, "others")
-    task, out = find_task(script.task, script.dataset, script.template), Path(script.output_dir)
+    task, out = script.find_task(), Path(script.output_dir)
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     loaded = {source: load_reward(source, device) for source in [*script.reward, *script.held_out_reward]}
     rewards = rewards_by_name(loaded)

@@ -25,8 +25,9 @@ import numpy as np
 import rsoups
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl
-from rsoups.fronts.estimates import resampling
+from rsoups.fronts.estimates import Estimate, resampling
 from rsoups.fronts.points import estimates_of
+from rsoups.reports.plots import add_legend, bars, new_figure, style
 from rsoups.training.configs import config_path
 from rsoups.training.launch import QUIET, Run, train_all
 
@@ -89,30 +90,24 @@ def accuracies(found: dict[str, dict[str, np.ndarray]], members: list[str], seed
 def table(results: dict) -> str:
     lines = ["| model | " + " | ".join(results) + " |", "| --- |" + " ---: |" * len(results)]
     for model in next(iter(results.values())):
-        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*results[name][model]) for name in results]
+        cells = [str(Estimate(*results[name][model])) for name in results]
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def draw(results: dict, members: list[str], line: list[str], path: Path) -> None:
     """Left: each model on each set of pairs. Right: held-out accuracy on the line between two runs, and the chord."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for at, by_model in enumerate(results.values()):
         left.plot(
             [at - 0.2] * len(members), [by_model[m][0] for m in members], "o", color="#777777", label="single runs"
         )
         for shift, model, color, marker in ((0, "average", "#0072B2", "D"), (0.2, "ensemble", "#D55E00", "s")):
-            value, low, high = by_model[model]
-            bars = [[value - low], [high - value]]
-            left.errorbar(at + shift, value, yerr=bars, fmt=marker, color=color, label=f"{model} of {len(members)}")
+            label, yerr = f"{model} of {len(members)}", bars([Estimate(*by_model[model])])
+            left.errorbar(at + shift, by_model[model][0], yerr=yerr, fmt=marker, color=color, label=label)
     left.set_xticks(range(len(results)), results)
     left.set_ylabel("pairs in the right order")
-    handles, labels = left.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))  # each label occurs for each set of pairs
-    left.legend(once.values(), once, frameon=False, fontsize=9)
     left.set_title("bars: 95% bootstrap over pairs", fontsize=9, color="#777777", loc="left")
     held_out = [results["held-out"][model] for model in line]
     right.fill_between(LINE, [v[1] for v in held_out], [v[2] for v in held_out], color="#0072B2", alpha=0.15)
@@ -120,10 +115,9 @@ def draw(results: dict, members: list[str], line: list[str], path: Path) -> None
     right.plot([0, 1], [held_out[0][0], held_out[-1][0]], "--", color="#777777", label="chord")
     right.set_xlabel(f"λ of {line[-1]}, the rest is {line[0]}")
     right.set_ylabel("held-out pairs in the right order")
-    right.legend(frameon=False, fontsize=9)
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e6e6e6", lw=0.6)
+        add_legend(axes)
+        style(axes)
     figure.savefig(path, dpi=160)
 
 

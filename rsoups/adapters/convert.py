@@ -57,24 +57,24 @@ def convert(source: str | Path, out: str | Path | None = None, *, say: Callable[
         OutputError: `out` exists, or cannot be written.
         HubError: The Hub cannot be reached or refuses.
     """
-    found = find_pickles(str(source))
-    target = Path(out) if out is not None else place_in_cache(found)
+    originals = find_pickles(str(source))
+    target = Path(out) if out is not None else place_in_cache(originals)
     if out is None and target.is_dir():
         return target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} exists: choose another folder, or remove it first")
-    hashes = {name: sha256_of(found.folder / name) for name in found.pickles}
-    say(f"opening {found}: " + ", ".join(f"{name} (SHA-256 {sha256[:12]})" for name, sha256 in hashes.items()))
+    hashes = {name: sha256_of(originals.folder / name) for name in originals.pickles}
+    say(f"opening {originals}: " + ", ".join(f"{name} (SHA-256 {sha256[:12]})" for name, sha256 in hashes.items()))
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(target, MANIFEST_FILE) as partial:
-        for name, new in found.pickles.items():
-            _convert_file(found.folder / name, partial / new)
-        for path in _beside(found.folder):
+        for name, new in originals.pickles.items():
+            _convert_file(originals.folder / name, partial / new)
+        for path in _files_to_copy(originals.folder):
             shutil.copyfile(path, partial / path.name)
-        if found.index:
-            _write_index(found, partial)
-        _write_lineage(found, partial, hashes)
+        if originals.index:
+            _write_index(originals, partial)
+        _write_lineage(originals, partial, hashes)
     say(f"wrote {target}")
     return target
 
@@ -104,13 +104,15 @@ def _convert_file(pickle: Path, out: Path) -> None:
         )
 
     # The child gets no token, and no variable that could change what torch does.
-    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "LANG") if name in os.environ}
+    inherited = {
+        name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "LANG") if name in os.environ
+    }
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent.parent), *sys.path]))
     with tempfile.TemporaryDirectory(prefix="rsoups-") as home:
         command = [sys.executable, "-W", "ignore", "-m", "rsoups.common.unpickle"]
         child = subprocess.run(
             [*command, str(pickle.resolve()), str(out.resolve())],
-            env=kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HOME": home, "PYTHONDONTWRITEBYTECODE": "1"},
+            env=inherited | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HOME": home, "PYTHONDONTWRITEBYTECODE": "1"},
             cwd=home,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -131,7 +133,7 @@ def _convert_file(pickle: Path, out: Path) -> None:
     )
 
 
-def _beside(folder: Path) -> Iterator[Path]:
+def _files_to_copy(folder: Path) -> Iterator[Path]:
     """Files to copy: configs and the tokenizer, never code, pickles or a card."""
     for pattern in (*CONFIG_FILES, *TOKENIZER_PATTERNS):
         for path in sorted(folder.glob(pattern)):
@@ -139,46 +141,46 @@ def _beside(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _write_index(found: Pickles, partial: Path) -> None:
+def _write_index(originals: Pickles, partial: Path) -> None:
     """Write the index of the new files, from their headers; the old index must list the same tensors."""
     from safetensors import safe_open
 
-    path = found.folder / PICKLE_INDEX
+    path = originals.folder / PICKLE_INDEX
     try:
         if path.stat().st_size > _LONGEST_INDEX:
             raise ValueError("it is too long")
         old = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        told = {name: found.pickles[file] for name, file in old.items()}
+        listed = {name: originals.pickles[file] for name, file in old.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not an index of the files beside it: {error!r}") from None
     weight_map: dict[str, str] = {}
     total = 0
-    for new in found.pickles.values():
+    for new in originals.pickles.values():
         with safe_open(partial / new, "pt") as file:
             weight_map |= dict.fromkeys(file.keys(), new)
         total += (partial / new).stat().st_size
-    if different := sorted(told.items() ^ weight_map.items()):
+    if different := sorted(listed.items() ^ weight_map.items()):
         raise CheckpointError(f"{path} and its files differ on {different[0][0]}: fetch the model again")
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (partial / f"{MODEL_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_lineage(found: Pickles, partial: Path, hashes: dict[str, str]) -> None:
+def _write_lineage(originals: Pickles, partial: Path, hashes: dict[str, str]) -> None:
     """Write the manifest of the conversion: its parent is the original, with the hashes of the pickles."""
     config: dict[str, Any] = {}
     if (partial / "adapter_config.json").is_file():
         try:
             config = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
-            raise CheckpointError(f"{found.folder / 'adapter_config.json'} is not valid JSON") from None
+            raise CheckpointError(f"{originals.folder / 'adapter_config.json'} is not valid JSON") from None
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     original = next(iter(hashes.values())) if len(hashes) == 1 else hashes
     write_manifest(
         partial,
         "conversion",
-        base={"model": str(base or published(found.name)), "revision": None},
+        base={"model": str(base or published(originals.name)), "revision": None},
         recipe="rsoups convert",
-        config={"files": found.pickles},
+        config={"files": originals.pickles},
         data={},
-        parent=(found.name, found.revision, original),
+        parent=(originals.name, originals.revision, original),
     )

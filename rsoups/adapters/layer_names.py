@@ -67,7 +67,7 @@ def plain_names(source: str, names: Iterable[str]) -> dict[str, str]:
     text = "\n".join(names)
     if all(name.startswith(PREFIX) for name in names) and not any(part in text for part in _ODD):  # as in most files
         return dict(zip(names, names, strict=True))
-    found: dict[str, str] = {}
+    in_file: dict[str, str] = {}
     for name in names:
         plain = _plain(name)
         if not plain.startswith(PREFIX):
@@ -75,25 +75,25 @@ def plain_names(source: str, names: Iterable[str]) -> dict[str, str]:
                 f"{source}: the name of tensor {name} does not start with {PREFIX!r}, so PEFT reads nothing of it: save the "
                 "adapter again with PEFT's save_pretrained, from the model without its wrappers"
             )
-        if (other := found.setdefault(plain, name)) != name:
+        if (other := in_file.setdefault(plain, name)) != name:
             raise AdapterError(f"{source}: tensors {other} and {name} are both {plain} without the names of wrappers")
-    for name in list(found):
+    for name in list(in_file):
         trained, frozen = name.replace(".modules_to_save.", "."), name.replace(".original_module.", ".")
         if trained != name:
-            found.setdefault(trained, found[name])
-        if trained != name or (frozen != name and frozen in found):
-            del found[name]
-    return _without_base_layers(source, found)
+            in_file.setdefault(trained, in_file[name])
+        if trained != name or (frozen != name and frozen in in_file):
+            del in_file[name]
+    return _without_base_layers(source, in_file)
 
 
 def _without_base_layers(source: str, names: dict[str, str]) -> dict[str, str]:
     """Give whole parameters of adapted modules the base's names; `written_name` undoes it."""
-    found: dict[str, str] = {}
+    in_file: dict[str, str] = {}
     for name, there in names.items():
         plain = _WHOLE.sub(r"\1", name)
-        if (other := found.setdefault(plain, there)) != there:
+        if (other := in_file.setdefault(plain, there)) != there:
             raise AdapterError(f"{source}: tensors {other} and {there} are both {plain} of the base")
-    return found
+    return in_file
 
 
 def written_name(name: str, adapted: Container[str]) -> str:
@@ -130,14 +130,14 @@ def current_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str
     """
     renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
     known = {without_numbers(path) for path, _ in model.named_modules()}
-    found: dict[str, str] = {}
+    given_names: dict[str, str] = {}
     for name in names:
         new = name
         if not EXPERT.search(name) and without_numbers(path_of(name)) not in known:
             new = PREFIX + rename_source_key(name.removeprefix(PREFIX), renamings, [])[0]
-        if (other := found.setdefault(new, name)) != name:
+        if (other := given_names.setdefault(new, name)) != name:
             raise AdapterError(f"tensors {other} and {name} are both {new} in {type(model).__name__}")
-    return found
+    return given_names
 
 
 def as_loaded(

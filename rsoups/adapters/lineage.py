@@ -195,7 +195,7 @@ def history_of(parents: Iterable[tuple[str, str | None, Any]]) -> dict[str, Mani
 
 
 def pinned(source: str, revision: str | None) -> str:
-    """A Hub id with its commit; a folder unchanged."""
+    """A Hub id at a commit, in place of the revision that it names; a folder unchanged."""
     return f"{source.partition('@')[0]}@{revision}" if revision else source
 
 
@@ -283,16 +283,16 @@ def fingerprint(texts: Iterable[Any]) -> dict[str, Any]:
     return {"rows": count, "sha256": total.hexdigest()}
 
 
-def renamed_base(manifest: Manifest, names: Collection[str | None], told: str | None) -> Manifest:
+def renamed_base(manifest: Manifest, names: Collection[str | None], name: str | None) -> Manifest:
     """Rename the base of a manifest, and of the manifests in its history that have the same base.
 
     Args:
         manifest: Manifest to change.
         names: Present names of the base.
-        told: New name.
+        name: New name.
     """
     manifests = [manifest, *manifest.get("history", {}).values()]
     for each in manifests:
         if (each.get("base") or {}).get("model") in names:
-            each["base"]["model"] = told
+            each["base"]["model"] = name
     return manifest

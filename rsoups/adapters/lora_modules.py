@@ -81,19 +81,21 @@ def read_modules(
             parts.setdefault(path, {})[match["factor"] + (".bias" if match["kind"] == "bias" else "")] = key
     modules = {}
     try:
-        for path, found in parts.items():
-            if not {"A", "B"} <= set(found) or not set(found) <= {"A", "B", "B.bias"}:
-                raise AdapterError(f"{source}: module {path} has factors {sorted(found)}, must have A and B")
+        for path, factors in parts.items():
+            if not {"A", "B"} <= set(factors) or not set(factors) <= {"A", "B", "B.bias"}:
+                raise AdapterError(f"{source}: module {path} has factors {sorted(factors)}, must have A and B")
             wrappers = sum(unwrapped(other) == unwrapped(path) for other in parts) if config.target_parameters else 1
-            told = _told(source, config, path, wrappers, layout[found["A"]].shape, (old_paths or {}).get(path, path))
-            modules[path] = _module(source, config, layout, path, found, told)
+            settings = _settings_of(
+                source, config, path, wrappers, layout[factors["A"]].shape, (old_paths or {}).get(path, path)
+            )
+            modules[path] = _module(source, config, layout, path, factors, settings)
     except re.error as error:
         raise AdapterError(f"{source}: a pattern in {CONFIG_FILE} is no regular expression: {error}") from None
     _check_experts(source, modules)
     return modules
 
 
-class _Told(NamedTuple):
+class _Settings(NamedTuple):
     """Settings of one module in the config."""
 
     rank: int
@@ -101,7 +103,9 @@ class _Told(NamedTuple):
     parameter: str | None
 
 
-def _told(source: str, config: LoraConfig, path: str, wrappers: int, shape: Sequence[int], old_path: str) -> _Told:
+def _settings_of(
+    source: str, config: LoraConfig, path: str, wrappers: int, shape: Sequence[int], old_path: str
+) -> _Settings:
     """Rank, alpha and parameter of a module of some wrappers, found as PEFT finds them.
 
     Raises:
@@ -119,16 +123,16 @@ def _told(source: str, config: LoraConfig, path: str, wrappers: int, shape: Sequ
                 f"{source}: alpha_pattern gives {alphas[-1]} for {old_path}, which transformers calls {path} today, and "
                 f"{alphas[0]} for that, which PEFT would scale by: write today's names into {CONFIG_FILE}"
             )
-        return _Told(ranks[-1] if shape[:1] == (ranks[-1],) else ranks[0], alphas[0], None)
+        return _Settings(ranks[-1] if shape[:1] == (ranks[-1],) else ranks[0], alphas[0], None)
     paths = [f"{unwrapped(path)}.{name}" for name in names]
-    told = [tuple(by_pattern(p, one, d) for p, d in _patterns(config)) for one in paths]
-    if any(one != told[0] for one in told):
+    pairs = [tuple(by_pattern(p, one, d) for p, d in _patterns(config)) for one in paths]
+    if any(one != pairs[0] for one in pairs):
         raise AdapterError(
             f"{source}: {CONFIG_FILE} gives {names} unlike ranks or alphas, and the file does not tell which of them {path} "
             "is"
         )
-    rank, alpha = told[0]
-    return _Told(rank, alpha, names[0] if len(names) == 1 else "")
+    rank, alpha = pairs[0]
+    return _Settings(rank, alpha, names[0] if len(names) == 1 else "")
 
 
 def _patterns(config: LoraConfig) -> tuple[tuple[Any, int], tuple[Any, int]]:
@@ -166,28 +170,33 @@ def unwrapped(path: str) -> str:
 
 
 def _module(
-    source: str, config: LoraConfig, layout: Mapping[str, Tensor], path: str, found: dict[str, str], told: _Told
+    source: str,
+    config: LoraConfig,
+    layout: Mapping[str, Tensor],
+    path: str,
+    factors: dict[str, str],
+    settings: _Settings,
 ) -> LoraModule:
-    a, b = layout[found["A"]].shape, layout[found["B"]].shape
-    experts = a[0] // int(told.rank) if told.parameter is not None and a else 1
-    rank = told.rank * experts
+    a, b = layout[factors["A"]].shape, layout[factors["B"]].shape
+    experts = a[0] // int(settings.rank) if settings.parameter is not None and a else 1
+    rank = settings.rank * experts
     if len(a) < 2 or len(b) != len(a) or a[0] != rank or b[1] != rank or any(size != 1 for size in b[2:]):
         raise AdapterError(
-            f"{source}: module {path} has A {tuple(a)} and B {tuple(b)}, but {CONFIG_FILE} says rank {told.rank}"
+            f"{source}: module {path} has A {tuple(a)} and B {tuple(b)}, but {CONFIG_FILE} says rank {settings.rank}"
         )
-    bias = found.get("B.bias")
+    bias = factors.get("B.bias")
     if (bias is not None) != bool(config.lora_bias) or (bias and tuple(layout[bias].shape) != (b[0],)):
         raise AdapterError(f"{source}: module {path} and lora_bias={config.lora_bias} in {CONFIG_FILE} disagree")
     return LoraModule(
-        found["A"],
-        found["B"],
-        int(told.rank),
+        factors["A"],
+        factors["B"],
+        int(settings.rank),
         shape=(b[0], *a[1:]),
-        scaling=told.alpha / (math.sqrt(told.rank) if config.use_rslora else told.rank),
+        scaling=settings.alpha / (math.sqrt(settings.rank) if config.use_rslora else settings.rank),
         bias=bias,
-        embedding="lora_embedding_" in found["A"],
+        embedding="lora_embedding_" in factors["A"],
         experts=experts,
-        parameter=told.parameter,
+        parameter=settings.parameter,
     )
 
 

@@ -25,7 +25,8 @@ def in_one_naming(adapters: Mapping[str, Adapter], base: Any = None) -> dict[str
         base: The loaded base or a skeleton of it; by default a skeleton of the base that an adapter names.
     """
     if base is None:
-        base = next((found for a in adapters.values() if (found := recorded_base(a.config)) is not None), None)
+        skeletons = (recorded_base(adapter.config) for adapter in adapters.values())
+        base = next((skeleton for skeleton in skeletons if skeleton is not None), None)
     if base is None:
         return dict(adapters)
     named = {name: named_as(adapter, base) for name, adapter in adapters.items()}
@@ -129,12 +130,12 @@ def _size(module: LoraModule) -> tuple[int, ...]:
 
 def _parameters_of(adapter: Adapter) -> dict[str, set[str]]:
     """Names of the adapted parameters by module, for modules that are not targeted as a whole."""
-    found: dict[str, set[str]] = {}
+    parameters: dict[str, set[str]] = {}
     for path, module in adapter.modules.items():
         if module.parameter is not None:
             names = {module.parameter} if module.parameter else set(adapter.config.target_parameters or ())
-            found.setdefault(unwrapped(path), set()).update(names)
-    return found
+            parameters.setdefault(unwrapped(path), set()).update(names)
+    return parameters
 
 
 def _check_one_naming(one: Adapter, other: Adapter) -> None:
@@ -157,11 +158,11 @@ def _check_one_naming(one: Adapter, other: Adapter) -> None:
 
 def _by_place(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
     """Shapes of modules in layers, by the path above the layers, then by the rest of the path."""
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, module in adapter.modules.items():
         if match := re.fullmatch(r"(.*?)(\.\d+\..*)", path):
-            found.setdefault(match[1], {})[match[2]] = module.shape
-    return found
+            shapes.setdefault(match[1], {})[match[2]] = module.shape
+    return shapes
 
 
 def _check_whole(one: Adapter, other: Adapter, with_base: bool) -> None:

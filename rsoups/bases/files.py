@@ -37,8 +37,8 @@ def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     homes = {folder.resolve()}
     if folder.parent.name == "snapshots":  # the Hub's cache keeps the contents there
         homes.add(folder.parent.parent.resolve() / "blobs")
-    found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    return [path for path in found if path.is_file() and path.suffix in _DATA and path.resolve().parent in homes]
+    paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    return [path for path in paths if path.is_file() and path.suffix in _DATA and path.resolve().parent in homes]
 
 
 def copy_files(folder: Path, patterns: tuple[str, ...], out: Path) -> bool:
@@ -55,8 +55,8 @@ def copy_files(folder: Path, patterns: tuple[str, ...], out: Path) -> bool:
             if key == "name_or_path" or (key.endswith("_file") and is_disk_path(str(value)))
         ]
         if paths:
-            kept = {key: value for key, value in data.items() if key not in paths}
-            settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            portable = {key: value for key, value in data.items() if key not in paths}
+            settings.write_text(json.dumps(portable, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return bool(paths)
 
 
@@ -65,12 +65,12 @@ def tokenizer_folder(source: str) -> Path | None:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         try:
-            found = from_hub(source, (*TOKENIZER_FILES, *PROCESSOR_FILES))
+            fetched = from_hub(source, (*TOKENIZER_FILES, *PROCESSOR_FILES))
         except HubError:
             return None
-        if found is None:
+        if fetched is None:
             return None
-        folder = found[0]
+        folder = fetched[0]
     return folder if files_like(folder, TOKENIZER_FILES) else None
 
 
@@ -115,16 +115,16 @@ class BaseFiles:
         if not self.source or folder.is_dir():
             return folder / name if self.source and (folder / name).is_file() else None
         try:
-            found = try_to_load_from_cache(self.source, name, revision=self.revision)
+            cached = try_to_load_from_cache(self.source, name, revision=self.revision)
         except ValueError:  # no Hub id
             return None
-        return Path(found) if isinstance(found, str) else None
+        return Path(cached) if isinstance(cached, str) else None
 
     def tensors(self) -> dict[str, Path]:
         """File of each tensor, by the tensor's name."""
         if (index := self.path("model.safetensors.index.json")) is not None:
             files = json.loads(index.read_text("utf-8"))["weight_map"]
-            return {key: found for key, name in files.items() if (found := self.path(name)) is not None}
+            return {key: path for key, name in files.items() if (path := self.path(name)) is not None}
         if (one := self.path("model.safetensors")) is None:
             return {}
         with safe_open(one, "pt") as file:

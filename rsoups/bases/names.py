@@ -50,11 +50,11 @@ def _hold_the_same(one: Path, other: Path) -> bool:
 def _some(path: Path) -> list[bytes]:
     size = path.stat().st_size
     with path.open("rb") as file:
-        found = [str(size).encode()]
+        samples = [str(size).encode()]
         for part in range(_SAMPLES + 1):
             file.seek(max(0, size - _SAMPLE) * part // _SAMPLES)
-            found.append(file.read(_SAMPLE))
-    return found
+            samples.append(file.read(_SAMPLE))
+    return samples
 
 
 def is_on_hub(name: str | None) -> bool:
@@ -98,14 +98,14 @@ def public_name(name: str | None, given: str | None = None) -> str | None:
     """Name to publish for a base: `given`, or its `short_name`; a warning if nobody else can load it."""
     if given or not name:
         return given or name
-    told = short_name(name)
+    short = short_name(name)
     if is_local(name):
         warnings.warn(
-            f"the base is a folder of this disk: it is published as {told!r}, which nobody else can load. Pass "
+            f"the base is a folder of this disk: it is published as {short!r}, which nobody else can load. Pass "
             "base='user/name' (on the command line --base user/name) to publish the name of the model on the Hub",
             stacklevel=2,
         )
-    return told
+    return short
 
 
 def short_name(name: str | None) -> str | None:

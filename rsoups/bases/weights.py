@@ -74,10 +74,10 @@ class BaseWeights:
     def _loaded(self, name: str) -> Tensor | None:
         path, _, last = name.rpartition(".")
         try:
-            found = getattr(self.model.get_submodule(path), last, None)
+            tensor = getattr(self.model.get_submodule(path), last, None)
         except AttributeError:
             return None
-        return found.detach().cpu() if isinstance(found, Tensor) else None
+        return tensor.detach().cpu() if isinstance(tensor, Tensor) else None
 
     def _stored(self, name: str) -> Tensor | None:
         tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -96,12 +96,12 @@ class BaseWeights:
         """File and stored name of each parameter, by its name in the loaded base."""
         renamings = [one for one in get_model_conversion_mapping(self.model) if isinstance(one, WeightRenaming)]
         state = self.model.state_dict()
-        found = {}
+        places = {}
         for file in self._files():
             for stored in file.layout:
                 name, _ = rename_source_key(stored, renamings, [], self.model.base_model_prefix, state)
-                found[stored if stored in state else name] = file, stored
-        return found
+                places[stored if stored in state else name] = file, stored
+        return places
 
     def _files(self) -> list[TensorFile]:
         folder = Path(resolve(self.source)).expanduser()

@@ -29,7 +29,7 @@ def report(
         other: Further fronts to compare, FILE or NAME=FILE: records.jsonl, or points in a .csv.
     """
     from rsoups.common.files import read_jsonl
-    from rsoups.fronts.notes import settings_beside
+    from rsoups.fronts.notes import sweep_settings
     from rsoups.reports.report import write_report
 
     front = _front(records)
@@ -40,7 +40,7 @@ def report(
         out or records.parent,
         reference=_figures(reference) if reference else None,
         others={name: _front(Path(path)) for name, path in others.items()},
-        settings=settings_beside(records),
+        settings=sweep_settings(records),
     )
     print("\n".join([*front.notes, front.to_markdown(), *(f"- {sentence}" for sentence in sentences)]))
     print(out or records.parent)
@@ -140,9 +140,9 @@ def _best_above_base(front: Front) -> str:
 
 def _command_of(lambdas: dict[str, float], records: Path) -> str:
     """The command that makes the chosen soup."""
-    from rsoups.fronts.notes import settings_beside
+    from rsoups.fronts.notes import sweep_settings
 
-    adapters = settings_beside(records).get("adapters")
+    adapters = sweep_settings(records).get("adapters")
     adapters = adapters if isinstance(adapters, dict) else {}
     sources = [os.path.normpath(_source(records.parent, name, adapters.get(name))) for name in lambdas]
     weights = " ".join(f"{weight:.6g}" for weight in lambdas.values())

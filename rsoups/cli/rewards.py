@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rsoups.common.errors import OutputError, RewardError
+from rsoups.common.errors import RewardError
 
 if TYPE_CHECKING:
     from rsoups.data.tasks import Task
@@ -109,6 +109,7 @@ def probe(
         trust_remote_code: Run Python code that comes with a model.
         out: JSON file for the figures.
     """
+    from rsoups.common.files import write_whole
     from rsoups.data.prompts import template_kwargs
     from rsoups.generation.samples import sample_of, sample_of_records
     from rsoups.rewards.interface import check_columns, columns_read
@@ -137,16 +138,13 @@ def probe(
         )
         check_columns(loaded, sample.columns)
 
-    found = probed(by_name, sample, seed=seed)
-    print(found.to_text())
+    figures = probed(by_name, sample, seed=seed)
+    print(figures.to_text())
     for reward in loaded:
         if isinstance(reward, Judge):
             print(f"{reward.name} was asked: {reward.counts}")
     if out:
-        try:
-            out.write_text(found.to_json(), "utf-8")
-        except OSError as error:
-            raise OutputError(f"cannot write {out}: {error.strerror}") from None
+        write_whole(out, figures.to_json())
 
 
 def tasks() -> None:
@@ -198,14 +196,14 @@ def preview(
     from rsoups.rewards.interface import check_columns, columns_read
     from rsoups.rewards.load import load_reward
 
-    found_task = _task(task, dataset, template)
-    one_file = is_table(found_task, dataset)
-    raw = list(islice(raw_rows(found_task, dataset, split), None if one_file else rows))
+    chosen_task = _task(task, dataset, template)
+    one_file = is_table(chosen_task, dataset)
+    raw = list(islice(raw_rows(chosen_task, dataset, split), None if one_file else rows))
     loaded = load_reward(reward) if reward else None
-    usable = found_task.rows(raw, kept=columns_read([loaded]))
+    usable = chosen_task.rows(raw, kept=columns_read([loaded]))
     print(f"{len(usable)} of the first {len(raw)} rows kept, {len(raw) - len(usable)} dropped")
     if one_file:
-        usable = part_of(usable, split, str(dataset or found_task.dataset))
+        usable = part_of(usable, split, str(dataset or chosen_task.dataset))
         print(f"{len(usable)} of them are the split {split!r}")
     if loaded is not None:
         check_columns([loaded], columns_of(usable))
@@ -217,15 +215,15 @@ def preview(
         text = row["prompt"] if isinstance(row["prompt"], str) else loaded_tokenizer.decode(ids)
         print(f"\n[{len(ids)} tokens] {text}")
         if row["references"]:
-            _preview_reference(row, found_task, loaded)
+            _preview_reference(row, chosen_task, loaded)
 
 
 def _explain(reward: Any, prompt: str, response: str) -> None:
     """Print what a reward model reads, its logits and its score."""
-    found = reward.explain(prompt, response)
-    print(f"input   {found['text']}\nids     {found['ids']}")
-    print("logits  " + ", ".join(f"{label} {value:.6g}" for label, value in found["logits"].items()))
-    print(f"score   {found['score']:.6g}")
+    shown = reward.explain(prompt, response)
+    print(f"input   {shown['text']}\nids     {shown['ids']}")
+    print("logits  " + ", ".join(f"{label} {value:.6g}" for label, value in shown["logits"].items()))
+    print(f"score   {shown['score']:.6g}")
 
 
 def _column(pair: str) -> tuple[str, Any]:
@@ -251,8 +249,8 @@ def _preview_reference(row: dict[str, Any], task: Task, reward: Any) -> None:
     reference = task.cut(row["references"][0])
     print(f"  reference: {reference}")
     if isinstance(reward, Reward):
-        found = reward.explain(row["prompt"], reference)
-        print(f"  {reward.name} reads: {found['text']}\n  and scores it {found['score']:.4g}")
+        shown = reward.explain(row["prompt"], reference)
+        print(f"  {reward.name} reads: {shown['text']}\n  and scores it {shown['score']:.4g}")
     elif reward is not None:
         columns = {name: [row[name]] for name in reward.columns if name in row}
         (score,) = reward([row["prompt"]], [reference], **columns)

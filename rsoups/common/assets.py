@@ -73,17 +73,17 @@ def named_sources(given: Sequence[str], kind: str, error: type[RsoupsError] = Ad
     """
     pairs = [_pair(text) for text in given]
     bare = [source for name, source in pairs if name is None]
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for text, (name, source) in zip(given, pairs, strict=True):
         name = _short_name(source, bare) if name is None else name
         if not name or not source:
             raise error(f"{kind} {text!r} has no name or no source: write NAME=SOURCE")
-        if name in found:
+        if name in sources:
             raise error(
-                f"two {kind} have the name {name!r}, {found[name]} and {source}: give each its own, NAME=SOURCE"
+                f"two {kind} have the name {name!r}, {sources[name]} and {source}: give each its own, NAME=SOURCE"
             )
-        found[name] = source
-    return found
+        sources[name] = source
+    return sources
 
 
 def _pair(text: str) -> tuple[str | None, str]:

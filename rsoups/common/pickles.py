@@ -58,7 +58,7 @@ def converted(source: str, revision: str | None = None) -> Path | None:
             folder = place_in_cache(find_pickles(source, check=False))
         else:
             # The configs are small, and fetching them tells the commit.
-            fetched = from_hub(_pinned(source, revision), CONFIG_FILES)
+            fetched = from_hub(_at_revision(source, revision), CONFIG_FILES)
             if fetched is None:
                 return None
             folder = _home() / _named(source.partition("@")[0], fetched[1])
@@ -69,13 +69,13 @@ def converted(source: str, revision: str | None = None) -> Path | None:
 
 def holds_only_pickles(source: str, revision: str | None = None) -> bool:
     """Whether a folder or a Hub repository has pickled weights and no safetensors."""
-    names = _names(_pinned(source, revision))
+    names = _names(_at_revision(source, revision))
     return any(map(_is_pickle, names)) and not _has_safetensors(names)
 
 
 def remedy(source: str, revision: str | None = None) -> str:
     """The command that converts a source that has only pickles, for an error."""
-    place = _pinned(source, revision)
+    place = _at_revision(source, revision)
     out = f" --out {shlex.quote(f'{Path(source).name}-safetensors')}" if Path(source).is_dir() else ""
     again = ", and give that folder instead" if out else ", once; this name then works everywhere"
     return (
@@ -161,7 +161,8 @@ def _is_pickle(name: str) -> bool:
     return name.endswith(PICKLE_SUFFIXES) and not _NOT_WEIGHTS.fullmatch(name)
 
 
-def _pinned(source: str, revision: str | None) -> str:
+def _at_revision(source: str, revision: str | None) -> str:
+    """A Hub id at a revision, unless it names one; `adapters.lineage.pinned` puts a commit in place of what it names."""
     return f"{source}@{revision}" if revision and "@" not in source else source
 
 

@@ -46,8 +46,8 @@ def main(pickle: str, out: str) -> None:
         state = torch.load(pickle, map_location="cpu", weights_only=True, mmap=is_zip)
     except UnpicklingError as error:
         # torch's message goes on to tell how to switch its guard off, which nobody should do.
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise RefusedError(f"it asks for {found[1]}" if found else "it is no pickle of tensors, or damaged") from None
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        raise RefusedError(f"it asks for {match[1]}" if match else "it is no pickle of tensors, or damaged") from None
     save_file(tensors_of(state, Path(pickle).stat().st_size), out, metadata={"format": "pt"})
 
 
@@ -80,7 +80,7 @@ def tensors_of(state: Any, size: int) -> dict[str, Any]:
 
     if not isinstance(state, dict):
         raise RefusedError(f"it holds a {type(state).__name__}, not tensors by name")
-    total, storages, found = 0, set(), {}
+    total, storages, tensors = 0, set(), {}
     for name, tensor in state.items():
         if not isinstance(name, str) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise RefusedError(f"its entry {name!r} is a {type(tensor).__name__}, not a tensor")
@@ -94,9 +94,9 @@ def tensors_of(state: Any, size: int) -> dict[str, Any]:
             raise RefusedError(f"its tensors are larger than {_TIMES} times the file")
         tensor = tensor.detach()
         is_whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
-        found[name] = tensor if is_whole and storage.data_ptr() not in storages else tensor.clone().contiguous()
+        tensors[name] = tensor if is_whole and storage.data_ptr() not in storages else tensor.clone().contiguous()
         storages.add(storage.data_ptr())
-    return found
+    return tensors
 
 
 if __name__ == "__main__":

@@ -145,12 +145,12 @@ def pair_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
             raise DatasetError(f"the pair {shown(dict(row))} has no prompt: give it as a column, or write messages")
         return question_of(prompt), sides[0], sides[1]
 
-    (*asked, chosen), (*asked_too, rejected) = map(messages_of, sides)
-    if asked != asked_too or {chosen["role"], rejected["role"]} != {"assistant"}:
+    (*turns, chosen), (*other_turns, rejected) = map(messages_of, sides)
+    if turns != other_turns or {chosen["role"], rejected["role"]} != {"assistant"}:
         raise DatasetError(f"chosen and rejected are not two answers to one conversation: {shown(dict(row))}")
-    if isinstance(prompt, str) and not asked:
+    if isinstance(prompt, str) and not turns:
         return question_of(prompt), chosen["content"], rejected["content"]
-    return question_of([*messages_of(prompt or []), *asked]), chosen["content"], rejected["content"]
+    return question_of([*messages_of(prompt or []), *turns]), chosen["content"], rejected["content"]
 
 
 def shown(value: Any) -> str:
@@ -242,13 +242,13 @@ def fit_prompts(prompts: list[_T], lengths: list[int], longest: int, policy: str
     Raises:
         DatasetError: Some are longer and the policy is to refuse, or none is left.
     """
-    kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= longest]
-    over = len(prompts) - len(kept)
+    fitting = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= longest]
+    over = len(prompts) - len(fitting)
     if over and policy == "refuse":
         raise DatasetError(
             f"{over} of {len(prompts)} prompts are longer than {longest} tokens (the longest: {max(lengths)}), the room that "
             "the context leaves beside a response: --long_prompts drop leaves them out"
         )
-    if not kept:
+    if not fitting:
         raise DatasetError(f"none of {len(prompts)} prompts has at most {longest} tokens")
-    return kept
+    return fitting

@@ -28,8 +28,8 @@ def prompt_marks(prompts: Iterable[Any]) -> dict[str, Any]:
     """Return marks of prompts for a manifest, ``{"one_in", "base64"}``: of very many prompts one in `one_in`."""
     marks = sorted({_mark(prompt) for prompt in prompts})
     one_in = -(-len(marks) // _MOST) or 1
-    kept = [mark for mark in marks if int.from_bytes(mark, "big") % one_in == 0]
-    return {"one_in": one_in, "base64": base64.b64encode(b"".join(kept)).decode()}
+    sampled = [mark for mark in marks if int.from_bytes(mark, "big") % one_in == 0]
+    return {"one_in": one_in, "base64": base64.b64encode(b"".join(sampled)).decode()}
 
 
 def _mark(prompt: Any) -> bytes:
@@ -71,7 +71,7 @@ def check_trained(
         DatasetError: There are such prompts, and they are not allowed.
     """
     marks = [_mark(prompt) for prompt in prompts]
-    seen = {name: set().union(*map(_marks_of, found)) for name, found in manifests.items()}
+    seen = {name: set().union(*map(_marks_of, chain)) for name, chain in manifests.items()}
     counts = {name: sum(mark in known for mark in marks) for name, known in seen.items()}
     counts = {name: count for name, count in counts.items() if count}
     if counts and not allowed:

@@ -127,11 +127,11 @@ class Page:
         suggested = gr.HTML(self._advice, elem_id="advice")
         go = gr.Button("Go to this λ", visible=self._tasting.suggestion is not None, elem_id="go", size="sm")
 
-        asked = gr.State(None)
-        outputs = [texts, asked, *buttons.values()]
+        pair = gr.State(None)
+        outputs = [texts, pair, *buttons.values()]
         ask.click(self._ask, [about, self._typed, *self._settings], outputs, **_MODEL)
         for choice, button in buttons.items():
-            button.click(partial(self._vote, choice), [asked], [*outputs, suggested, go], **_AT_ONCE)
+            button.click(partial(self._vote, choice), [pair], [*outputs, suggested, go], **_AT_ONCE)
         followed = go.click(self._follow, self._axes, [*self._sliders, *self._drawn], **_AT_ONCE)
         followed.then(self._read_again, **self._again)
 
@@ -200,16 +200,16 @@ class Page:
     def _ask(self, about: str, typed: str, heat: float, longest: int, seed: int) -> Any:
         with self._plainly():
             settings = Settings(heat, int(longest), int(seed or 0))
-            for asked in self._tasting.ask(typed if about == _TYPED else None, settings):
-                yield question(asked), asked, *[gr.update(interactive=not asked.busy)] * 3
+            for pair in self._tasting.ask(typed if about == _TYPED else None, settings):
+                yield question(pair), pair, *[gr.update(interactive=not pair.busy)] * 3
 
-    def _vote(self, choice: str, asked: Question | None) -> list[Any]:
-        if asked is None or asked.busy:
+    def _vote(self, choice: str, pair: Question | None) -> list[Any]:
+        if pair is None or pair.busy:
             raise gr.Error("There is nothing to choose between yet.", print_exception=False)
         with self._plainly():
-            self._tasting.vote(asked, choice)
+            self._tasting.vote(pair, choice)
         disabled = [gr.update(interactive=False)] * 3
-        return [question(asked, choice), None, *disabled, self._advice(), gr.update(visible=True)]
+        return [question(pair, choice), None, *disabled, self._advice(), gr.update(visible=True)]
 
     def _advice(self) -> str:
         return advice(self._tasting.votes.votes, self._tasting.suggestion)

@@ -57,10 +57,10 @@ def stream(
     ids = encode(tokenizer, prompt, template)
     _check_room(live, len(ids), max_new_tokens)
 
-    def keep(kept: Tensor) -> None:
+    def keep(remaining: Tensor) -> None:
         nonlocal weights
-        weights = weights[kept.to(weights.device)]
-        live.keep(kept)
+        weights = weights[remaining.to(weights.device)]
+        live.keep(remaining)
 
     numbers = [uniforms(seed_of(seed, prompt, 0), max_new_tokens)] * len(rows)
     uniform = torch.tensor(numbers, dtype=torch.float64) if temperature > 0 else None

@@ -101,15 +101,15 @@ def reading(read: Reading | None, names: Sequence[str], lambdas: Mapping[str, fl
     return f'<div class="cards" style="--columns: {columns}">{"".join(cards)}</div>'
 
 
-def question(asked: Question | None, choice: str | None = None) -> str:
+def question(pair: Question | None, choice: str | None = None) -> str:
     """Two responses side by side; their λ only once somebody has chosen."""
-    if asked is None:
+    if pair is None:
         return '<p class="hint">Two soups answer the same prompt. You choose without knowing which is which.</p>'
     cards = []
-    for i, (side, text) in enumerate(zip("ab", asked.texts, strict=True)):
-        note = shares(asked.lambdas[i]) if choice else ""
-        cards.append(_card(side.upper(), note, text, "chosen" if side == choice else "", asked.busy))
-    return f'<p class="asked">{escape(question_of(asked.prompt))}</p><div class="cards two">{"".join(cards)}</div>'
+    for i, (side, text) in enumerate(zip("ab", pair.texts, strict=True)):
+        note = shares(pair.lambdas[i]) if choice else ""
+        cards.append(_card(side.upper(), note, text, "chosen" if side == choice else "", pair.busy))
+    return f'<p class="asked">{escape(question_of(pair.prompt))}</p><div class="cards two">{"".join(cards)}</div>'
 
 
 def advice(votes: int, choice: Choice | None) -> str:

@@ -198,17 +198,17 @@ def distinct(texts: Sequence[Sequence[str]], n: int = 2) -> Estimate | None:
     for responses in texts:
         words = [text.split() for text in responses]
         grams.append(Counter(gram for text in words for gram in zip(*(text[i:] for i in range(n)), strict=False)))
-    total = sum(found.total() for found in grams)
+    total = sum(counts.total() for counts in grams)
     if not total:
         return None
 
-    prompts_of = Counter(gram for found in grams for gram in found)
+    prompts_of = Counter(gram for counts in grams for gram in counts)
     value = len(prompts_of) / total
     without = []  # the figure without each prompt
-    for found in grams:
-        own = sum(prompts_of[gram] == 1 for gram in found)
-        if total > found.total():
-            without.append((len(prompts_of) - own) / (total - found.total()))
+    for counts in grams:
+        own = sum(prompts_of[gram] == 1 for gram in counts)
+        if total > counts.total():
+            without.append((len(prompts_of) - own) / (total - counts.total()))
     if len(without) < 2:
         return Estimate(value)
     error = math.sqrt((len(without) - 1) * float(np.var(without)))

@@ -20,7 +20,7 @@ from rsoups.fronts.advantage import Advantage, advantage
 from rsoups.fronts.attainment import attainment_draws, attainment_surfaces
 from rsoups.fronts.comparison import Comparison, check_same_rewards, compared, distance, paired_stacks
 from rsoups.fronts.estimates import Estimate, Stack, Volume, checked_reference, means_with_draws, pareto_mask, volume_of
-from rsoups.fronts.notes import notes_of, settings_beside, trained_on_of, trained_prompts_of
+from rsoups.fronts.notes import notes_of, sweep_settings, trained_on_of, trained_prompts_of
 from rsoups.fronts.points import BASE, Choice, Point, estimates_of, values_of
 from rsoups.fronts.reading import Points, read_records, read_table
 from rsoups.fronts.tables import html_table, markdown_table, means_of, rows_of, write_csv
@@ -62,7 +62,7 @@ class Front:
             FrontError: As `from_records`, no such file, or a line that is not JSON.
         """
         front = cls.from_records(read_jsonl(path, FrontError), seed)
-        settings = settings_beside(Path(path))
+        settings = sweep_settings(Path(path))
         front.trained_on, front.trained_prompts = trained_on_of(settings), trained_prompts_of(settings)
         return front
 

@@ -92,7 +92,7 @@ def trained_prompts_of(settings: Mapping[str, Any]) -> dict[str, int]:
     return {name: n for name, n in runs.items() if type(n) is int} if isinstance(runs, dict) else {}
 
 
-def settings_beside(records: Path) -> dict[str, Any]:
+def sweep_settings(records: Path) -> dict[str, Any]:
     """The settings beside a records file; empty if they are missing or not readable."""
     try:
         settings = json.loads(records.with_suffix(".settings.json").read_text(encoding="utf-8"))

@@ -15,8 +15,32 @@ from rsoups.fronts.estimates import Estimate, means_with_draws
 SOUP, BASE = "soup", "base"
 
 
+class Named:
+    """A model by its name, its λ and its method, which a sweep's models and a front's points have.
+
+    Attributes:
+        name: ``"soup"``, ``"base"``, or the name it is evaluated under.
+        lambdas: λ by ingredient; None unless the model is a soup.
+        method: Method of interpolation; None unless the model is a soup.
+    """
+
+    name: str
+    lambdas: Mapping[str, float] | None
+    method: str | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The key that `model_key` gives to this model's records."""
+        return model_key(self.name, self.lambdas, self.method)
+
+    @property
+    def weights(self) -> list[float]:
+        """λ in the order of the ingredients; empty unless the model is a soup."""
+        return list((self.lambdas or {}).values())
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Point:
+class Point(Named):
     """One model on the front.
 
     Attributes:
@@ -44,16 +68,6 @@ class Point:
     values: NDArray[np.float64]
     extras: dict[str, Estimate] = field(default_factory=dict)
     tells_method: bool = False
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """The key that `model_key` gives to this model's records."""
-        return model_key(self.name, self.lambdas, self.method)
-
-    @property
-    def weights(self) -> list[float]:
-        """λ in the order of the ingredients; empty unless the model is a soup."""
-        return list((self.lambdas or {}).values())
 
     @property
     def alone(self) -> str | None:

@@ -131,10 +131,10 @@ def _point_of_records(
         if np.isnan(column).all():
             raise FrontError(f"{reward} has no score (None) for any response of {model}: leave this reward out")
 
-    found = estimates_of(values, rewards, shares)
-    mean = {reward: estimate.value for reward, estimate in found.items()}
-    low = {reward: estimate.low for reward, estimate in found.items() if estimate.low is not None}
-    high = {reward: estimate.high for reward, estimate in found.items() if estimate.high is not None}
+    estimates = estimates_of(values, rewards, shares)
+    mean = {reward: estimate.value for reward, estimate in estimates.items()}
+    low = {reward: estimate.low for reward, estimate in estimates.items() if estimate.low is not None}
+    high = {reward: estimate.high for reward, estimate in estimates.items() if estimate.high is not None}
     extras = _extras(samples, shares)
     return Point(first["name"], first["lambdas"], first["method"], mean, low, high, len(prompts), values, extras)
 

@@ -97,10 +97,10 @@ class Constrained:
 
     def _allowed(self, means: NDArray[np.float64], limits: Iterable[Limit]) -> NDArray[np.bool_]:
         """Which points keep the limits: shape (..., points)."""
-        kept = np.ones(means.shape[:-1], dtype=bool)
+        allowed = np.ones(means.shape[:-1], dtype=bool)
         for limit in limits:
-            kept &= limit.holds(means[..., self._rewards.index(limit.reward)])
-        return kept
+            allowed &= limit.holds(means[..., self._rewards.index(limit.reward)])
+        return allowed
 
     def explain(self, means: NDArray[np.float64], labels: Sequence[str]) -> str:
         """Why no point of `means`, shape (points, rewards), keeps all limits: for each limit the best reachable value."""

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Said:
+class Response:
     """A response.
 
     Attributes:
@@ -69,9 +69,9 @@ class Decoder:
         parameters = inspect.signature(model.forward).parameters
         self._takes = {name for name in ("position_ids", "logits_to_keep") if name in parameters}
 
-    def text(self, said: Said) -> str:
+    def text(self, response: Response) -> str:
         """Return a response's text, without special tokens."""
-        return str(self._tokenizer.decode(said.ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(response.ids, skip_special_tokens=True))
 
     def __call__(
         self,
@@ -80,11 +80,11 @@ class Decoder:
         members: int = 1,
         keep: Callable[[Tensor], None] | None = None,
         models: Sequence[int] | None = None,
-    ) -> list[Said]:
+    ) -> list[Response]:
         """Return a response to each prompt; arguments as for `steps`."""
         *_, (chosen, logps) = self.steps(prompts, uniforms, members, keep, models)
         return [
-            Said([token for token in row if token >= 0], logp)
+            Response([token for token in row if token >= 0], logp)
             for row, logp in zip(chosen.tolist(), logps.tolist(), strict=True)
         ]
 
@@ -177,17 +177,17 @@ class Decoder:
         return cache, shared
 
     @torch.inference_mode()
-    def logps(self, prompts: Sequence[Sequence[int]], said: Sequence[Said]) -> list[tuple[float, float]]:
+    def logps(self, prompts: Sequence[Sequence[int]], responses: Sequence[Response]) -> list[tuple[float, float]]:
         """Return Σ log p of finished responses under the model, in nats: at temperature 1, and at the decoder's.
 
         The keys and values of prompts are kept between calls, so the model must be the same in all of them.
         """
-        order = sorted(range(len(said)), key=lambda i: len(said[i].ids), reverse=True)
+        order = sorted(range(len(responses)), key=lambda i: len(responses[i].ids), reverse=True)
         sums_of: dict[int, tuple[float, float]] = {}
         while order:
-            size = max(1, _READ_TOKENS // len(said[order[0]].ids))
+            size = max(1, _READ_TOKENS // len(responses[order[0]].ids))
             part, order = order[:size], order[size:]
-            tokens = [said[i].ids for i in part]
+            tokens = [responses[i].ids for i in part]
             logits = self._logits_of([prompts[i] for i in part], tokens)
             flat, lengths = torch.tensor(sum(tokens, []), device=logits.device), [len(ids) for ids in tokens]
 
@@ -196,21 +196,21 @@ class Decoder:
             by_temperature = (plain, plain if tempered is None else tempered)
             sums = ([float(row.sum()) for row in logp.split(lengths)] for logp in by_temperature)
             sums_of |= dict(zip(part, zip(*sums, strict=True), strict=True))
-        return [sums_of[i] for i in range(len(said))]
+        return [sums_of[i] for i in range(len(responses))]
 
-    def _logits_of(self, prompts: Sequence[Sequence[int]], said: Sequence[Sequence[int]]) -> Tensor:
+    def _logits_of(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
         """Return the logits (n, V), float32, that predict each of the n tokens of responses."""
         cache, mask = self._prefixes(prompts)
         rows = [
             [*prompt[-1:], *ids[:-1]] if cache else [*prompt, *ids[:-1]]
-            for prompt, ids in zip(prompts, said, strict=True)
+            for prompt, ids in zip(prompts, responses, strict=True)
         ]
 
         longest = max(map(len, rows))
         ids = torch.tensor([row + [self._pad] * (longest - len(row)) for row in rows], device=mask.device)
         places = torch.arange(longest, device=ids.device)
         ends = torch.tensor([len(row) for row in rows], device=ids.device)[:, None]
-        starts = ends - torch.tensor([len(row) for row in said], device=ids.device)[:, None]
+        starts = ends - torch.tensor([len(row) for row in responses], device=ids.device)[:, None]
         at = (places >= starts) & (places < ends)
         mask = torch.cat([mask, (places < ends).long()], dim=1)
 

@@ -26,6 +26,6 @@ def sample_purely(model: Any) -> list[str]:
         for name, value in held.to_dict().items()
         if name not in _KEPT and not name.startswith(("_", *_HARMLESS)) and value != getattr(default, name, None)
     ]
-    kept = {name: getattr(held, name, None) for name in _KEPT if name != "transformers_version"}
-    model.generation_config = GenerationConfig(**kept)
+    settings = {name: getattr(held, name, None) for name in _KEPT if name != "transformers_version"}
+    model.generation_config = GenerationConfig(**settings)
     return removed

@@ -90,6 +90,7 @@ def push(
             retries; nothing is half-published. Or the subfolders do not make one front.
     """
     check_repo_id(repo_id)
+
     models = _read(Path(folder).expanduser(), base)
     (first_name, first), *_ = models.items()
     manifests = {name: model.manifest for name, model in models.items()}

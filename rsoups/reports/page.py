@@ -121,8 +121,8 @@ def _charts(
 def _legends(models: Models, others: Mapping[str, Front], series: Sequence[Series]) -> dict[str, Legend]:
     """What the marks of each section's charts are."""
     front = models.front
-    models_beside = [(swatch(models.looks[point]), point.label) for point in front.others]
-    marks = list(models_beside)
+    other_models = [(swatch(models.looks[point]), point.label) for point in front.others]
+    marks = list(other_models)
     if front.soups:
         numbers = f", numbers: λ of {front.ingredients[1]}" if len(front.ingredients) == 2 else ""
         marks.insert(0, (swatch(SOUP_LOOK), f"soups{numbers}"))
@@ -139,7 +139,7 @@ def _legends(models: Models, others: Mapping[str, Front], series: Sequence[Serie
         (CHORD, "MORL, the best choice of runs"),
     ]
     rewards = [(swatch(entry.look), entry.name) for entry in series]
-    drift = models_beside if front.has_chord else []
+    drift = other_models if front.has_chord else []
     return {"front": marks, "chord": [], "triangle": [], "rewards": rewards, "runs": runs, "drift": drift}
 
 

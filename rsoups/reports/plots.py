@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rsoups.common.errors import FrontError
 from rsoups.fronts.attainment import outlines
+from rsoups.fronts.estimates import Estimate
 from rsoups.fronts.front import Front
 from rsoups.fronts.points import BASE, Point
 
@@ -29,7 +30,7 @@ def draw_front(front: Front) -> Figure:
         return draw_chord(front) if front.has_chord else _draw_one_reward(front)
     columns = min(3, len(pairs))
     rows = math.ceil(len(pairs) / columns)
-    figure = _figure(7.2 * columns, 5.4 * rows)
+    figure = new_figure(7.2 * columns, 5.4 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (x, y) in zip(panels, pairs, strict=False):
         _draw_pair(axes, front, x, y)
@@ -48,9 +49,9 @@ def draw_chord(front: Front) -> Figure:
         raise FrontError("a plot over λ needs soups of two ingredients, including both ends: sweep λ = 0 and 1 too")
     soups = front.soups
     at = [point.weights[1] for point in soups]
-    figure = _figure(4.6 * len(front.rewards), 3.6)
+    figure = new_figure(4.6 * len(front.rewards), 3.6)
     for axes, reward in zip(figure.subplots(1, len(front.rewards), squeeze=False)[0], front.rewards, strict=True):
-        _style(axes)
+        style(axes)
         if all(reward in point.low for point in soups):
             low, high = [point.low[reward] for point in soups], [point.high[reward] for point in soups]
             axes.fill_between(at, low, high, color=_BLUE, alpha=0.15)
@@ -59,25 +60,47 @@ def draw_chord(front: Front) -> Figure:
         axes.plot([at[0], at[-1]], [means[0], means[-1]], "--", color=_GRAY, lw=1.2, label="chord")
         axes.set_xlabel(f"λ of {front.ingredients[1]}")
         axes.set_ylabel(reward)
-    figure.axes[0].legend(frameon=False, fontsize=9)
+    add_legend(figure.axes[0])
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def style(axes: Axes) -> None:
+    """Draw a light grid behind the marks, and no frame above and on the right."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", lw=0.6, zorder=0)
+    axes.set_axisbelow(True)
+
+
+def add_legend(axes: Axes) -> None:
+    """Add a legend that has each label once."""
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.legend(once.values(), once, frameon=False, fontsize=9)
+
+
+def bars(estimates: Sequence[Estimate]) -> list[list[float]]:
+    """How far intervals reach below and above their figures, as matplotlib takes it; 0 without an interval."""
+    below = [0.0 if e.low is None else max(0.0, e.value - e.low) for e in estimates]
+    above = [0.0 if e.high is None else max(0.0, e.high - e.value) for e in estimates]
+    return [below, above]
+
+
 def _draw_one_reward(front: Front) -> Figure:
     """A single reward that cannot be drawn over λ: each model on a line of its own."""
     reward, points = front.rewards[0], [*front.others, *front.soups]
-    figure = _figure(7.2, 1.4 + 0.28 * len(points))
+    figure = new_figure(7.2, 1.4 + 0.28 * len(points))
     axes = figure.subplots()
-    _style(axes)
-    bars = _bars(points, reward)
-    means = [point.mean[reward] for point in points]
-    axes.errorbar(means, range(len(points)), xerr=bars, fmt="o", color=_BLUE, ecolor=_BLUE + "55")
+    style(axes)
+    estimates = [point.estimate(reward) for point in points]
+    means = [estimate.value for estimate in estimates]
+    axes.errorbar(means, range(len(points)), xerr=bars(estimates), fmt="o", color=_BLUE, ecolor=_BLUE + "55")
     axes.set_yticks(range(len(points)), [point.label for point in points])
     axes.invert_yaxis()
     axes.set_xlabel(f"{reward}  (mean reward)")
@@ -86,7 +109,7 @@ def _draw_one_reward(front: Front) -> Figure:
 
 def _draw_pair(axes: Axes, front: Front, x: str, y: str) -> None:
     """Two rewards against each other."""
-    _style(axes)
+    style(axes)
     soups, joined = front.soups, len(front.ingredients) == 2
     if front.has_band:
         band, median = outlines(front.attainment())
@@ -110,13 +133,7 @@ def _draw_pair(axes: Axes, front: Front, x: str, y: str) -> None:
         first, second = front.ingredients
         note += f"\nnumbers: λ of {second}, the rest is {first}"
     axes.set_title(note, fontsize=9, color=_GRAY, loc="left")
-    axes.legend(frameon=False, fontsize=9)
-
-
-def _style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e6e6e6", lw=0.6, zorder=0)
-    axes.set_axisbelow(True)
+    add_legend(axes)
 
 
 def _mark(axes: Axes, points: Sequence[Point], x: str, y: str, color: str, marker: str, label: str) -> None:
@@ -124,8 +141,8 @@ def _mark(axes: Axes, points: Sequence[Point], x: str, y: str, color: str, marke
     axes.errorbar(
         [point.mean[x] for point in points],
         [point.mean[y] for point in points],
-        xerr=_bars(points, x),
-        yerr=_bars(points, y),
+        xerr=bars([point.estimate(x) for point in points]),
+        yerr=bars([point.estimate(y) for point in points]),
         fmt=marker,
         color=color,
         ecolor=color + "55",
@@ -135,14 +152,6 @@ def _mark(axes: Axes, points: Sequence[Point], x: str, y: str, color: str, marke
         label=label,
         zorder=3,
     )
-
-
-def _bars(points: Sequence[Point], reward: str) -> list[list[float]]:
-    """How far intervals reach below and above the mean, as matplotlib takes it; 0 without an interval."""
-    estimates = [point.estimate(reward) for point in points]
-    below = [0.0 if e.low is None else max(0.0, e.value - e.low) for e in estimates]
-    above = [0.0 if e.high is None else max(0.0, e.high - e.value) for e in estimates]
-    return [below, above]
 
 
 def _label(axes: Axes, point: Point, x: str, y: str) -> None:

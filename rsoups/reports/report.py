@@ -13,7 +13,7 @@ from typing import Any
 from rsoups.common.files import write_whole
 from rsoups.fronts.advantage import Advantage
 from rsoups.fronts.front import Front
-from rsoups.fronts.notes import settings_beside, trained_on_of, trained_prompts_of
+from rsoups.fronts.notes import sweep_settings, trained_on_of, trained_prompts_of
 from rsoups.fronts.tables import markdown_table
 from rsoups.reports.page import figures_of, page_of, prompts_in_words
 from rsoups.reports.plots import draw_front
@@ -48,7 +48,7 @@ def write_report(
     """
     folder = Path(folder)
     if settings is None:
-        settings = settings_beside(folder / "records.jsonl")
+        settings = sweep_settings(folder / "records.jsonl")
     front.trained_on |= trained_on_of(settings)
     front.trained_prompts |= trained_prompts_of(settings)
     advantage = None if reference is None else advantage_of(front, reference)

@@ -216,8 +216,8 @@ class _Local:
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         import torch
 
-        asked = [self._encode(*pair) for pair in pairs]
-        encoded = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in asked]
+        inputs_of = [self._encode(*pair) for pair in pairs]
+        encoded = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in inputs_of]
         low, high = self._settings.scale
         numbers = torch.arange(low, high + 1, dtype=torch.float64)
         ratings = [0.0] * len(pairs)
@@ -225,13 +225,13 @@ class _Local:
             for batch in batches(encoded, self._model.device):
                 rows = [encoded[i] for i in batch]
                 ends = [len(row["input_ids"]) - 1 for row in rows]
-                kept = sorted(set(ends))  # the only places whose logits are computed
+                places = sorted(set(ends))  # the only places whose logits are computed
                 inputs = padded(rows, 0, self._model.device)
-                logits = self._model(**inputs, logits_to_keep=torch.tensor(kept, device=self._model.device)).logits
+                logits = self._model(**inputs, logits_to_keep=torch.tensor(places, device=self._model.device)).logits
                 for row, (i, end) in enumerate(zip(batch, ends, strict=True)):
-                    chances = logits[row, kept.index(end), asked[i][1]].float().cpu().double().softmax(-1)
+                    chances = logits[row, places.index(end), inputs_of[i][1]].float().cpu().double().softmax(-1)
                     ratings[i] = float(chances @ numbers)
 
         self.counts.calls += len(pairs)
-        self.counts.input_tokens += sum(len(ids) for ids, _ in asked)
+        self.counts.input_tokens += sum(len(ids) for ids, _ in inputs_of)
         return ratings

@@ -79,13 +79,13 @@ def one_below_another(blend: Blend) -> Tensor:
 
 def side_by_side(blend: Blend) -> Tensor:
     """Columns of all parts, times their factors."""
-    beside = torch.empty(blend.shape, dtype=blend.dtype)
+    matrix = torch.empty(blend.shape, dtype=blend.dtype)
     widths = [part.adapter.layout[part.name].shape[1] for part in blend.parts]
-    for part, columns in zip(blend.parts, beside.split(widths, dim=1), strict=True):
+    for part, columns in zip(blend.parts, matrix.split(widths, dim=1), strict=True):
         tensor = part.tensor()
         for rows in _rows_of(columns, _BLOCK):
             columns[rows] = tensor[rows].to(torch.float64, copy=True).mul_(part.factor)
-    return beside
+    return matrix
 
 
 def summed(blend: Blend) -> Tensor:

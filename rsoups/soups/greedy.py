@@ -47,8 +47,8 @@ def greedy(
     read = opened(named)
 
     def soup_of(names: Sequence[str]) -> Soup:
-        kept = {name: read[name] for name in names}
-        return interpolate(kept, method=method, allow_base_mismatch=allow_base_mismatch)
+        members = {name: read[name] for name in names}
+        return interpolate(members, method=method, allow_base_mismatch=allow_base_mismatch)
 
     def score_of(names: Sequence[str]) -> float:
         value = float(score(soup_of(names)))
@@ -59,13 +59,13 @@ def greedy(
     soup_of(list(read))  # refuses adapters that do not fit together, before any is scored
     scores = {name: score_of([name]) for name in read}
     first, *others = sorted(scores, key=lambda name: -scores[name])
-    kept, best = [first], scores[first]
+    chosen, best = [first], scores[first]
     for name in others:
-        value = score_of([*kept, name])
-        logger.info("greedy soup of %s with %s: %g, without: %g", kept, name, value, best)
+        value = score_of([*chosen, name])
+        logger.info("greedy soup of %s with %s: %g, without: %g", chosen, name, value, best)
         if value >= best:
-            kept, best = [*kept, name], value
-    return soup_of(kept)
+            chosen, best = [*chosen, name], value
+    return soup_of(chosen)
 
 
 def _name(source: Any) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from rsoups.generation.decoding import Decoder, Said, seed_of, uniforms
+from rsoups.generation.decoding import Decoder, Response, seed_of, uniforms
 from rsoups.sweeps.items import Answer, Item, Nats, by_model
 from rsoups.sweeps.places import AttachedPlaces, LivePlaces
 
@@ -116,30 +116,30 @@ class Generator:
                 keep,
                 [numbers[model.key] for model in models],
             )
-        return [Answer(self._decoder.text(said), len(said.ids), said) for said in responses]
+        return [Answer(self._decoder.text(response), len(response.ids), response) for response in responses]
 
     def nats(self, batch: Sequence[Item], answers: Sequence[Answer]) -> list[Nats]:
         """KL to the base and negative log-likelihood under the base; the base reads equal responses to a prompt once."""
-        responses = [answer.said for answer in answers if answer.said]
-        keys = [(item.place, tuple(said.ids)) for item, said in zip(batch, responses, strict=True)]
+        responses = [answer.response for answer in answers if answer.response]
+        keys = [(item.place, tuple(response.ids)) for item, response in zip(batch, responses, strict=True)]
         new = {
-            key: (item.ids, said)
-            for key, item, said in zip(keys, batch, responses, strict=True)
+            key: (item.ids, response)
+            for key, item, response in zip(keys, batch, responses, strict=True)
             if key not in self._base_logps
         }
         self._base_logps |= zip(new, self._logps(list(new.values())), strict=True)
 
         nats = []
-        for item, said, key in zip(batch, responses, keys, strict=True):
+        for item, response, key in zip(batch, responses, keys, strict=True):
             plain, at_temperature = self._base_logps[key]
-            kl = 0.0 if item.model.is_base else round(said.logp - at_temperature, 4)
+            kl = 0.0 if item.model.is_base else round(response.logp - at_temperature, 4)
             nats.append(Nats(kl, round(-plain, 4)))
         return nats
 
-    def _logps(self, responses: list[tuple[list[int], Said]]) -> list[tuple[float, float]]:
+    def _logps(self, responses: list[tuple[list[int], Response]]) -> list[tuple[float, float]]:
         """Log-probabilities under the base of responses to prompts (tokens); in halves if memory runs out."""
         try:
-            return self._decoder.logps([prompt for prompt, _ in responses], [said for _, said in responses])
+            return self._decoder.logps([prompt for prompt, _ in responses], [response for _, response in responses])
         except RuntimeError as error:
             if len(responses) == 1 or not should_reduce_batch_size(error):
                 raise

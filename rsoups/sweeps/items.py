@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rsoups.fronts.points import BASE, SOUP, model_key
-from rsoups.generation.decoding import Prompt, Said
+from rsoups.fronts.points import BASE, SOUP, Named
+from rsoups.generation.decoding import Prompt, Response
 
 ENSEMBLE = "ensemble"
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
+class Model(Named):
     """One model of the sweep: a soup, the base, another adapter, or the ensemble of the ingredients.
 
     Attributes:
@@ -25,16 +25,6 @@ class Model:
     name: str
     lambdas: Mapping[str, float] | None = None
     method: str | None = None
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """The key of the model, the same as that of its records."""
-        return model_key(self.name, self.lambdas, self.method)
-
-    @property
-    def weights(self) -> list[float]:
-        """λ in the order of the ingredients; empty unless the model is a soup."""
-        return list((self.lambdas or {}).values())
 
     @property
     def other(self) -> str | None:
@@ -78,13 +68,13 @@ class Answer:
     Attributes:
         text: Text without special tokens.
         tokens: Number of tokens, the one that ends it included.
-        said: Tokens and their log-probability, of a response that was generated here.
+        response: Tokens and their log-probability, of a response that was generated here.
         ids: Tokens of a server's response; None if the server does not tell them.
     """
 
     text: str
     tokens: int
-    said: Said | None = None
+    response: Response | None = None
     ids: list[int] | None = None
 
 

@@ -92,8 +92,8 @@ class PromptTable:
             logger.warning(
                 "%d of %d prompts are dropped because they are too long", len(prompts) - len(places), len(prompts)
             )
-        kept = {name: [column[place] for place in places] for name, column in columns.items()}
-        return cls([prompts[place] for place in places], [ids[place] for place in places], kept)
+        fitting = {name: [column[place] for place in places] for name, column in columns.items()}
+        return cls([prompts[place] for place in places], [ids[place] for place in places], fitting)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def plan_of(
         given = settings.chat_template_kwargs
         template = chat_template_of(manifests) if given is None else dict(given)
     table = PromptTable.of(prompts, columns or {}, base_model, template, settings)
-    trained_on = {name: _trained_on(found) for name, found in manifests.items()}
+    trained_on = {name: _trained_on(chain) for name, chain in manifests.items()}
     entries = {
         **(notes or {}),
         "held_out": list(held_out),

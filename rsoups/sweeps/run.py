@@ -127,8 +127,8 @@ class Worker:
         generator = self._generator = self._generator or self._open()
         # Reward models on the same cores are not run beside generation: the threads wait for one another, and a sweep takes a
         # third longer. Functions are run beside it, since they may wait for a judge.
-        here = [name for name, reward in self._plan.rewards.items() if generator.on_cpu and reward.is_model]
-        beside = [name for name in self._plan.rewards if name not in here]
+        afterwards = [name for name, reward in self._plan.rewards.items() if generator.on_cpu and reward.is_model]
+        in_parallel = [name for name in self._plan.rewards if name not in afterwards]
 
         waiting: deque[_Batch] = deque()
         shown = self._progress and self._processes.is_main
@@ -148,9 +148,9 @@ class Worker:
                 responses = dict.fromkeys(map(self._seen, batch, answers))
                 new = [response for response in responses if response not in self._scores]
                 self._scores |= {response: {} for response in new}
-                scored = self._scoring.submit(self._score, new, beside)
+                scored = self._scoring.submit(self._score, new, in_parallel)
                 nats = generator.nats(batch, answers)
-                self._score(new, here)
+                self._score(new, afterwards)
                 waiting.append(_Batch(batch, answers, nats, scored))
                 write(_WAITING)
             write(0)

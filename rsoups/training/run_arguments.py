@@ -13,7 +13,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer, TrlParser
 
 from rsoups.common.errors import SettingsError
-from rsoups.data.tasks import TASKS, Task, find_task
+from rsoups.data.arguments import PromptArguments
 from rsoups.training.configs import config_path, with_config_path
 from rsoups.training.ppo import PPOTrainer
 from rsoups.training.ppo_config import PPOConfig
@@ -24,30 +24,13 @@ DEFAULT_CONFIG = "embedded"
 
 
 @dataclass
-class RunArguments:
+class RunArguments(PromptArguments):
     reward: list[str] = field(
         default_factory=lambda: ["naturalness"],
         metadata={
             "help": "Reward cards by name or path. Several are MORL, each with a number in --reward_weights (all 1 if unset): "
             "the score is the sum of weight * reward, divided by the sum of |weight|. A negative weight pays for less."
         },
-    )
-    task: str = field(
-        default="concepts",
-        metadata={
-            "help": "Task that writes the prompts; custom takes them from the dataset.",
-            "choices": [*sorted(TASKS), "custom"],
-        },
-    )
-    template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Template of a custom task's prompts, such as 'Summarize: {article}'; the column `prompt` if unset."
-        },
-    )
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": "File (its last tenth is held out), folder or Hub id; the task's own dataset if unset."},
     )
     algorithm: str = field(
         default="ppo", metadata={"help": "Algorithm: trainer and settings.", "choices": sorted(ALGORITHMS)}
@@ -63,13 +46,6 @@ class RunArguments:
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Replace the adapter and the checkpoints of another run in output_dir."},
-    )
-    long_prompts: str = field(
-        default="refuse",
-        metadata={
-            "help": "Treatment of prompts that leave no room for a response in the context.",
-            "choices": ["refuse", "drop"],
-        },
     )
     max_prompt_length: int | None = field(
         default=None,
@@ -95,9 +71,6 @@ class RunArguments:
             "(rsoups convert). Allowed on the command line only, not in a config file."
         },
     )
-
-    def find_task(self) -> Task:
-        return find_task(self.task, self.dataset, self.template)
 
 
 def parse(

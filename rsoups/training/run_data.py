@@ -65,7 +65,7 @@ class RunData:
         train, held_out: Datasets of prompts and places; None without rows.
         columns: The other columns by name, train rows first; `reward_function` finds a row's values by its place.
         prompts: Train prompts.
-        asked: Train prompts without the prefixes of responses.
+        unprefixed: Train prompts without the prefixes of responses.
         held_out_prompts: Held-out prompts.
     """
 
@@ -73,7 +73,7 @@ class RunData:
     held_out: Dataset | None
     columns: dict[str, list]
     prompts: list
-    asked: list
+    unprefixed: list
     held_out_prompts: list
 
 
@@ -91,7 +91,7 @@ def run_data(
     train, held_out = read_prompts(run, training, tokenizer, room, columns_read(rewards))
     for columns in filter(None, (train, held_out)):
         check_columns(rewards, columns)
-    asked = train.pop(ASKED, train["prompt"])
+    unprefixed = train.pop(ASKED, train["prompt"])
 
     prompts, held_out_prompts = train.pop("prompt"), held_out.get("prompt", [])
     absent = [None] * len(held_out_prompts)
@@ -100,7 +100,7 @@ def run_data(
         held_out=_dataset(held_out_prompts, first=len(prompts)),
         columns={name: [*values, *held_out.get(name, absent)] for name, values in train.items()},
         prompts=prompts,
-        asked=asked,
+        unprefixed=unprefixed,
         held_out_prompts=held_out_prompts,
     )
 

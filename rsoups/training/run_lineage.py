@@ -36,7 +36,7 @@ def write_run_manifest(
     trainer: Any,
     rewards: list,
     results: dict[str, Any],
-    asked: list,
+    prompts: list,
     held_out: list,
 ) -> None:
     """Write lineage.json beside the adapter.
@@ -46,7 +46,7 @@ def write_run_manifest(
         trainer: Trainer after the training.
         rewards: Loaded rewards.
         results: Figures on held-out prompts.
-        asked: Train prompts without the prefixes of responses.
+        prompts: Train prompts without the prefixes of responses.
         held_out: Held-out prompts.
     """
     task = run.find_task()
@@ -60,7 +60,7 @@ def write_run_manifest(
     prompts = trainer.train_dataset["prompt"]
     rule = LAST_TENTH if is_table(task, run.dataset) else "the test split"
     data: dict[str, Any] = {"dataset": run.dataset or task.dataset, "split": "train", "task": run.task}
-    data |= {"held_out": {"rule": rule, **fingerprint(held_out)}, "prompt_marks": prompt_marks(asked)}
+    data |= {"held_out": {"rule": rule, **fingerprint(held_out)}, "prompt_marks": prompt_marks(prompts)}
     data |= {"template": run.template or prompts[0]} | fingerprint(prompts)
 
     write_manifest(

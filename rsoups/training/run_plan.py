@@ -66,17 +66,17 @@ def memory(
         return {}
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     heads = getattr(config, "num_attention_heads", 1)
-    kept_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head = getattr(config, "head_dim", None) or width // heads
     bytes_each = 2 if args.bf16 or args.fp16 else 4
 
     tokens = longest + int(args.max_completion_length or 0)
     at_once = args.shares.rollout // args.shares.processes
     at_once = min(at_once, args.local_rollout_forward_batch_size or at_once)
-    generation = at_once * tokens * 2 * layers * kept_heads * head * bytes_each
-    kept = _KEPT * (width + (getattr(config, "intermediate_size", None) or 4 * width)) / _WIDTH * bytes_each / 2
+    generation = at_once * tokens * 2 * layers * kv_heads * head * bytes_each
+    activations = _KEPT * (width + (getattr(config, "intermediate_size", None) or 4 * width)) / _WIDTH * bytes_each / 2
     checkpointed = _KEPT_OF_CHECKPOINTED * width / 4096 * bytes_each / 2
-    of_a_token = layers * checkpointed + kept if args.activation_checkpointing else layers * kept
+    of_a_token = layers * checkpointed + activations if args.activation_checkpointing else layers * activations
     update = args.shares.per_device * tokens * of_a_token
 
     parts = {

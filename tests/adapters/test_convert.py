@@ -12,6 +12,7 @@ import zipfile
 import huggingface_hub.constants
 import pytest
 import torch
+from edited import ALPACA
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_adapter, tiny_classifier, tiny_llama
@@ -27,21 +28,7 @@ from rsoups.cli.main import main
 from rsoups.common.pickles import converted
 from rsoups.common.unpickle import RefusedError, tensors_of
 
-OLD = {  # as PEFT of 2023 wrote it
-    "base_model_name_or_path": "decapoda-research/llama-7b-hf",
-    "bias": "none",
-    "enable_lora": None,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "lora_alpha": 16,
-    "lora_dropout": 0.05,
-    "merge_weights": False,
-    "modules_to_save": None,
-    "peft_type": "LORA",
-    "r": 4,
-    "target_modules": ["q_proj", "v_proj"],
-    "task_type": "CAUSAL_LM",
-}
+OLD = ALPACA | {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
+from ports import free_port
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
@@ -34,12 +34,6 @@ def browser():
         started = playwright.chromium.launch(executable_path=chromium(), args=_FLAGS)
         yield started
         started.close()
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @contextmanager

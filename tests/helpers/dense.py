@@ -3,7 +3,10 @@
 import json
 import math
 
+import torch
 from safetensors.torch import load_file, save_file
+from tiny_bases import IDS
+from torch import nn
 
 from rsoups.adapters.layer_names import PREFIX
 
@@ -58,3 +61,22 @@ def delta_of(soup):
         path.removeprefix(PREFIX): state[f"{path}.lora_B.weight"].double() @ state[f"{path}.lora_A.weight"].double()
         for path in paths
     }
+
+
+def merged_logits(base, folders, lambdas):
+    """Logits of the base with Σ λi·Δi added to its weights, all in float64."""
+    model = base.double()
+    with torch.no_grad():
+        for folder, weight in zip(folders, lambdas, strict=True):
+            for path, delta in dense(folder).items():
+                target = model.get_submodule(path)
+                target.weight += weight * (delta if isinstance(target, nn.Linear) else delta.T)
+        return model(IDS).logits
+
+
+def logits(base, soup):
+    model = soup.load(base.double())
+    with torch.no_grad():
+        out = model(IDS).logits
+    model.unload()
+    return out

@@ -82,3 +82,12 @@ def three_rewards(n=4):
         for name in ("base", "MORL", "MORL <2>"):
             rows.append(record(name, None, f"p{i}", a=0.1 * i, b=-0.3, c=0.2) | told)
     return rows
+
+
+def staircase(points, at):
+    """The area that points of two rewards dominate above a reference."""
+    area, height = 0.0, at[1]
+    for x, y in sorted(np.asarray(points).tolist(), reverse=True):
+        if x > at[0] and y > height:
+            area, height = area + (x - at[0]) * (y - height), y
+    return area

@@ -5,6 +5,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import yaml
+
 
 class JudgeServer(ThreadingHTTPServer):
     """`faults`: (status, headers, body) or "cut", each answered once, in order. `answer`: a request's body -> the content."""
@@ -62,3 +64,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
+
+
+def rate(body):
+    """A rating that depends on the response: its number of words."""
+    text = body["messages"][0]["content"]
+    words = text.rpartition("<response>\n")[2].partition("\n</response>")[0].split()
+    return json.dumps({"score": min(len(words), 5)})
+
+
+def card_of(tmp_path, server, name="helpful", **fields):
+    judge = {"endpoint": server.url, "model": "m", "rubric": "Is it helpful?"} | fields
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"name": name, "judge": judge, "mean": 1, "std": 2}))
+    return path
+
+
+PROMPTS = [f"### Instruction: Do it. ### Input: question {i} ### Response: " for i in range(4)]
+RESPONSES = ["a", "a b", "a b c", "a b c d e f g"]

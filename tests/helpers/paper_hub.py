@@ -13,44 +13,19 @@ import pyarrow
 import pyarrow.parquet
 import sentencepiece
 import torch
+import transformers
 import yaml
+from edited import ALPACA
 from hub_server import Repository
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
-from transformers import (
-    BartConfig,
-    BartForSequenceClassification,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    ElectraConfig,
-    ElectraForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 WORDS = (
     "what how why can you please tell me about the best way to cook rice fix a bike learn to draw plant a tree find "
     "a job and is it safe to eat snow good answer first then wash it well because water helps people often forget "
     "that they need time so start small do more later ask a friend read the label never mix it with bleach"
 ).split()
-ALPACA = {  # adapter_config.json of tloen/alpaca-lora-7b, keys of PEFT's first versions included
-    "base_model_name_or_path": "decapoda-research/llama-7b-hf",
-    "bias": "none",
-    "enable_lora": None,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "lora_alpha": 16,
-    "lora_dropout": 0.05,
-    "merge_weights": False,
-    "modules_to_save": None,
-    "peft_type": "LORA",
-    "r": 16,
-    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "task_type": "CAUSAL_LM",
-}
 
 
 def sentence(rng, least=4, most=9):
@@ -76,11 +51,11 @@ def dump(path, value):
 def llama(folder):
     """huggyllama/llama-7b: two safetensors files with an index, a tokenizer without a pad token."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=2048, rms_norm_eps=1e-6, pad_token_id=0, initializer_range=0.2, dtype="float16",
     )  # fmt: skip
-    model = LlamaForCausalLM(config).half()
+    model = transformers.LlamaForCausalLM(config).half()
     model.save_pretrained(folder, max_shard_size="60KB")
     assert (folder / "model.safetensors.index.json").is_file()
     spm(
@@ -125,13 +100,13 @@ def alpaca(folder, base):
 def deberta(folder, seed):
     """A DeBERTa-v3 reward model of OpenAssistant; its tokenizer is a SentencePiece model alone."""
     torch.manual_seed(seed)
-    config = DebertaV2Config(
+    config = transformers.DebertaV2Config(
         vocab_size=201, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=512, type_vocab_size=0, num_labels=1, relative_attention=True, position_buckets=256,
         norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], max_relative_positions=-1,
         position_biased_input=False, pooler_hidden_size=16, pooler_dropout=0, initializer_range=0.3,
     )  # fmt: skip
-    DebertaV2ForSequenceClassification(config).save_pretrained(folder)
+    transformers.DebertaV2ForSequenceClassification(config).save_pretrained(folder)
     ids = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
     pieces = {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
     spm(folder / "spm.model", "unigram", 200, hard_vocab_limit=False, **ids, **pieces)
@@ -151,11 +126,11 @@ def electra(folder, seed):
     (folder / "vocab.txt").parent.mkdir(exist_ok=True)
     words = list(dict.fromkeys(words))
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    config = ElectraConfig(
+    config = transformers.ElectraConfig(
         vocab_size=len(words), hidden_size=16, embedding_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, num_labels=1, initializer_range=0.3,
     )  # fmt: skip
-    ElectraForSequenceClassification(config).save_pretrained(folder)
+    transformers.ElectraForSequenceClassification(config).save_pretrained(folder)
     dump(folder / "tokenizer_config.json", {"do_lower_case": True, "tokenizer_class": "ElectraTokenizer"})
 
 
@@ -228,11 +203,11 @@ def gpt2(folder, seed):
     folder.mkdir()
     torch.manual_seed(seed)
     size = bpe(folder, end="<|endoftext|>")
-    config = GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=size, n_embd=16, n_layer=1, n_head=2, n_positions=1024, num_labels=1, initializer_range=0.3,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    GPT2ForSequenceClassification(config).save_pretrained(folder)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(folder)
     dump(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 1024})
     dump(folder / "special_tokens_map.json", dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"))
 
@@ -242,13 +217,13 @@ def bart(folder, seed):
     folder.mkdir()
     torch.manual_seed(seed)
     size = bpe(folder, bos="<s>", pad="<pad>", eos="</s>", unk="<unk>", mask="<mask>")
-    config = BartConfig(
+    config = transformers.BartConfig(
         vocab_size=size, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=1024, init_std=0.3,
         id2label={0: "Hallucinated", 1: "Faithful"}, label2id={"Hallucinated": 0, "Faithful": 1},
         bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
     )  # fmt: skip
-    BartForSequenceClassification(config).save_pretrained(folder)
+    transformers.BartForSequenceClassification(config).save_pretrained(folder)
     dump(folder / "tokenizer_config.json", {"tokenizer_class": "BartTokenizer", "model_max_length": 1024})
 
 

@@ -62,3 +62,18 @@ BARE = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None
 
 # 64 prompts in rollouts of 32, gone through twice in two minibatches: a rollout each 4 steps, an epoch each 8.
 CUT = {"max_steps": 14, "save_strategy": "steps", "save_steps": 1, "kl_target": 0.05, "kl_horizon": 200}
+
+
+def rollouts(run):
+    """Train, and return what each rollout held."""
+    seen = []
+    real = run._rollout_tensors
+
+    def spy(prompt_ids, response_ids):
+        batch = real(prompt_ids, response_ids)
+        seen.append((prompt_ids, response_ids, batch))
+        return batch
+
+    run._rollout_tensors, run._checked = spy, True  # without the two responses that are looked at before the first step
+    run.train()
+    return seen

@@ -1,10 +1,13 @@
 """Small sweeps."""
 
+import json
+
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 
 import rsoups
+from rsoups.common.files import read_jsonl
 
 WORDS = [f"w{i}" for i in range(60)]
 PROMPTS = ["w1 w2", "w3 w4 w5 w6", "w7", "w8 w9 w10"]
@@ -42,3 +45,10 @@ def changed_llama(**size):
         weight = other.model.layers[1].mlp.up_proj.weight
         weight.mul_(torch.linspace(0.9, 1.1, weight.shape[1]))
     return other
+
+
+def texts(path):
+    return {
+        (r["name"], json.dumps(r["lambdas"]), json.dumps(r["prompt"]), r["sample"]): r["response"]
+        for r in read_jsonl(path)
+    }

@@ -15,6 +15,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -96,23 +98,27 @@ def tiny_adapter(folder, base=None, *, seed=0, dtype=torch.float32, **lora):
     return folder
 
 
+_GROUPED = {  # four heads share the keys and values of two
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+
+
 def tiny_mixtral():
     """Two layers of three experts, whose weights are one parameter for all."""
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "initializer_range": 0.2,
-    }
-    shape |= {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 3,
-        "experts_implementation": "eager",
-    }
-    return MixtralForCausalLM(MixtralConfig(**shape)).eval()
+    return MixtralForCausalLM(MixtralConfig(**_GROUPED, num_local_experts=3, experts_implementation="eager")).eval()
+
+
+def tiny_qwen():
+    """Two layers whose attention has biases."""
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**_GROUPED)).eval()
 
 
 def merged_by_peft(base, folder):

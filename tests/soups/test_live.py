@@ -138,6 +138,15 @@ def test_rows_repeat_for_several_sequences_and_beams(tmp_path):
     assert len(sampled) == 6
 
 
+def in_threads(work):
+    """Call `work` with 0 to 3 at once, each in a thread of its own."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_calls_of_several_threads_never_mix(tmp_path):
     folders = [tiny_adapter(tmp_path / str(i), seed=i) for i in range(2)]
     live = LiveSoup(tiny_llama(), folders)
@@ -151,11 +160,7 @@ def test_calls_of_several_threads_never_mix(tmp_path):
             if not torch.allclose(found, expected[number], atol=2e-5):
                 wrong.append(number)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert wrong == []
 
 
@@ -175,11 +180,7 @@ def test_merged_is_alone(tmp_path):
             if not torch.allclose(found, expected[tuple(row)], atol=2e-5):
                 wrong.append((number, turn))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert wrong == []
     with live.at(ROWS[0]), pytest.raises(rsoups.LambdasError, match="within `at`"), live.merged(ROWS[0]):
         pass

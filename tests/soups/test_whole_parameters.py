@@ -4,8 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import assert_is_sum, tiny_adapter, tiny_llama
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tiny import assert_is_sum, tiny_adapter, tiny_llama, tiny_qwen
 
 import rsoups
 from rsoups.adapters.adapter import read_adapter
@@ -19,19 +18,6 @@ COPY = f"{PREFIX}lm_head.base_layer.weight"
 
 def tied():
     return tiny_llama(tie_word_embeddings=True)
-
-
-def tiny_qwen():
-    """Its attention has biases."""
-    torch.manual_seed(0)
-    shape = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "initializer_range": 0.2,
-    }
-    return Qwen2ForCausalLM(Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=2)).eval()
 
 
 # What one ingredient trains beside its factors, and the base.

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ import time
 import psutil
 import pytest
 from places import HELPERS
+from ports import free_port
 from sweep_runs import run, same
 from tiny import tiny_adapter
 
@@ -44,12 +44,6 @@ except rsoups.RsoupsError as error:
     sys.exit(f"refused: {error}")
 assert len(front.soups) == 4
 """
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(root, processes, out, pause=0.0, **env):
