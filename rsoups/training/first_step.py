@@ -56,6 +56,8 @@ def check_first_step(trainer: Any, prompts: list) -> str:
     if sampled:
         difference = check_sampler(sampled, list(logps), half)
         passed.append(f"log p of sampler and update agree (to {difference:.0e} nats)")
+    if trainer.rollout_server:
+        passed.append(f"log p of server and trainer agree (to {trainer.rollout_server.difference:.0e} nats)")
     if trainer.state.global_step == 0 and args.disable_dropout:
         kl = float(rl_math.masked_mean(logps - ref_logps, batch["completion_mask"]))
         check_references(kl, "the base" if "ref" not in trainer.model.peft_config else "the adapter's start")
@@ -68,10 +70,12 @@ def check_first_step(trainer: Any, prompts: list) -> str:
 def _first_tokens(trainer: Any, prompts: list) -> tuple[list, list, Sampler | None]:
     """Prompts' tokens, the first tokens of their responses, and who watched the sampling.
 
-    Sampling can be watched where `generate` does it: neither in vLLM nor in continuous batching.
+    Sampling can be watched where `generate` does it: neither in vLLM nor in continuous batching. A rollout server's
+    log-probabilities are compared in each rollout.
     """
     config: Any = getattr(trainer, "generation_config", None)
-    watched = config is not None and not (trainer.use_vllm or trainer.args.use_transformers_continuous_batching)
+    elsewhere = trainer.use_vllm or trainer.rollout_server or trainer.args.use_transformers_continuous_batching
+    watched = config is not None and not elsewhere
     sampler = Sampler() if watched else None
     limit = config.max_new_tokens if watched else None
 

@@ -43,6 +43,7 @@ from rsoups.training.metrics import (
 from rsoups.training.policy import fuse_lora, reset_adapter
 from rsoups.training.ppo_config import PPOConfig
 from rsoups.training.resumable import ResumableTrainer
+from rsoups.training.rollout_server import RolloutServer
 from rsoups.training.rollouts import decode, decoder_generates
 from rsoups.training.trl_rewards import check_weights, named_failures
 
@@ -60,7 +61,8 @@ class PPOTrainer(ResumableTrainer):
     ``explained_variance`` (of the returns by the rollout's values), ``distinct`` (share of the responses that differ; near
     0 is a collapsed policy, or a reward that asks for one answer), ``completions/...`` (tokens of a response, end token
     included: mean, min, max; ``clipped_ratio`` of them ended at the limit; ``terminated``: of those that ended by
-    themselves), ``num_tokens`` (prompts and responses so far). Of each step of the optimizer: ``policy_loss`` and
+    themselves), ``num_tokens`` (prompts and responses so far), ``server_difference`` (of log-probabilities by the rollout
+    server and by the trainer, in nats per token). Of each step of the optimizer: ``policy_loss`` and
     ``value_loss`` (means over its response tokens), ``clip_fraction`` (tokens whose ratio was clipped), ``loss``,
     ``grad_norm`` (before clipping), ``learning_rate``, ``step_time`` (seconds).
 
@@ -107,6 +109,7 @@ class PPOTrainer(ResumableTrainer):
         self._checked = False
         self._first_rollout = True
         self.sampler_watch: first_step.Sampler | None = None
+        self.rollout_server = RolloutServer(self) if args.rollout_server else None
         self._ended: list[bool] = []  # whether each response of the last rollout ended by itself
         self._rollout: dict[str, Any] | None = None
         if not args.disable_tqdm:
@@ -217,7 +220,8 @@ class PPOTrainer(ResumableTrainer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """Responses' tokens, generated in groups of `local_rollout_forward_batch_size` prompts of similar length."""
-        whole = self.use_vllm or self.sampler_watch is not None
+        server = self.rollout_server
+        whole = self.use_vllm or server is not None or self.sampler_watch is not None
         size = len(prompt_ids) if whole else self.args.local_rollout_forward_batch_size or len(prompt_ids)
         order = list(range(len(prompt_ids)))
         if size < len(prompt_ids):
@@ -228,10 +232,15 @@ class PPOTrainer(ResumableTrainer):
         with fast_sampling(self.accelerator.device, self.sampler_watch):
             for start in range(0, len(order), size):
                 group = order[start : start + size]
-                ids = [prompt_ids[i] for i in group]
-                generated = decode(self, ids) if by_decoder else super()._generate_single_turn(ids, *args, **kwargs)[0]
-                for i, response in zip(group, generated, strict=True):
-                    responses[i] = response
+                rows = [prompt_ids[i] for i in group]
+                if server is not None:
+                    generated = server.generate(rows)
+                elif by_decoder:
+                    generated = decode(self, rows)
+                else:
+                    generated = super()._generate_single_turn(rows, *args, **kwargs)[0]
+                for i, ids in zip(group, generated, strict=True):
+                    responses[i] = ids
 
         self._ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in responses]
         shortest = self.args.min_completion_length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from accelerate.utils import get_int_from_env
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
+from rsoups.common.assets import need
 from rsoups.common.errors import SettingsError
 
 # The paper's batch is 128 and its mini-batch 4, for LLaMA-7b; recipes/configs/llama7b-*.yaml say so.
@@ -223,6 +225,12 @@ class PPOConfig(GRPOConfig):
     local_rollout_forward_batch_size: int | None = field(
         default=None, metadata={"help": "Responses generated at one time on a process; the whole rollout if unset."}
     )
+    rollout_server: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of a running vLLM server of the base, which generates the rollouts. It is handed the adapter alone."
+        },
+    )
     adapter_init_seed: int = field(
         default=0,
         metadata={"help": "Seed of a fresh adapter's weights, the same for all runs that will share a soup."},
@@ -306,6 +314,21 @@ class PPOConfig(GRPOConfig):
         if self.use_transformers_continuous_batching and (self.bf16 or self.fp16):
             raise SettingsError(
                 "use_transformers_continuous_batching casts the adapter to 16 bit in TRL: leave one of them out"
+            )
+
+        self._check_vllm()
+
+    def _check_vllm(self) -> None:
+        """Refuse contradictory ways to generate, and packages that are missing."""
+        ways = ["rollout_server", "use_vllm", "use_transformers_continuous_batching"]
+        if len(chosen := [name for name in ways if getattr(self, name)]) > 1:
+            raise SettingsError(f"{' and '.join(chosen)} both generate the rollouts: leave one of them out")
+        if self.rollout_server:
+            need("openai", "server")
+        if self.use_vllm and find_spec("vllm") is None:
+            raise SettingsError(
+                "use_vllm is TRL's vLLM mode, which needs the package vllm in this environment, also where a server generates; "
+                "it is not installed. rollout_server takes a vLLM server from an environment of its own"
             )
 
     def _divide(self, processes: int) -> Shares:
