@@ -162,10 +162,8 @@ def adapter_in_base(model: PeftModel) -> Iterator[None]:
     try:
         for layer in layers:
             forward, weight = layer.__dict__["forward"], layer.base_layer.weight
-            name, is_tied = (
-                forward.plain_adapter(),
-                holders[id(weight)] > 1,
-            )  # the embeddings stay without the head's adapter
+            name = forward.plain_adapter()
+            is_tied = holders[id(weight)] > 1  # the embeddings stay without the head's adapter
             if name is None or is_tied or weight.dtype != torch.float32:
                 continue
             kept.append((forward, weight, weight.data))
