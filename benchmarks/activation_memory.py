@@ -9,41 +9,30 @@ two is one layer. Bases are in bf16, 8 and 4 bit, with and without activation ch
 
 import json
 import platform
-import tempfile
 from pathlib import Path
 
+import shapes
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from rsoups.training.actor_critic import add_actor_critic_forward
 
 ROWS, LENGTH, RESPONSE = 2, 72, 32
-QUANTIZED = {
-    "8bit": {"load_in_8bit": True},
-    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
-}
+KINDS = {"bf16": None, "8bit": 8, "4bit": 4}  # bits of quantized weights
 
 
-def policy(layers, kind, folder):
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, pad_token_id=0, bos_token_id=1, eos_token_id=2))
-    torch.set_default_dtype(torch.float32)
-    if kind in QUANTIZED:
-        base.save_pretrained(folder)
-        settings = BitsAndBytesConfig(**QUANTIZED[kind])
-        base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.bfloat16)
+def policy(layers, kind):
+    base = shapes.base_model("llama7b", layers)
+    base = shapes.quantized(base, KINDS[kind]) if KINDS[kind] else base
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     return get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
 
 
 def saved_bytes(layers, kind, checkpointing):
     """Bytes that autograd saves in one forward."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = policy(layers, kind, folder)
+    model = policy(layers, kind)
     causal_lm = model.get_base_model()
-    causal_lm.value_head = torch.nn.Linear(causal_lm.config.hidden_size, 1)
+    causal_lm.value_head = torch.nn.Linear(causal_lm.config.hidden_size, 1, device=shapes.DEVICE)
     add_actor_critic_forward(causal_lm, 1.0)
     if checkpointing:
         causal_lm.activation_checkpointing_enable()
@@ -59,15 +48,16 @@ def saved_bytes(layers, kind, checkpointing):
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.randint(3, 100, (ROWS, LENGTH))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    ids = torch.randint(3, 100, (ROWS, LENGTH), device=shapes.DEVICE)
+    half = torch.autocast(shapes.DEVICE, torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), half:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), response_length=RESPONSE)
     return sum(saved.values())
 
 
 def main():
     figures = {}
-    for kind in ("bf16", *QUANTIZED):
+    for kind in KINDS:
         for checkpointing in (False, True):
             one, two = (saved_bytes(layers, kind, checkpointing) for layers in (1, 2))
             name = f"{kind}{', activation checkpointing' if checkpointing else ''}"

@@ -23,15 +23,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import shapes
 import torch
 import transformers
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    pipeline,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import rsoups
 from rsoups.common.files import read_jsonl
@@ -44,14 +39,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
 def deberta_v3_large(folder, layers):
     """The shape with random weights and a tokenizer of pairs, saved."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "rsoups/assets/naturalness")
-    torch.manual_seed(0)
-    config = DebertaV2Config(
-        vocab_size=128_100, hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, intermediate_size=4096,
-        relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
-        pos_att_type=["p2c", "c2p"], position_biased_input=False, max_relative_positions=-1, type_vocab_size=0, num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    DebertaV2ForSequenceClassification(config).save_pretrained(folder)
+    shapes.deberta_v3_large(layers, pad=int(tokenizer.pad_token_id)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

@@ -1,6 +1,7 @@
 """A sweep by rsoups beside the paper's way and PEFT's: same base, adapters, prompts, rewards, greedy decoding, in one run.
 
     python benchmarks/sweep.py                                      # the embedded policy, CPU cores, some minutes
+    python benchmarks/sweep.py --shape smollm2 --prompts 64 --rounds 1 --measure sweep --peft_lambdas 4      # SmolLM2's shape
     python benchmarks/sweep.py --shape llama7b --rounds 1           # a CUDA GPU: LLaMA-7b's shape, random weights, bf16
     python benchmarks/sweep.py --prompts 16 --rounds 1 --paper_prompts 1 --out /tmp                  # a dry run
 
@@ -29,9 +30,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import shapes
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 import rsoups
 from rsoups.common.assets import resolve
@@ -40,25 +42,13 @@ from rsoups.data.datasets import load_rows
 from rsoups.data.tasks import TASKS
 from rsoups.generation.decoding import Decoder
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = shapes.DEVICE
 TOKENS = 32
 STD = 0.25  # of the random B: responses at 11 λ then differ about as often as with trained adapters
 GRID = rsoups.simplex(2, 11)
 BATCH = 64
+MEASURED = ("sweep", "without_kl", "interactive", "one", "decode", "paper")
 TOKENIZER = AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama"), padding_side="left")
-
-
-def base_model(shape: str, layers: int) -> LlamaForCausalLM:
-    if shape == "embedded":
-        small: Any = AutoModelForCausalLM.from_pretrained(resolve("rsoups/tiny-llama"), dtype=torch.float32)
-        return small.to(DEVICE).eval()
-    torch.manual_seed(0)
-    config = LlamaConfig(num_hidden_layers=layers, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(DEVICE):
-        model = LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
 
 
 def write_adapters(model: LlamaForCausalLM, folder: Path, count: int) -> dict[str, Path]:
@@ -90,11 +80,16 @@ def responses(model: Any, prompts: list[str]) -> list[str]:
 
 
 def by_paper(
-    load: Callable[[], LlamaForCausalLM], adapters: dict[str, Path], rewards: dict, prompts: list[str], measured: int
+    load: Callable[[], LlamaForCausalLM],
+    adapters: dict[str, Path],
+    rewards: dict,
+    prompts: list[str],
+    measured: int,
+    lambdas: int = len(GRID),
 ) -> float:
-    """Seconds of all prompts, extrapolated from the first `measured` ones."""
+    """Seconds of all prompts at all λ, extrapolated from the first `measured` prompts at the first `lambdas` ones."""
     loading = answering = 0.0
-    for row in GRID:
+    for row in GRID[:lambdas]:
         start = time.perf_counter()
         model = PeftModel.from_pretrained(load(), next(iter(adapters.values())), adapter_name="soup")
         others = [rsoups.interpolate([path]).state_dict for path in adapters.values()]
@@ -112,10 +107,13 @@ def by_paper(
             for reward in rewards.values():
                 reward([prompt], texts)
         answering += time.perf_counter() - start
-    return loading + answering * len(prompts) / measured
+    return (loading + answering * len(prompts) / measured) * len(GRID) / lambdas
 
 
-def by_peft(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str]) -> tuple[float, dict]:
+def by_peft(
+    base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str], lambdas: int = len(GRID)
+) -> tuple[float, dict]:
+    """Seconds at all λ, extrapolated from the first `lambdas` ones, and the texts of these."""
     start = time.perf_counter()
     (first, path), *others = adapters.items()
     model = PeftModel.from_pretrained(base, path, adapter_name=first)
@@ -123,7 +121,7 @@ def by_peft(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, pr
         model.load_adapter(path, adapter_name=name)
     found: dict[tuple, str] = {}
     ordered = sorted(prompts, key=len, reverse=True)
-    for row in GRID:
+    for row in GRID[:lambdas]:
         used = [(name, weight) for name, weight in zip(adapters, row, strict=True) if weight]
         model.add_weighted_adapter([n for n, _ in used], [w for _, w in used], "soup", combination_type="cat")
         model.set_adapter("soup")
@@ -133,8 +131,9 @@ def by_peft(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, pr
             for reward in rewards.values():
                 reward(batch, texts)
             found |= {(tuple(row), prompt): text for prompt, text in zip(batch, texts, strict=True)}
+        model.set_adapter(first)
         model.delete_adapter("soup")
-    seconds = time.perf_counter() - start
+    seconds = (time.perf_counter() - start) * len(GRID) / lambdas
     model.unload()
     vars(base).pop("peft_config", None)
     return seconds, found
@@ -223,12 +222,84 @@ def steps(base: LlamaForCausalLM, adapters: dict[str, Path], rows: int, rounds: 
     return best
 
 
+def by_rsoups_of_one(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str]) -> float:
+    """Seconds of a sweep of one λ."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "records.jsonl"
+        settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": TOKENS, "progress": False, "out": out}
+        start = time.perf_counter()
+        rsoups.sweep(base, adapters, rewards, prompts, [[0.5, 0.5]], tokenizer=TOKENIZER, **settings)
+        return time.perf_counter() - start
+
+
+def compared(
+    base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Seconds of a sweep by PEFT and by rsoups, the best of some rounds in turn, their ratios, and how many texts are equal."""
+    best: dict[str, float] = {}
+
+    def keep(name: str, seconds: float) -> None:
+        best[name] = min(best.get(name, seconds), seconds)
+
+    for _ in range(args.rounds):
+        seconds, by = by_peft(base, adapters, rewards, prompts, args.peft_lambdas)
+        keep("peft", seconds)
+        seconds, ours = by_rsoups(base, adapters, rewards, prompts)
+        keep("rsoups", seconds)
+        if "without_kl" in args.measure:
+            keep("rsoups without KL", by_rsoups(base, adapters, rewards, prompts, kl=False)[0])
+
+    same = sum(ours[key] == text for key, text in by.items())
+    # In bfloat16 rounding decides between tokens of much the same logits, and random weights have many of these.
+    if base.dtype == torch.float32 and same < 0.97 * len(by):
+        raise SystemExit(f"only {same} of {len(by)} texts are the same")
+    return {
+        **best,
+        **{f"peft / {name}": best["peft"] / best[name] for name in best if name != "peft"},
+        "same texts": f"{same} of {len(by)}",
+        "different texts": len({(prompt, text) for (_, prompt), text in ours.items()}),
+    }
+
+
+def measured(args: argparse.Namespace, prompts: list[str], rewards: dict, folder: Path) -> dict[str, Any]:
+    """The figures that were asked for."""
+    load = partial(shapes.base_model, args.shape, args.layers)
+    base = load()
+    four = write_adapters(base, folder, 4 if "decode" in args.measure else 2)
+    two = dict(list(four.items())[:2])
+    results: dict[str, Any] = {"logits, apart from PEFT's": apart(base, two, prompts[:8])}
+    far = results["logits, apart from PEFT's"]["rsoups"]
+    if far > (1e-5 if base.dtype == torch.float32 else 0.02):
+        raise SystemExit(f"logits are {far} from PEFT's")
+
+    if "sweep" in args.measure:
+        results["sweep"] = compared(base, two, rewards, prompts, args)
+    if "interactive" in args.measure:
+        results["interactive"] = compared(base, two, rewards, prompts[:8], args)
+    if "one" in args.measure:
+        one = min(by_rsoups_of_one(base, two, rewards, prompts) for _ in range(args.rounds))
+        results["sweep"] |= {"rsoups, one λ": one, "11 λ / one λ": results["sweep"]["rsoups"] / one}
+    if "decode" in args.measure:
+        results["decode step, ms"] = {}
+        for count in (1, 8, 64):
+            found = steps(base, four, count, args.rounds)
+            ratios = {f"{name} / peft": found[name] / found["peft"] for name in ("live 2", "live 4")}
+            results["decode step, ms"][f"{count} rows"] = found | ratios
+    del base
+    if "paper" in args.measure:
+        paper = by_paper(load, two, rewards, prompts, args.paper_prompts)
+        results["sweep"] |= {"paper": paper, "paper / rsoups": paper / results["sweep"]["rsoups"]}
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="embedded", choices=("embedded", "llama7b"))
-    parser.add_argument("--layers", type=int, default=32, help="of LLaMA-7b's 32")
+    parser.add_argument("--shape", default="embedded", choices=shapes.SHAPES)
+    parser.add_argument("--layers", type=int, help="number of layers, if not the shape's own")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--paper_prompts", type=int, default=4, help="of those, how many the paper's way answers")
+    parser.add_argument("--peft_lambdas", type=int, default=len(GRID), help="of the 11, how many PEFT's way answers at")
+    parser.add_argument("--measure", nargs="+", choices=MEASURED, default=MEASURED, help="one and paper need the sweep")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -238,56 +309,10 @@ def main() -> None:
     results: dict = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     results |= {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", "prompts": len(prompts)}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        load = partial(base_model, args.shape, args.layers)
-        base = load()
-        four = write_adapters(base, Path(folder), 4)
-        two = dict(list(four.items())[:2])
-        results["logits, apart from PEFT's"] = far = apart(base, two, prompts[:8])
-        if far["rsoups"] > (1e-5 if base.dtype == torch.float32 else 0.02):
-            raise SystemExit(f"other logits than PEFT's: {far}")
-        for name, asked in (("sweep", prompts), ("interactive", prompts[:8])):
-            best = dict.fromkeys(("peft", "rsoups", "rsoups without KL"), float("inf"))
-            for _ in range(args.rounds):
-                seconds, by = by_peft(base, two, rewards, asked)
-                best["peft"] = min(best["peft"], seconds)
-                seconds, ours = by_rsoups(base, two, rewards, asked)
-                best["rsoups"] = min(best["rsoups"], seconds)
-                seconds, _ = by_rsoups(base, two, rewards, asked, kl=False)
-                best["rsoups without KL"] = min(best["rsoups without KL"], seconds)
-            same = sum(ours[key] == text for key, text in by.items())
-            results[name] = {
-                **best,
-                **{f"peft / {ours}": best["peft"] / best[ours] for ours in ("rsoups", "rsoups without KL")},
-                "same texts": f"{same} of {len(by)}",
-                "different texts": len({(prompt, text) for (_, prompt), text in by.items()}),
-            }
-            # In bfloat16 rounding decides between tokens of much the same logits, and random weights have many of these.
-            if base.dtype == torch.float32 and same < 0.97 * len(by):
-                raise SystemExit(f"{name}: only {same} of {len(by)} texts are the same")
-        one = min(by_rsoups_of_one(base, two, rewards, prompts) for _ in range(args.rounds))
-        results["sweep"]["rsoups, one λ"] = one
-        results["sweep"]["11 λ / one λ"] = results["sweep"]["rsoups"] / one
-        results["decode step, ms"] = {}
-        for count in (1, 8, 64):
-            found = steps(base, four, count, args.rounds)
-            ratios = {f"{name} / peft": found[name] / found["peft"] for name in ("live 2", "live 4")}
-            results["decode step, ms"][f"{count} rows"] = found | ratios
-        del base
-        paper = by_paper(load, two, rewards, prompts, args.paper_prompts)
-        results["sweep"] |= {"paper": paper, "paper / rsoups": paper / results["sweep"]["rsoups"]}
+        results |= measured(args, prompts, rewards, Path(folder))
     args.out.mkdir(exist_ok=True)
     (args.out / f"sweep-{args.shape}.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
-
-
-def by_rsoups_of_one(base: LlamaForCausalLM, adapters: dict[str, Path], rewards: dict, prompts: list[str]) -> float:
-    """Seconds of a sweep of one λ."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "records.jsonl"
-        settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": TOKENS, "progress": False, "out": out}
-        start = time.perf_counter()
-        rsoups.sweep(base, adapters, rewards, prompts, [[0.5, 0.5]], tokenizer=TOKENIZER, **settings)
-        return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from rsoups import RewardError, load_reward  # isort: skip  (before torch)
+
 import torch
 import yaml
 
-from rsoups import RewardError, load_reward
 from rsoups.common.errors import in_one_line
 from rsoups.data.datasets import load_rows
 from rsoups.data.prompts import template_kwargs

@@ -26,11 +26,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import rsoups  # isort: skip  (before torch)
+
 import numpy as np
 import torch
 import yaml
 
-import rsoups
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl
 from rsoups.data.datasets import load_rows

@@ -27,10 +27,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import rsoups  # isort: skip  (before torch)
+
 import torch
 from peft import LoraConfig, get_peft_model
 
-import rsoups
 from rsoups.adapters.filenames import MANIFEST_FILE
 from rsoups.adapters.lineage import write_manifest
 from rsoups.bases.load import load_tokenizer

@@ -24,13 +24,14 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
+from rsoups import PPOTrainer, load_reward  # isort: skip  (before torch)
+
 import torch
 from peft import PeftModel
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig
 from trl.trainer.utils import use_adapter
 
-from rsoups import PPOTrainer, load_reward
 from rsoups.adapters.filenames import MANIFEST_FILE
 from rsoups.bases.load import base_config, load_tokenizer
 from rsoups.common.assets import need
@@ -47,7 +48,7 @@ from rsoups.training.ppo_config import PPOConfig
 from rsoups.training.run_arguments import ALGORITHMS, RunArguments, parse
 from rsoups.training.run_data import RunData, run_data
 from rsoups.training.run_lineage import convert_pickles, write_run_manifest
-from rsoups.training.run_plan import GB, run_plan
+from rsoups.training.run_plan import GB, run_plan, settle_checkpointing
 from rsoups.training.trl_rewards import check_weights, reward_function
 
 
@@ -150,10 +151,13 @@ def prepare(
     name_base(trainer.model, model)
 
     if trainer_class is PPOTrainer:
-        assert isinstance(training, PPOConfig)  # each algorithm has its trainer and its settings
+        # Each algorithm has its trainer and its settings.
+        assert isinstance(training, PPOConfig) and isinstance(trainer, PPOTrainer)
         template = training.chat_template_kwargs
         assert not isinstance(template, str)  # TRL has parsed it
         longest = max(len(encode(tokenizer, prompt, template)) for prompt in data.prompts)
+        if not trainer.sharded:  # the estimate counts whole weights
+            settle_checkpointing(training, trainer.model, rewards, longest)
         trainer.accelerator.print(run_plan(trainer.model, rewards, training, len(data.prompts), longest, device))
     else:
         # TRL's weights are not divided by Σ |μ|: the same flags would have another scale against the KL penalty.

@@ -6,11 +6,11 @@
 From an installed package: `accelerate launch -m rsoups.recipes.reward_model ...`, or `rsoups reward-model ...` on one process.
 
 How this differs from the paper: that downloads its reward models; this trains one. Rows are `prompt, chosen, rejected`, texts
-or messages; in messages, chosen and rejected may also begin with the prompt. The model reads tokenizer(question, response),
-with the question taken out of the prompt as it is when the reward is used later, so that training and scoring see the same
-input. The loss is Bradley-Terry's (Ouyang et al. 2022, eq. 1). At the end it measures the pairwise accuracy on
-`--eval_dataset`. With `--use_peft` it writes an adapter, which is a reward just as a whole model is: `rsoups score --reward
-runs/reward ...`.
+or messages; in messages, chosen and rejected may also begin with the prompt. The model reads tokenizer(question, response), or
+one text (`--input`), with the question taken out of the prompt as it is when the reward is used later, so that training and
+scoring see the same input. The loss is Bradley-Terry's (Ouyang et al. 2022, eq. 1). At the end it measures the pairwise
+accuracy on `--eval_dataset`. With `--use_peft` it writes an adapter, which is a reward just as a whole model is:
+`rsoups score --reward runs/reward ...`.
 """
 
 import json
@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rsoups.data.prompts import pair_of  # isort: skip  (before torch)
+
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, set_seed
@@ -27,10 +29,9 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config
 
 from rsoups.bases.load import dtype_of, load_tokenizer
 from rsoups.common.assets import resolve
-from rsoups.common.errors import in_one_line
+from rsoups.common.errors import SettingsError, in_one_line
 from rsoups.common.files import read_jsonl, writing
-from rsoups.data.prompts import pair_of
-from rsoups.rewards.inputs import encode_pairs
+from rsoups.rewards.inputs import encode_pairs, encode_texts
 from rsoups.training.callbacks import launcher_callbacks
 from rsoups.training.flags import FlagParser
 from rsoups.training.policy import name_base
@@ -40,14 +41,25 @@ from rsoups.training.policy import name_base
 class ScriptArguments:
     dataset: str = field(metadata={"help": "File of JSON lines with the columns prompt, chosen, rejected."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out pairs in a file of the same form."})
+    input: str = field(
+        default="pair",
+        metadata={"help": "What the model reads: pair, or one text as a card's input, such as '{response}' alone."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.input != "pair" and "{response}" not in self.input:
+            raise SettingsError(f"input is {self.input!r}, must be pair or a template with {{response}}")
 
 
-def tokenized(rows: list[dict], tokenizer: Any, max_length: int) -> Dataset:
+def tokenized(rows: list[dict], tokenizer: Any, max_length: int, template: str = "pair") -> Dataset:
     """One example per pair: `chosen_ids` and `rejected_ids`."""
     questions, *sides = zip(*map(pair_of, rows), strict=True)
     columns = {}
     for name, responses in zip(("chosen", "rejected"), sides, strict=True):
-        encoded = encode_pairs(tokenizer, questions, responses, max_length)
+        if template == "pair":
+            encoded = encode_pairs(tokenizer, questions, responses, max_length)
+        else:
+            encoded = encode_texts(tokenizer, template, questions, responses, max_length)
         columns[f"{name}_ids"] = [e["input_ids"] for e in encoded]
     return Dataset.from_dict(columns)
 
@@ -87,11 +99,11 @@ def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) ->
     max_length = training.max_length or 512
     held_out = None
     if script.eval_dataset:
-        held_out = tokenized(read_jsonl(script.eval_dataset), tokenizer, max_length)
+        held_out = tokenized(read_jsonl(script.eval_dataset), tokenizer, max_length, script.input)
     trainer = RewardTrainer(
         model=classifier,
         args=training,
-        train_dataset=tokenized(read_jsonl(script.dataset), tokenizer, max_length),
+        train_dataset=tokenized(read_jsonl(script.dataset), tokenizer, max_length, script.input),
         eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=lora(model, sorted(info["missing_keys"])),

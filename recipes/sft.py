@@ -15,17 +15,19 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from rsoups.data.tasks import TASKS, find_task  # isort: skip  (before torch)
+
 import torch
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from rsoups.adapters.lineage import fingerprint, settings_of, write_manifest
 from rsoups.bases.load import load_base, load_tokenizer
-from rsoups.common.errors import in_one_line
+from rsoups.common.errors import DatasetError, in_one_line
 from rsoups.common.files import hub_commit, writing
 from rsoups.data.datasets import is_table, load_rows
-from rsoups.data.tasks import TASKS
 from rsoups.data.training_data import prompt_marks
+from rsoups.generation.decoding import encode
 from rsoups.training.callbacks import launcher_callbacks
 from rsoups.training.flags import FlagParser
 from rsoups.training.policy import name_base
@@ -33,7 +35,14 @@ from rsoups.training.policy import name_base
 
 @dataclass
 class ScriptArguments:
-    task: str = field(default="concepts", metadata={"help": "Task that writes the prompts.", "choices": sorted(TASKS)})
+    task: str = field(
+        default="concepts",
+        metadata={
+            "help": "Task that writes the prompts; custom takes them from the dataset.",
+            "choices": [*sorted(TASKS), "custom"],
+        },
+    )
+    template: str | None = field(default=None, metadata={"help": "Template of a custom task's prompts."})
     dataset: str | None = field(
         default=None,
         metadata={"help": "File (its last tenth is held out), folder or Hub id; the task's own dataset if unset."},
@@ -42,9 +51,17 @@ class ScriptArguments:
 
 
 def tokenized(rows: list[dict], tokenizer: Any) -> Dataset:
-    """One example per reference: `input_ids`, and `completion_mask` = 1 on the response and its end token."""
+    """One example per reference: `input_ids`, and `completion_mask` = 1 on the response and its end token.
+
+    Messages go through the tokenizer's chat template, up to where the response begins.
+    """
     pairs = [(row["prompt"], reference) for row in rows for reference in row["references"]]
-    prompts = tokenizer([p for p, _ in pairs])["input_ids"]
+    if not pairs:
+        raise DatasetError(
+            "no row has a response to learn from: a column references, reference or response, or messages that end with the "
+            "assistant's"
+        )
+    prompts = [encode(tokenizer, prompt) for prompt, _ in pairs]
     responses = tokenizer([r for _, r in pairs], add_special_tokens=False)["input_ids"]
     responses = [ids + [tokenizer.eos_token_id] for ids in responses]
     return Dataset.from_dict(
@@ -81,7 +98,7 @@ class ResponseSFTTrainer(SFTTrainer):
 
 
 def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> None:
-    task, name = TASKS[script.task], str(model.model_name_or_path)
+    task, name = find_task(script.task, script.dataset, script.template), str(model.model_name_or_path)
     tokenizer = load_tokenizer(name, revision=model.model_revision)
     training.completion_only_loss = True
     # PEFT looks for the base's config under its published name, to see whether the vocabulary grew. It did not.

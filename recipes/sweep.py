@@ -16,9 +16,10 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rsoups import load_reward, simplex, sweep, write_report  # isort: skip  (before torch)
+
 import torch
 
-from rsoups import load_reward, simplex, sweep, write_report
 from rsoups.common.assets import named_sources
 from rsoups.common.errors import in_one_line
 from rsoups.common.files import read_jsonl
@@ -79,7 +80,10 @@ class ScriptArguments(PromptArguments):
     refine: int = field(default=0, metadata={"help": "Number of further λ, each in the front's largest gap."})
     method: str = field(
         default="exact",
-        metadata={"help": "Interpolation: exact deltas, or A and B apart (factors).", "choices": ["exact", "factors"]},
+        metadata={
+            "help": "Interpolation: exact deltas, A and B apart (factors), or through a server at the ingredients' rank (svd).",
+            "choices": ["exact", "factors", "svd"],
+        },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling; 0 is greedy."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest response, in tokens."})

@@ -3,6 +3,8 @@
 The public names are in `__all__`. They are imported when first used, so that ``import rsoups`` stays instant.
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,11 @@ if TYPE_CHECKING:
     from rsoups.training.ppo_config import PPOConfig
 
 __version__ = "0.1.0"
+
+# Idle threads of torch sleep. Its OpenMP runtime lets them spin, and beside another busy process everything then takes several
+# times as long. The runtime reads its settings once, when torch is loaded; what the user has set stays.
+if "torch" not in sys.modules and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 _HOMES = {
     "common.errors": (

@@ -1,11 +1,20 @@
 """Fixtures that several folders use."""
 
+import gc
+
+import rsoups  # isort: skip  (before torch, whose idle threads then sleep)
+
 import pytest
 from tiny import tiny_adapter
 
-import rsoups
 from rsoups.adapters.adapter import read_adapter
 from rsoups.adapters.lineage import write_manifest
+
+
+def pytest_collection_finish():
+    """Leave what the imports made out of every later collection of garbage, of which each training run asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

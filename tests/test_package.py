@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from forked import warm_python
 from places import ROOT
 
 import rsoups
@@ -107,9 +108,9 @@ def test_the_public_names_are_those_of_all():
         rsoups.nothing  # noqa: B018
 
 
-def fresh_python(code: str, cwd: Path, **env: str) -> str:
+def fresh_python(code: str, cwd: Path, python: str = sys.executable, **env: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [python, "-c", code],
         cwd=cwd,
         env={**os.environ, **env},
         capture_output=True,
@@ -145,7 +146,7 @@ for name in {names}:
 from rsoups.cli.main import main
 main(["--help"])
 """
-    assert "interpolate" in fresh_python(code, tmp_path)
+    assert "interpolate" in fresh_python(code, tmp_path, warm_python())
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,7 @@ script, training, model = parse(["--config", "llama7b-news", "--use_cpu", "true"
 assert model.model_name_or_path == "huggyllama/llama-7b" and training.mini_batch_size == 4
 print("works")
 """
-    assert fresh_python(code, tmp_path, PYTHONPATH=str(site)).endswith("works")
+    assert fresh_python(code, tmp_path, warm_python(), PYTHONPATH=str(site)).endswith("works")
 
 
 def test_nothing_fetched_is_in_the_assets():

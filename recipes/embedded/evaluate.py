@@ -19,11 +19,12 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from rsoups import load_reward  # isort: skip  (before torch)
+
 import torch
 from prepare import tidy_sentence
 
 from rewards import covered, prompt, samples
-from rsoups import load_reward
 from rsoups.bases.load import load_base, load_tokenizer
 from rsoups.common.files import read_jsonl
 from rsoups.data.datasets import load_rows

@@ -20,11 +20,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from rsoups.data.tasks import TASKS  # isort: skip  (before torch)
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from rsoups.common.files import read_jsonl
-from rsoups.data.tasks import TASKS
 
 COPYING_VARIANTS = 12
 VARIANTS, EXCHANGED = 8, 6

@@ -24,6 +24,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rsoups.data.tasks import TASKS  # isort: skip  (before torch)
+
 import torch
 from nltk.stem.snowball import SnowballStemmer
 from prepare import STOP_WORDS, content_words, tidy_sentence, write_jsonl
@@ -41,7 +43,6 @@ from transformers import (
 from rsoups.bases.load import load_base, load_tokenizer
 from rsoups.common.files import read_jsonl
 from rsoups.data.prompts import first_sentence
-from rsoups.data.tasks import TASKS
 
 VOCABULARY = 5_000
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rsoups.common.assets import embedded_name, need, resolve
+from rsoups.common.assets import need, resolve, ships
 from rsoups.common.errors import CheckpointError, HubError, RsoupsError
 from rsoups.common.files import hub_commit
 
@@ -62,7 +62,7 @@ def dtype_of(name: str | None, dtype: Any = "auto", device: str | None = None, *
     A type other than ``auto`` is used as it is. ``auto`` is float32 in three cases, and otherwise the type of the checkpoint:
 
     - A model that scores, on any device: in half precision its scores depend on the other rows of the batch.
-    - An embedded model: its weights are stored in float16 only to make the package small.
+    - A model inside the package: its weights are stored in float16 only to make the package small.
     - Any model on the CPU, where half precision is slow and coarse.
 
     Args:
@@ -82,7 +82,7 @@ def dtype_of(name: str | None, dtype: Any = "auto", device: str | None = None, *
             raise CheckpointError(f"dtype is {dtype!r}, must be auto, float32, bfloat16 or float16")
         return kind
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    in_float32 = scores or (name is not None and embedded_name(name)) or torch.device(device).type == "cpu"
+    in_float32 = scores or (name is not None and ships(name)) or torch.device(device).type == "cpu"
     return torch.float32 if in_float32 else "auto"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from rsoups.common.assets import embedded_name, resolve
-from rsoups.common.errors import AdapterError, DatasetError
+from rsoups.common.errors import AdapterError, CheckpointError, DatasetError
 from rsoups.common.published import is_disk_path, published
 
 _SAMPLES, _SAMPLE = 16, 4096  # how many, of how many bytes
@@ -23,21 +23,21 @@ def same_base(one: str | None, other: str | None) -> bool:
     Hub ids are compared as texts, and folders of this disk by their files. A folder that is not on this disk is on another
     machine: it is the same base if the last part of its path is the same.
     """
-    one, other = (_MOVED.get(name or "", name) for name in (one, other))
+    one, other = (embedded_name(name or "") or _MOVED.get(name or "", name) for name in (one, other))
     if not one or not other or one == other:
         return True
+    if all(embedded_name(name) or is_on_hub(name) for name in (one, other)):
+        return False
     ours, theirs = _place(one), _place(other)
     if ours.is_dir() and theirs.is_dir():
         return ours.samefile(theirs) or _hold_the_same(ours, theirs)
-    if all(embedded_name(name) or is_on_hub(name) for name in (one, other)):
-        return False
     return PureWindowsPath(ours).name == PureWindowsPath(theirs).name  # which takes slashes of both kinds
 
 
 def _place(name: str) -> Path:
     try:
         return Path(resolve(name)).expanduser()
-    except DatasetError:  # an embedded base of another version
+    except (CheckpointError, DatasetError):  # an embedded base of another version, or one that is not installed
         return Path(name)
 
 

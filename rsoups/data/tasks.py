@@ -28,7 +28,7 @@ class Task:
         name: Name for ``--task``.
         dataset: Default data: a Hub id, or ``rsoups/...`` for the embedded prompts.
         columns: Names of the columns that a dataset must have.
-        prompt: Function of a row: its policy prompt, or None where the paper filters the row out.
+        prompt: Function of a row: its policy prompt (text or messages), or None where the paper filters the row out.
         references: Function of a row: its reference responses (empty where the data has none).
         cut: Function of a response: the part of it that rewards see.
         key: Function of a row: a value that may occur only once; None where every row counts.
@@ -41,7 +41,7 @@ class Task:
     name: str
     dataset: str
     columns: tuple[str, ...]
-    prompt: Callable[[dict[str, Any]], str | None]
+    prompt: Callable[[dict[str, Any]], str | list[dict[str, str]] | None]
     references: Callable[[dict[str, Any]], list[str]]
     cut: Callable[[str], str]
     key: Callable[[dict[str, Any]], Any] | None = None
@@ -95,6 +95,8 @@ class Task:
     def _check_columns(self, number: int, row: Any) -> None:
         if not isinstance(row, Mapping):
             raise DatasetError(f"row {number} is {shown(row)}, not an object of columns")
+        if self.columns == ("prompt",):
+            row = with_prompt(row)
         if missing := [c for c in self.columns if c not in row]:
             raise DatasetError(
                 f"task {self.name!r} needs the column(s) {missing}, the dataset has {sorted(map(str, row))}; "
@@ -132,7 +134,8 @@ def custom_task(dataset: str, template: str | None = None) -> Task:
     Args:
         dataset: Hub id, folder or file.
         template: Template such as ``"Summarize in one sentence: {article}"``; if None, the ``prompt`` column is the prompt: a
-            text, or messages ``[{"role", "content"}, ...]`` for a model with a chat template.
+            text, or messages ``[{"role", "content"}, ...]`` for a model with a chat template. A dataset without it may have
+            ``messages``: whole conversations, whose last answer is the reference.
 
     Raises:
         DatasetError: A template that names no column.
@@ -142,6 +145,7 @@ def custom_task(dataset: str, template: str | None = None) -> Task:
         raise DatasetError(f"the template {template!r} names no column: write one in braces, as in {{article}}")
 
     def prompt(row: dict[str, Any]) -> Any:
+        row = with_prompt(row)
         if any(_is_empty(row[name]) for name in names):
             return None
         if template is None:
@@ -153,6 +157,22 @@ def custom_task(dataset: str, template: str | None = None) -> Task:
     return Task("custom", dataset, names, prompt, _own_references, cut=str.strip)
 
 
+def with_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with a prompt and a reference, where it has ``messages`` and no ``prompt``.
+
+    A last message of the assistant is the reference; the others are the prompt.
+    """
+    messages = row.get("messages")
+    if "prompt" in row or "messages" not in row:
+        return dict(row)
+    if _is_empty(messages):
+        return {**row, "prompt": None}
+    *before, last = messages_of(messages)
+    if last["role"] != "assistant":
+        return {**row, "prompt": [*before, last]}
+    return {"reference": last["content"], **row, "prompt": before}
+
+
 def _is_empty(value: Any) -> bool:
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
@@ -162,6 +182,7 @@ def _own_references(row: dict[str, Any]) -> list[str]:
 
     A column ``reference`` or ``response`` of other values is no reference; rewards may read it.
     """
+    row = with_prompt(row)
     for name in ("references", "reference", "response"):
         if _is_empty(value := row.get(name)):
             continue
@@ -187,6 +208,13 @@ def _concepts_prompt(row: dict[str, Any]) -> str:
 def _concepts_references(row: dict[str, Any]) -> list[str]:
     sentences = row.get("sentences") or []
     return [sentences] if isinstance(sentences, str) else list(sentences)
+
+
+def _film_prompt(row: dict[str, Any]) -> list[dict[str, str]] | None:
+    if _is_empty(row["plot"]):
+        return None
+    content = f"Write a one-sentence review of this film.\n\n{one_line(row['plot'])}"
+    return [{"role": "user", "content": content}]
 
 
 _SUMMARIZE = "Generate a one-sentence summary of this post."
@@ -240,6 +268,14 @@ TASKS: dict[str, Task] = {
             columns=("concepts",),
             prompt=_concepts_prompt,
             references=_concepts_references,
+            cut=first_sentence,
+        ),
+        Task(
+            name="film",
+            dataset="rsoups/films",
+            columns=("plot",),
+            prompt=_film_prompt,
+            references=_own_references,
             cut=first_sentence,
         ),
         Task(

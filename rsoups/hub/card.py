@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from rsoups.adapters.lineage import Manifest, parents_of
 from rsoups.adapters.lineage_tree import log
 from rsoups.bases.names import short_name
-from rsoups.common.assets import asset
+from rsoups.common.assets import asset, origin
 from rsoups.hub.evaluation import Evaluation
 from rsoups.hub.licenses import EMBEDDED_PREFIX, Terms, on_hub
 
@@ -95,7 +95,7 @@ def _linked(name: Any, revision: str | None = None) -> str:
     if on_hub(name):
         return f"[{name}](https://huggingface.co/{name}{f'/tree/{revision}' if revision else ''})"
     if name.startswith(EMBEDDED_PREFIX):
-        return f"`{name}` (ships with rsoups)"
+        return f"`{name}` ({origin(name)})"
     return f"`{name}`" if name else "not recorded"
 
 

@@ -17,7 +17,7 @@ from rsoups.common.schema import STRICT, problems_of, validated
 from rsoups.data.prompts import first_sentence
 from rsoups.rewards.inputs import FIELD, FIELDS
 
-INPUTS = ("pair", "reversed_pair")
+INPUTS = ("pair", "reversed_pair", "chat")
 _T = TypeVar("_T")
 
 
@@ -135,10 +135,15 @@ class RewardCard(Card):
             forward for a score) or ``scores`` (an ensemble: any models, one forward of each).
         lambdas: Weights of the average, one for each model, summing to 1; uniform if None.
         revision: Revision of `model` on the Hub; the newest if None.
-        input: ``pair``: tokenizer(question, response); ``reversed_pair``: tokenizer(response, question); or one text, a
-            template with ``{response}`` and, where the model reads them, ``{question}``, ``{bos}``, ``{eos}``, ``{sep}``.
+        adapter: LoRA of the sequence classifier `model`, as PEFT saves reward models, which is merged into it: a folder, or a
+            Hub id, ``id@revision``.
+        input: ``pair``: tokenizer(question, response); ``reversed_pair``: tokenizer(response, question); ``chat``: the whole
+            conversation and the response by the model's chat template; or one text, a template with ``{response}`` and, where
+            the model reads them, ``{question}``, ``{bos}``, ``{eos}``, ``{sep}``.
+        system: With ``chat``, whether the model reads the prompt's system message: ``keep`` or ``drop``.
         question: Template of the question before it goes in, such as a chat's turn.
         response: ``whole``, or ``first_sentence``: the part of a response that is scored.
+        head: Name of the model's output that holds the logits (B, logits), where that is not ``logits``.
         logit: Index or label of the logit that is the score.
         minus: Index or label of a logit to subtract from it.
         sign: 1, or -1 where a higher logit is worse.
@@ -154,9 +159,12 @@ class RewardCard(Card):
     average: Literal["weights", "scores"] | None = None
     lambdas: Sequence[float] | None = None
     revision: Text | None = None
+    adapter: Text | None = None
     input: Text = "pair"
+    system: Literal["keep", "drop"] = "keep"
     question: Text = "{question}"
     response: Literal["whole", "first_sentence"] = "whole"
+    head: Text = "logits"
     logit: Label = 0
     minus: Label | None = None
     sign: Sign = 1
@@ -172,8 +180,8 @@ class RewardCard(Card):
             raise ValueError("average and lambdas go with models, not with one model")
         if self.models is not None and self.average is None:
             raise ValueError("average is None; with models it must be weights or scores")
-        if self.models is not None and self.revision is not None:
-            raise ValueError("revision goes with one model; with models, write each as id@revision")
+        if self.models is not None and (self.revision is not None or self.adapter is not None):
+            raise ValueError("revision and adapter go with one model; with models, write each as id@revision")
 
         if self.input not in INPUTS and "{response}" not in self.input:
             raise ValueError(f"input is {self.input!r}, must be one of {list(INPUTS)} or a template with {{response}}")

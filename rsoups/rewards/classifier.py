@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from rsoups.bases.load import dtype_of, from_safetensors, why_not
 from rsoups.common.assets import resolve
 from rsoups.common.errors import RewardError, RsoupsError
-from rsoups.data.prompts import question_of
+from rsoups.data.prompts import messages_of, question_of
 from rsoups.rewards.cards import INPUTS, RewardCard
-from rsoups.rewards.inputs import batches, encode_pairs, encode_texts, filled, padded
+from rsoups.rewards.inputs import batches, encode_chats, encode_pairs, encode_texts, filled, padded
 from rsoups.rewards.interface import LoadedReward
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Reward(LoadedReward):
     is_model = True
 
     def __init__(self, card: RewardCard, device: str = "cpu", trust_remote_code: bool = False):
+        from rsoups.rewards.relative_positions import project_positions_once
+
         if card.average == "scores":
             raise RewardError(f"reward card {card.name!r} averages scores of several models: use load_reward")
         self.card, self.name = card, card.name
@@ -63,6 +65,7 @@ class Reward(LoadedReward):
         labels = [label for label in (card.logit, card.minus) if label is not None]
         self._logit_places = [self._place_of(model.config, label) for label in labels]
         self._model = model.eval().requires_grad_(False).to(device)
+        project_positions_once(self._model)
         self._pad_id = self._padding()
         self._even = False  # the test itself pads
         self._even = self._moves_with_padding()
@@ -87,6 +90,8 @@ class Reward(LoadedReward):
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            if self.card.adapter is not None:
+                return self._with_adapter(self.card.adapter, options, base=str(self.card.model))
             if is_adapter(source, revision):
                 return self._with_adapter(source, options)
             model, missing = self._classifier(source, options)
@@ -111,25 +116,30 @@ class Reward(LoadedReward):
         model, report = from_safetensors(load, source, dtype=self._dtype, output_loading_info=True, **options)
         return model, set(report["missing_keys"])
 
-    def _with_adapter(self, source: str, options: dict[str, Any]) -> Any:
-        """Load the base that an adapter names, and merge the adapter into it."""
+    def _with_adapter(self, source: str, options: dict[str, Any], base: str | None = None) -> Any:
+        """Load a base, by default the one that the adapter names, and merge the adapter into it."""
         from rsoups.adapters.layer_names import PREFIX
+        from rsoups.bases.names import check_base
         from rsoups.soups.interpolation import interpolate
         from rsoups.soups.soup import Soup
 
-        place = source if Path(source).is_dir() or not self.card.revision else f"{source}@{self.card.revision}"
+        own_revision = self.card.revision if base is None else None
+        place = source if Path(source).is_dir() or not own_revision else f"{source}@{own_revision}"
         soup = interpolate({self.name: place}, [1.0])
         assert isinstance(soup, Soup)
-        base = soup.settings.base_model_name_or_path
+        if base is not None:
+            check_base([(source, soup.settings)], base, revision=self.card.revision)
+        else:
+            base = soup.settings.base_model_name_or_path
+            options = options | {"revision": soup.settings.revision or "main"}
         if not base:
             raise RewardError(f"{source!r} is an adapter that does not name its base")
 
         # Parameters that the adapter brings whole: its head, whose rows are the number of labels.
         shapes = {name.removeprefix(PREFIX): t.shape for name, t in soup.state_dict.items() if "lora_" not in name}
         labels = [shape[0] for shape in shapes.values() if len(shape) == 2]
-        options = options | {"revision": soup.settings.revision or "main"}
         if labels:
-            options["num_labels"] = min(labels)
+            options = options | {"num_labels": min(labels)}
         model, missing = self._classifier(resolve(base), options)
         self._check_trained(missing - set(shapes))
 
@@ -172,6 +182,8 @@ class Reward(LoadedReward):
         with torch.inference_mode():
             try:
                 alone = torch.cat([self._logits([row]) for row in rows]).double()
+            except RewardError:
+                raise
             except Exception as error:
                 reason = str(error).partition("\n")[0]
                 raise RewardError(f"reward {self.name!r}: {self._model_name!r} cannot read a text: {reason}") from error
@@ -194,6 +206,8 @@ class Reward(LoadedReward):
 
     def _place_of(self, config: Any, label: int | str) -> int:
         """Place of the logit with a label (or of this place)."""
+        if self.card.head != "logits" and isinstance(label, int):
+            return label  # the config names the places of logits only
         names = {int(i): str(name) for i, name in config.id2label.items()}
         places = [i for i, name in names.items() if label == (i if isinstance(label, int) else name)]
         if len(places) != 1:
@@ -206,6 +220,8 @@ class Reward(LoadedReward):
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, list[int]]]:
         """Return the model's input for each sample, unpadded."""
         card = self.card
+        if card.input == "chat":
+            return self._encode_chats(prompts, responses)
         if card.input in INPUTS or "{question}" in card.input:
             questions = [filled(card.question, question=question_of(prompt)) for prompt in prompts]
         else:
@@ -217,6 +233,33 @@ class Reward(LoadedReward):
             return encode_pairs(self._tokenizer, questions, parts, card.max_length, reverse, card.cut)
         return encode_texts(self._tokenizer, card.input, questions, parts, card.max_length, card.cut)
 
+    def _encode_chats(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[dict[str, list[int]]]:
+        """Return the model's input of conversations; a prompt that is a text is one turn of the user."""
+        import jinja2
+
+        card = self.card
+        conversations = []
+        for prompt in prompts:
+            question = question_of(prompt)  # refuses a prompt that asks nothing
+            *before, last = [{"role": "user", "content": question}] if isinstance(prompt, str) else messages_of(prompt)
+            if last["role"] != "user":
+                raise RewardError(
+                    f"reward {self.name!r}: the prompt ends with a message of {last['role']}: {prompt!r:.200}"
+                )
+            if card.system == "drop":
+                before = [message for message in before if message["role"] not in ("system", "developer")]
+            conversations.append([*before, {**last, "content": filled(card.question, question=last["content"])}])
+
+        parts = [card.scored_part(response) for response in responses]
+        try:
+            return encode_chats(self._tokenizer, conversations, parts, card.max_length, card.cut)
+        except (jinja2.TemplateError, ValueError) as error:  # ValueError: no template at all
+            reason = str(error).partition("\n")[0]
+            raise RewardError(
+                f"reward {self.name!r}: the chat template of {self._model_name!r} does not take this conversation ({reason}). "
+                "system: drop in the card leaves system messages out; a model without a template takes input: pair"
+            ) from None
+
     def explain(self, prompt: str, response: str) -> dict[str, Any]:
         """Return what the model reads of one sample, and its answer: ``text``, ``ids``, ``logits`` by label, ``score``."""
         import torch
@@ -224,11 +267,11 @@ class Reward(LoadedReward):
         (encoded,) = self.encode([prompt], [response])
         with torch.inference_mode():
             logits = self._logits([encoded])[0].tolist()
-        names = self._model.config.id2label
+        names = self._model.config.id2label if self.card.head == "logits" else {}
         return {
             "text": self._tokenizer.decode(encoded["input_ids"]),
             "ids": encoded["input_ids"],
-            "logits": {str(names[i]): value for i, value in enumerate(logits)},
+            "logits": {str(names.get(i, i)): value for i, value in enumerate(logits)},
             "score": self([prompt], [response])[0],
         }
 
@@ -257,7 +300,16 @@ class Reward(LoadedReward):
             used = {token for row in rows for token in row["input_ids"]}
             pad = next(token for token in range(len(used) + 1) if token not in used)
             self._model.config.pad_token_id = self._model.config.get_text_config().pad_token_id = pad
-        return self._model(**padded(rows, pad, self._model.device)).logits.float()
+        out = self._model(**padded(rows, pad, self._model.device))
+        logits = getattr(out, self.card.head, None)
+        if logits is None or logits.ndim != 2 or max(self._logit_places) >= logits.shape[1]:
+            shapes = {name: tuple(value.shape) for name, value in out.items() if hasattr(value, "shape")}
+            raise RewardError(
+                f"reward {self.name!r}: {self._model_name!r} has no output {self.card.head!r} of the shape (B, logits) with "
+                f"the places {self._logit_places}; its outputs are {shapes}"
+            )
+        result: Tensor = logits.float()
+        return result
 
 
 class AveragedScores(LoadedReward):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rsoups.common.errors import RewardError
-from rsoups.rewards import text_checks, text_metrics
+from rsoups.rewards import relevance, text_checks, text_metrics
 from rsoups.rewards.cards import Card, Sign, Text, card_class
 from rsoups.rewards.interface import LoadedReward
 
@@ -33,7 +33,7 @@ class FunctionCard(Card):
     The score is ``(sign * value - mean) / std``.
 
     Attributes:
-        function: Name of a function of `rsoups.rewards.text_metrics` or `rsoups.rewards.text_checks`.
+        function: Name of a function of `rsoups.rewards.text_metrics`, `text_checks` or `relevance`.
         arguments: Arguments of the function; its docstring describes them.
         sign: 1, or -1 where a higher value is worse.
     """
@@ -53,7 +53,8 @@ class FunctionCard(Card):
         Raises:
             RewardError: Not a function of rsoups, or arguments that it does not take.
         """
-        known = {name: getattr(module, name) for module in (text_checks, text_metrics) for name in module.__all__}
+        modules = (relevance, text_checks, text_metrics)
+        known = {name: getattr(module, name) for module in modules for name in module.__all__}
         name = self.function
         for module in _MODULES:
             name = name.removeprefix(module)

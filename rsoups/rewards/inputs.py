@@ -93,6 +93,53 @@ def encode_texts(
     return encoded
 
 
+def encode_chats(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[list[dict[str, str]]],
+    responses: Sequence[str],
+    max_length: int,
+    cut: str = "end",
+) -> list[dict[str, list[int]]]:
+    """Tokenize conversations with their responses by the tokenizer's chat template, which writes every special token itself.
+
+    A conversation of more than `max_length` tokens loses its oldest turns, then a side of its last question, at last the end
+    of the response; never its system prompt, nor the tokens that end the response, where a decoder reads its score.
+
+    Args:
+        conversations: Messages of each prompt, of which the last one is the user's.
+    """
+
+    def encode(messages: list[dict[str, str]], response: str) -> dict[str, list[int]]:
+        whole = [*messages, {"role": "assistant", "content": response}]
+        row: Any = tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True)
+        return {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]}
+
+    encoded = []
+    for messages, response in zip(conversations, responses, strict=True):
+        row = encode(messages, response)
+        while (over := len(row["input_ids"]) - max_length) > 0:
+            fewer = _without_oldest_turns(messages)
+            question = fewer[-1]["content"]
+            if len(fewer) < len(messages):
+                messages = fewer
+            elif question:
+                messages = [*fewer[:-1], {**fewer[-1], "content": _shortened(tokenizer, question, over, cut)}]
+            elif response:
+                logger.warning(_NO_ROOM, max_length)
+                response = _shortened(tokenizer, response, over, "end")
+            else:
+                break  # the template itself, or the system prompt, is longer
+            row = encode(messages, response)
+        encoded.append(row)
+    return encoded
+
+
+def _without_oldest_turns(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return messages without the oldest question and its answer; as they are, where there is only one question."""
+    users = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    return messages if len(users) < 2 else messages[: users[0]] + messages[users[1] :]
+
+
 def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, cut: str) -> str:
     """Return a text without so many tokens of its end or start; always shorter, as one character may be several tokens."""
     places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import NoReturn
 
 from rsoups.common.errors import RewardError
 from rsoups.data.prompts import question_of
 from rsoups.rewards.text_metrics import library, words
 
-__all__ = ["keyword_coverage", "length", "matches", "readability", "valid_json"]  # what a card may name
+__all__ = ["grammar", "keyword_coverage", "length", "matches", "readability", "valid_json"]  # what a card may name
 
 CheckReward = Callable[[Sequence[str], Sequence[str]], list[float]]
 
@@ -25,6 +26,25 @@ def length(target: int) -> CheckReward:
     if type(target) is not int or target < 1:
         raise RewardError(f"length: target is {target!r}, must be a number of words, 1 or more")
     return _of_response("length", lambda response: 0.0 - abs(len(response.split()) - target) / target)
+
+
+def grammar() -> CheckReward:
+    """Faults of grammar, spelling and style in 10 words of the response, with a minus sign: 0 at best, -1 at worst or if empty.
+
+    The faults are Harper's, for American English.
+    """
+    harper = library("harper", extra="grammar")
+    linter, one_at_a_time = harper.Linter(), Lock()  # a linter refuses a second thread
+
+    def score(response: str) -> float:
+        count = len(response.split())
+        if not count:
+            return -1.0
+        with one_at_a_time:
+            faults = linter.lint(response, language="plaintext")
+        return 0.0 - min(1.0, 10 * len(faults) / max(count, 10))
+
+    return _of_response("grammar", score)
 
 
 def matches(pattern: str) -> CheckReward:

@@ -117,8 +117,8 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def library(name: str) -> Any:
-    """Return a module of the `metrics` extra.
+def library(name: str, extra: str = "metrics") -> Any:
+    """Return a module of an extra.
 
     Raises:
         RewardError: It is not installed.
@@ -127,7 +127,7 @@ def library(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise RewardError(f"this reward needs {package}: pip install 'rsoups[metrics]' ({error})") from None
+        raise RewardError(f"this reward needs {package}: pip install 'rsoups[{extra}]' ({error})") from None
 
 
 def _against_references(name: str, score: Callable[[str, list[str]], float]) -> MetricReward:

@@ -31,7 +31,7 @@ class Inputs:
     """
 
     A: Tensor
-    ranks: list[tuple[int, ...]]
+    ranks: tuple[tuple[int, ...], ...]
     embedding: bool
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Mix:
 
     def __init__(self, lambdas: Tensor):
         self.lambdas = lambdas
-        self._columns: dict[tuple[Inputs, int], Tensor] = {}
+        self._columns: dict[tuple[Any, ...], Tensor] = {}
         self._last: tuple[Inputs, Tensor, Tensor] | None = None
 
     def low(self, inputs: Inputs, x: Tensor) -> Tensor:
@@ -65,11 +65,11 @@ class Mix:
 
     def columns(self, inputs: Inputs, like: Tensor) -> Tensor:
         """λi once for each row of adapter i's A: (rows, 1, Σr), or (1, 1, Σr) for one λ of all rows."""
-        key = inputs, like.shape[0]
+        # By the ranks, not by the layers: most layers of a model share them.
+        key = inputs.ranks, like.shape[0], like.dim(), like.dtype, like.device
         if key not in self._columns:
-            repeats = torch.tensor([rank for ranks in inputs.ranks for rank in ranks])
-            rows = self.rows(like.shape[0]).repeat(1, len(inputs.ranks)).repeat_interleave(repeats, dim=1)
-            rows = rows.to(like.device, like.dtype)
+            adapters = [i for ranks in inputs.ranks for i, rank in enumerate(ranks) for _ in range(rank)]
+            rows = self.rows(like.shape[0])[:, adapters].to(like.device, like.dtype)
             self._columns[key] = rows if like.dim() == 2 else rows.unsqueeze(1)
         return self._columns[key]
 
@@ -185,7 +185,7 @@ def _stacked(model: PreTrainedModel, adapters: Sequence[Adapter], paths: list[st
     embedding = any(module.embedding for _, module in modules[paths[0]] if module)
 
     A = torch.cat([a.tensor(m.A).float() for path in paths for a, m in modules[path] if m])
-    ranks = [tuple(module.rank if module else 0 for _, module in modules[path]) for path in paths]
+    ranks = tuple(tuple(module.rank if module else 0 for _, module in modules[path]) for path in paths)
     inputs = Inputs((A.T.contiguous() if embedding else A).to(**to), ranks, embedding)
     stops = list(accumulate(sum(each) for each in ranks))
 

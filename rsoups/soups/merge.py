@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from rsoups.adapters.filenames import SOUP_FILE
 from rsoups.bases.files import PROCESSOR_FILES, TOKENIZER_FILES, BaseFiles, copy_files, tokenizer_folder
 from rsoups.bases.load import from_safetensors, why_not
-from rsoups.bases.names import check_base
+from rsoups.bases.names import check_base, is_on_hub, same_base
 from rsoups.common.assets import resolve
 from rsoups.common.errors import AdapterError
 from rsoups.common.files import check_replaceable, whole_folder
@@ -106,9 +106,14 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def _load(source: str, soup: Soup) -> PreTrainedModel:
-    """A model in its own precision and class, or in that of the soup's task, whose head the soup brings."""
+    """A model in its own precision and class, or in that of the soup's task, whose head the soup brings.
+
+    Of a base on the Hub, the revision that the adapters name.
+    """
+    of_adapters = is_on_hub(source) and same_base(source, soup.settings.base_model_name_or_path)
+    revision = (soup.settings.revision if of_adapters else None) or "main"
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise AdapterError(f"cannot load the base {source!r}: {error}") from None
     if getattr(config, "quantization_config", None):
@@ -130,10 +135,10 @@ def _load(source: str, soup: Soup) -> PreTrainedModel:
     try:
         # Exactly as it is stored: the merged model keeps each tensor's type, so `dtype_of` is not asked.
         model, about = from_safetensors(
-            kind.from_pretrained, source, config=config, dtype="auto", output_loading_info=True
+            kind.from_pretrained, source, config=config, revision=revision, dtype="auto", output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        raise AdapterError(f"cannot load the base {source!r}: {why_not(source) or error}") from None
+        raise AdapterError(f"cannot load the base {source!r}: {why_not(source, revision) or error}") from None
     if lacking := sorted(set(about["missing_keys"]) - set(soup.whole)):
         raise AdapterError(
             f"neither the base {source!r} nor the soup holds {lacking[0]}, which {type(model).__name__} needs"

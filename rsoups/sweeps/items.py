@@ -63,11 +63,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole response: its text, the number of its tokens (the one that ends it included), and these (unless a server's)."""
+    """A whole response.
+
+    Attributes:
+        text: Text without special tokens.
+        tokens: Number of tokens, the one that ends it included.
+        response: Tokens and their log-probability, of a response that was generated here.
+        ids: Tokens of a server's response; None if the server does not tell them.
+    """
 
     text: str
     tokens: int
     response: Response | None = None
+    ids: list[int] | None = None
 
 
 class Nats(NamedTuple):

@@ -85,7 +85,8 @@ class PromptTable:
 
         places = list(range(len(prompts)))
         if base.context is not None:
-            longest = base.context - settings.max_new_tokens
+            # A server reads a finished response as a prompt, to which it adds a token.
+            longest = base.context - settings.max_new_tokens - int(settings.server is not None)
             places = fit_prompts(places, [len(tokens) for tokens in ids], longest, settings.long_prompts)
         if len(places) < len(prompts):
             logger.warning(

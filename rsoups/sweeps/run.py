@@ -159,7 +159,8 @@ class Worker:
         """Load what generates: called once there is something to generate."""
         plan, settings = self._plan, self._plan.settings
         if settings.server is not None:
-            return Server(settings.server, plan.adapters, plan.others, self._path.parent, **settings.sampling)
+            folder, options = self._path.parent, {"method": settings.method, **settings.sampling}
+            return Server(settings.server, plan.adapters, plan.others, folder, **options)
 
         weights = plan.base.fingerprint()
         with self._processes.main_first():

@@ -31,8 +31,8 @@ class SweepSettings:
         allow_trained_prompts: Accept prompts that an adapter was trained on; the report names the adapter.
         allow_base_mismatch: Accept adapters that name another base; recorded in the settings file.
         batch_tokens: Size of a batch in tokens, padding included, or ``auto``; halved if memory runs out.
-        server: URL of a running vLLM server of this base, which generates instead; records then have neither `kl` nor
-            `base_nll`.
+        server: URL of a running vLLM server of this base, which generates instead. It does not tell the log-probabilities
+            at other temperatures than 0 and 1; records of soups then have no `kl`.
 
     Raises:
         SettingsError: A value is out of its range, or two settings contradict each other.

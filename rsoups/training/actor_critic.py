@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rsoups.training.reading import Reader
+
 _PROBE = 8  # tokens in each of the two rows that show whether the head alone makes the logits
 # Config keys of models that change their logits after the head. No probe is needed if one is set.
 _CHANGES_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -34,47 +36,57 @@ class ValueHead(nn.Linear):
         return super().forward(states) + self.start
 
 
-def add_actor_critic_forward(causal_lm: Any, temperature: float) -> None:
+def add_actor_critic_forward(causal_lm: Any, temperature: float, sharded: bool = False) -> None:
     """Let ``causal_lm(..., response_length=T)`` return ``(log-probabilities, values)``, each (B, T) float32.
 
     Both belong to the last T tokens of `input_ids`; masked tokens get 0. The LM head runs on real response tokens only,
     in chunks whose logits are recomputed in the backward pass, so the whole batch's logits never exist. A model that changes
     its logits after the head (soft caps, scales, multipliers) computes them itself; a probe of a few tokens detects that.
     The code is in ``forward`` so that DDP, FSDP and autocast see one ordinary call. Any other call is untouched.
+
+    Args:
+        causal_lm: Model with a `value_head`.
+        temperature: Temperature of the log-probabilities.
+        sharded: Whether the weights are gathered for each pass through the layers, as FSDP and ZeRO-3 do.
     """
     original = causal_lm.forward
-    takes_positions = "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters
-    keeps_logits = "logits_to_keep" in inspect.signature(original).parameters
-    own_logits = not _head_is_all(causal_lm, original)
+    reader = None if not _head_is_all(causal_lm, original) else Reader(causal_lm, sharded)
 
     def forward(*args: Any, response_length: int | None = None, **kwargs: Any) -> Any:
         if response_length is None:
             return original(*args, **kwargs)
         ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if takes_positions:  # as generate() counts them: from each row's first real token, whatever the left padding
-            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        before = slice(-response_length - 1, -1)  # the state before each response token
-        if own_logits:
-            keep = {"logits_to_keep": response_length + 1} if keeps_logits else {}
-            out = original(**inputs, **keep, output_hidden_states=True)
-            hidden, head = out.hidden_states[-1], None
+        tokens = ids[:, -response_length:].flatten()
+        if reader is None:
+            states, logits, places = _own_logits(causal_lm, original, ids, mask, response_length)
+            logps = _token_logps(lambda logits: logits, logits, tokens[places], temperature)
         else:
-            hidden, head = causal_lm.base_model(**inputs).last_hidden_state, causal_lm.get_output_embeddings()
-        states = hidden[:, before]
-        real = mask[:, -response_length:].bool()
+            states, places = reader(ids, mask, response_length)
+            logps = _token_logps(causal_lm.get_output_embeddings(), states, tokens[places], temperature)
         with torch.autocast(states.device.type, enabled=False):  # values are float32, whatever the policy computes in
-            values = causal_lm.value_head(states.float()).squeeze(-1) * real
-        tokens = ids[:, -response_length:][real]
-        if head is None:
-            picked = _token_logps(lambda logits: logits, out.logits[:, before][real], tokens, temperature)
-        else:
-            picked = _token_logps(head, states[real], tokens, temperature)
-        return torch.zeros_like(values).masked_scatter(real, picked), values
+            values = causal_lm.value_head(states.float()).squeeze(-1)
+        pair = (torch.zeros_like(tokens, dtype=torch.float32).scatter(0, places, each) for each in (logps, values))
+        return tuple(each.view(-1, response_length) for each in pair)
 
     # generate() validates its arguments against this signature
     forward.__wrapped__ = getattr(original, "__wrapped__", original)  # type: ignore[attr-defined]
     causal_lm.forward = forward
+
+
+def _own_logits(
+    causal_lm: Any, original: Callable[..., Any], ids: Tensor, mask: Tensor, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States (n, hidden) and logits (n, V) before the n real response tokens by the model's own forward; their places."""
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters:
+        # as generate() counts them: from each row's first real token, whatever the left padding
+        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    if "logits_to_keep" in inspect.signature(original).parameters:
+        inputs["logits_to_keep"] = length + 1
+    out = original(**inputs, output_hidden_states=True)
+    real = mask[:, -length:].bool()
+    states, logits = (tensor[:, -length - 1 : -1][real] for tensor in (out.hidden_states[-1], out.logits))
+    return states, logits, real.flatten().nonzero()[:, 0]
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Checks before the first step of PPO: the policy that samples, is scored and is trained must be one and the same.
 
-Sampling goes through transformers' `generate`, the update through `PPOTrainer`'s own forward. Where the two differ, by
-dropout, a setting of the base's generation_config, or a head that changes its logits, PPO silently optimizes another
-policy than the one that writes.
+Sampling goes through `Decoder` or transformers' `generate`, the update through `PPOTrainer`'s own forward. Where the two
+differ, by dropout, a setting of the base's generation_config, or a head that changes its logits, PPO silently optimizes
+another policy than the one that writes.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def check_first_step(trainer: Any, prompts: list) -> str:
     if sampled:
         difference = check_sampler(sampled, list(logps), half)
         passed.append(f"log p of sampler and update agree (to {difference:.0e} nats)")
+    if trainer.rollout_server:
+        passed.append(f"log p of server and trainer agree (to {trainer.rollout_server.difference:.0e} nats)")
     if trainer.state.global_step == 0 and args.disable_dropout:
         kl = float(rl_math.masked_mean(logps - ref_logps, batch["completion_mask"]))
         check_references(kl, "the base" if "ref" not in trainer.model.peft_config else "the adapter's start")
@@ -68,10 +70,12 @@ def check_first_step(trainer: Any, prompts: list) -> str:
 def _first_tokens(trainer: Any, prompts: list) -> tuple[list, list, Sampler | None]:
     """Prompts' tokens, the first tokens of their responses, and who watched the sampling.
 
-    Sampling can be watched where `generate` does it: neither in vLLM nor in continuous batching.
+    Sampling can be watched where `generate` does it: neither in vLLM nor in continuous batching. A rollout server's
+    log-probabilities are compared in each rollout.
     """
     config: Any = getattr(trainer, "generation_config", None)
-    watched = config is not None and not (trainer.use_vllm or trainer.args.use_transformers_continuous_batching)
+    elsewhere = trainer.use_vllm or trainer.rollout_server or trainer.args.use_transformers_continuous_batching
+    watched = config is not None and not elsewhere
     sampler = Sampler() if watched else None
     limit = config.max_new_tokens if watched else None
 
@@ -174,7 +178,7 @@ def _first_to_differ(model: nn.Module, forward: Callable[[], Tensor]) -> str:
 
 
 class Sampler:
-    """Records the draws of `generate`: each token, and its log p under the distribution that it was drawn from.
+    """Records the draws of `generate` or `Decoder`: each token, and its log p under the distribution that it was drawn from.
 
     Attributes:
         logps: Log-probabilities, one (B,) for each drawn token.
@@ -187,8 +191,12 @@ class Sampler:
 
     def __call__(self, probabilities: Tensor, drawn: Tensor) -> None:
         weights = probabilities.double()
-        self.logps.append((weights.gather(-1, drawn) / weights.sum(-1, keepdim=True)).log()[:, 0].cpu())
-        self.tokens.append(drawn[:, 0].cpu())
+        self.add(drawn[:, 0], (weights.gather(-1, drawn) / weights.sum(-1, keepdim=True)).log()[:, 0])
+
+    def add(self, tokens: Tensor, logps: Tensor) -> None:
+        """Record the drawn tokens (B,) and their log-probabilities (B,)."""
+        self.logps.append(logps.cpu())
+        self.tokens.append(tokens.cpu())
 
     def of(self, responses: list[list[int]]) -> list[Tensor]:
         """Log p of the drawn tokens of each response; none if the draws are not the beginnings of the responses."""

@@ -110,8 +110,8 @@ def _train(run: Run, recipe: str, position: int, threads: int) -> str | None:
     log, progress = partial / "log.txt", partial / "progress.jsonl"
 
     # The run's own bars would only fill the log.
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-    environment[PROGRESS_FILE] = str(progress.absolute())
+    environment = os.environ | {"TQDM_DISABLE": "1", PROGRESS_FILE: str(progress.absolute())}
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
     command = [sys.executable, *_arguments(run, recipe)]
     with (
         log.open("w", encoding="utf-8") as output,

@@ -1,12 +1,17 @@
-"""The policy that a run trains: a base with a fresh LoRA adapter, or with an adapter that exists."""
+"""The policy that a run trains: a base with a fresh LoRA adapter, or with an adapter that exists; its LoRA layers' forward."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from trl import ModelConfig, get_quantization_config
 
 from rsoups.adapters.adapter import read_adapter
@@ -94,3 +99,78 @@ def _reset(module: LoraLayer, name: str) -> None:
     module.reset_lora_parameters(name, init_lora_weights=True)
     for parameter, device in zip(parameters, devices, strict=True):
         parameter.data = parameter.data.to(device)
+
+
+def fuse_lora(model: PeftModel) -> None:
+    """Let plain LoRA layers compute W x + s B A x with two products and one addition to the first one's result.
+
+    PEFT's own forward makes three more passes over tensors of the layer's output, forward and backward. It stays for whatever
+    is not plain: several active adapters, dropout, DoRA, biases, quantized bases, merged or switched-off adapters.
+    """
+    for module in model.modules():
+        if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
+            module.forward = FusedLora(module)  # type: ignore[method-assign]
+
+
+class FusedLora:
+    """The forward of one LoRA layer.
+
+    Attributes:
+        in_base: Whether the base layer's weight includes the adapter at the moment.
+    """
+
+    def __init__(self, module: LoraLinear):
+        self.in_base = False
+        self._module, self._pefts = module, module.forward
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output (..., out) of `x` (..., in)."""
+        module = self._module
+        if self.in_base:
+            return module.base_layer(x)
+        name = self.plain_adapter()
+        if name is None or args or kwargs:
+            return self._pefts(x, *args, **kwargs)
+        down, up = module.lora_A[name].weight, module.lora_B[name].weight
+        if x.dtype != down.dtype and not torch.is_autocast_enabled(x.device.type):
+            return self._pefts(x)
+
+        result = module.base_layer(x)
+        low_rank = nn.functional.linear(x, down).flatten(0, -2)
+        return torch.addmm(result.flatten(0, -2), low_rank, up.t(), alpha=module.scaling[name]).view_as(result)
+
+    def plain_adapter(self) -> str | None:
+        """Return the only active adapter's name, if the layer adds nothing but its product."""
+        module = self._module
+        names = [name for name in module.active_adapters if name in module.lora_A]
+        if module.disable_adapters or module.merged or len(names) != 1 or names[0] in module.lora_variant:
+            return None
+        noisy = module.training and getattr(module.lora_dropout[names[0]], "p", 0)
+        return None if noisy or module.lora_B[names[0]].bias is not None else names[0]
+
+
+@contextmanager
+def adapter_in_base(model: PeftModel) -> Iterator[None]:
+    """A context in which float32 weights of the base include the active adapter: generation then costs what the base's does.
+
+    Needs `fuse_lora`. Other layers stay as they are: in bfloat16 the sum would lose small changes. The weights come back bit by
+    bit; meanwhile they exist twice.
+    """
+    layers = [module for module in model.modules() if isinstance(module.__dict__.get("forward"), FusedLora)]
+    holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    kept: list[tuple[FusedLora, nn.Parameter, Tensor]] = []
+    try:
+        for layer in layers:
+            forward, weight = layer.__dict__["forward"], layer.base_layer.weight
+            name = forward.plain_adapter()
+            is_tied = holders[id(weight)] > 1  # the embeddings stay without the head's adapter
+            if name is None or is_tied or weight.dtype != torch.float32:
+                continue
+            kept.append((forward, weight, weight.data))
+            factors = layer.lora_B[name].weight.data, layer.lora_A[name].weight.data
+            weight.data = torch.addmm(weight.data, *factors, alpha=layer.scaling[name])
+            forward.in_base = True
+        yield
+    finally:
+        for forward, weight, own in kept:
+            weight.data, forward.in_base = own, False

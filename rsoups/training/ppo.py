@@ -40,9 +40,11 @@ from rsoups.training.metrics import (
     rollout_metrics,
     take_pending,
 )
-from rsoups.training.policy import reset_adapter
+from rsoups.training.policy import fuse_lora, reset_adapter
 from rsoups.training.ppo_config import PPOConfig
 from rsoups.training.resumable import ResumableTrainer
+from rsoups.training.rollout_server import RolloutServer
+from rsoups.training.rollouts import decode, decoder_generates
 from rsoups.training.trl_rewards import check_weights, named_failures
 
 
@@ -59,7 +61,8 @@ class PPOTrainer(ResumableTrainer):
     ``explained_variance`` (of the returns by the rollout's values), ``distinct`` (share of the responses that differ; near
     0 is a collapsed policy, or a reward that asks for one answer), ``completions/...`` (tokens of a response, end token
     included: mean, min, max; ``clipped_ratio`` of them ended at the limit; ``terminated``: of those that ended by
-    themselves), ``num_tokens`` (prompts and responses so far). Of each step of the optimizer: ``policy_loss`` and
+    themselves), ``num_tokens`` (prompts and responses so far), ``server_difference`` (of log-probabilities by the rollout
+    server and by the trainer, in nats per token). Of each step of the optimizer: ``policy_loss`` and
     ``value_loss`` (means over its response tokens), ``clip_fraction`` (tokens whose ratio was clipped), ``loss``,
     ``grad_norm`` (before clipping), ``learning_rate``, ``step_time`` (seconds).
 
@@ -95,7 +98,10 @@ class PPOTrainer(ResumableTrainer):
 
         # The head is on the base, so that the adapter's own files never include it; checkpoints hold it beside them.
         causal_lm.value_head = ValueHead(causal_lm.config.get_text_config().hidden_size, self.model.device)
-        add_actor_critic_forward(causal_lm, self.temperature)
+        self.sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        add_actor_critic_forward(causal_lm, self.temperature, self.sharded)
+        if not self.sharded:  # sharded weights are gathered where PEFT's forward calls the factors
+            fuse_lora(self.model)
         if self.use_vllm:
             hide_value_head(self.vllm_generation)
         self.kl_controller = rl_math.KLController(args.kl_coef, args.kl_target, args.kl_horizon)
@@ -103,6 +109,7 @@ class PPOTrainer(ResumableTrainer):
         self._checked = False
         self._first_rollout = True
         self.sampler_watch: first_step.Sampler | None = None
+        self.rollout_server = RolloutServer(self) if args.rollout_server else None
         self._ended: list[bool] = []  # whether each response of the last rollout ended by itself
         self._rollout: dict[str, Any] | None = None
         if not args.disable_tqdm:
@@ -213,17 +220,25 @@ class PPOTrainer(ResumableTrainer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """Responses' tokens, generated in groups of `local_rollout_forward_batch_size` prompts of similar length."""
-        whole = self.use_vllm or self.sampler_watch is not None
+        server = self.rollout_server
+        whole = self.use_vllm or server is not None or self.sampler_watch is not None
         size = len(prompt_ids) if whole else self.args.local_rollout_forward_batch_size or len(prompt_ids)
         order = list(range(len(prompt_ids)))
         if size < len(prompt_ids):
             order.sort(key=lambda i: len(prompt_ids[i]))  # less padding
 
+        by_decoder = decoder_generates(self) and not any(args[:2])  # no images, nor other inputs beside the tokens
         responses: list[list[int]] = [[] for _ in prompt_ids]
         with fast_sampling(self.accelerator.device, self.sampler_watch):
             for start in range(0, len(order), size):
                 group = order[start : start + size]
-                generated, *_ = super()._generate_single_turn([prompt_ids[i] for i in group], *args, **kwargs)
+                rows = [prompt_ids[i] for i in group]
+                if server is not None:
+                    generated = server.generate(rows)
+                elif by_decoder:
+                    generated = decode(self, rows)
+                else:
+                    generated = super()._generate_single_turn(rows, *args, **kwargs)[0]
                 for i, ids in zip(group, generated, strict=True):
                     responses[i] = ids
 
@@ -232,7 +247,7 @@ class PPOTrainer(ResumableTrainer):
         if shortest is not None:
             limits = torch.randint(shortest, int(self.args.max_completion_length or 0) + 1, (len(responses),)).tolist()
             responses = [ids[:limit] for ids, limit in zip(responses, limits, strict=True)]
-        # None: vLLM's log-probabilities are not used. The policy's own forward gives the old ones.
+        # None: the sampler's log-probabilities are not used. The policy's own forward gives the old ones.
         return responses, None
 
     def _rollout_tensors(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> dict[str, Tensor]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from accelerate.utils import get_int_from_env
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
+from rsoups.common.assets import need
 from rsoups.common.errors import SettingsError
 
 # The paper's batch is 128 and its mini-batch 4, for LLaMA-7b; recipes/configs/llama7b-*.yaml say so.
@@ -23,6 +27,14 @@ _HARMLESS = {
 }
 # Environment variables in which launchers (torch, accelerate, MPI) set the number of processes, in accelerate's order.
 _WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+
+
+def has_bf16() -> bool:
+    """Whether this machine's GPU, or without one its CPU, has instructions that multiply matrices in bfloat16."""
+    if torch.accelerator.is_available():
+        return bool(is_torch_bf16_gpu_available())
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 @dataclass(frozen=True)
@@ -213,14 +225,45 @@ class PPOConfig(GRPOConfig):
     local_rollout_forward_batch_size: int | None = field(
         default=None, metadata={"help": "Responses generated at one time on a process; the whole rollout if unset."}
     )
+    rollout_server: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of a running vLLM server of the base, which generates the rollouts. It is handed the adapter alone."
+        },
+    )
     adapter_init_seed: int = field(
         default=0,
         metadata={"help": "Seed of a fresh adapter's weights, the same for all runs that will share a soup."},
     )
 
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute in bfloat16 by autocast; adapter, values and log-probabilities stay float32. If unset, so where "
+            "the GPU, or without one the CPU, has instructions for it."
+        },
+    )
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Old name of activation_checkpointing."}
+    )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute activations in the backward pass instead of keeping them: less memory, a fifth more time. If "
+            "unset, recipes keep them where half of the memory holds them by an estimate, and PPOTrainer recomputes them."
+        },
+    )
+
+    checkpointing_unset: bool = field(init=False, repr=False)  # whether the user left activation_checkpointing open
     shares: Shares = field(init=False, repr=False)  # the division of a rollout that follows from the sizes above
 
     def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and has_bf16()
+            self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # transformers asks for it
+        self.checkpointing_unset = self.activation_checkpointing is None and self.gradient_checkpointing is None
+        if self.checkpointing_unset:
+            self.activation_checkpointing = True
         self._check()
         responses = self.num_generations
         self.shares = self._divide(get_int_from_env(_WORLD_SIZES, 1))
@@ -271,6 +314,21 @@ class PPOConfig(GRPOConfig):
         if self.use_transformers_continuous_batching and (self.bf16 or self.fp16):
             raise SettingsError(
                 "use_transformers_continuous_batching casts the adapter to 16 bit in TRL: leave one of them out"
+            )
+
+        self._check_vllm()
+
+    def _check_vllm(self) -> None:
+        """Refuse contradictory ways to generate, and packages that are missing."""
+        ways = ["rollout_server", "use_vllm", "use_transformers_continuous_batching"]
+        if len(chosen := [name for name in ways if getattr(self, name)]) > 1:
+            raise SettingsError(f"{' and '.join(chosen)} both generate the rollouts: leave one of them out")
+        if self.rollout_server:
+            need("openai", "server")
+        if self.use_vllm and find_spec("vllm") is None:
+            raise SettingsError(
+                "use_vllm is TRL's vLLM mode, which needs the package vllm in this environment, also where a server generates; "
+                "it is not installed. rollout_server takes a vLLM server from an environment of its own"
             )
 
     def _divide(self, processes: int) -> Shares:

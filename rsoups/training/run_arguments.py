@@ -95,14 +95,17 @@ def parse(
         raise SettingsError(
             "convert_pickles: pass --convert_pickles on the command line; a config file cannot allow it"
         )
-    if not is_torch_bf16_gpu_available() and not (given | file).keys() & {"bf16", "fp16", "use_cpu"}:
-        flags = [*flags, "--bf16", "false"]  # TRL's default is true, which transformers refuses without such a GPU
-
     # The algorithm decides which settings exist, so it is read before the rest is parsed. The parser refuses unknown ones.
-    name = given.get("algorithm") or file.get("algorithm", "ppo")
-    settings, _ = ALGORITHMS.get(str(name), ALGORITHMS["ppo"])
+    chosen = {**file, **given}
+    name = str(chosen.get("algorithm", "ppo"))
+    if name != "ppo" and not is_torch_bf16_gpu_available() and not chosen.keys() & {"bf16", "fp16", "use_cpu"}:
+        flags = [*flags, "--bf16", "false"]  # TRL's default is true, which transformers refuses without such a GPU
+    settings, _ = ALGORITHMS.get(name, ALGORITHMS["ppo"])
     parser = FlagParser((RunArguments, settings, ModelConfig), doc, "--reward coverage --out runs/coverage")
     run, training, model = parser.read(flags)
+
+    if name == "ppo" and training.bf16 and training.use_cpu and not chosen.keys() & {"bf16", "dtype"}:
+        model.dtype = "auto"  # a base that is published in bfloat16 need not be cast anew in each product
 
     prefix = run.prefix_tokens
     if prefix and (len(prefix) != 2 or not 0 <= prefix[0] <= prefix[1]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,6 +90,27 @@ def memory(
     else:
         parts[f"update of {args.shares.per_device} responses ({tokens} tokens each)"] = int(update)
     return {name: size / GB for name, size in parts.items()} | ({"CUDA": _CUDA} if on_gpu else {})
+
+
+def settle_checkpointing(args: PPOConfig, model: nn.Module, rewards: list[Any], longest: int) -> None:
+    """Keep all activations where half of the memory holds them, unless the user has decided; recomputing them takes time.
+
+    Args:
+        args: The run's settings; `activation_checkpointing` is changed.
+        model, rewards, longest: As for `memory`.
+    """
+    if not args.checkpointing_unset:
+        return
+    on_gpu = args.device.type == "cuda"
+    args.activation_checkpointing = args.gradient_checkpointing = False
+    parts = memory(model, rewards, args, longest, on_gpu)
+    if on_gpu:
+        available = torch.cuda.get_device_properties(args.device).total_memory
+    else:  # the processes of a machine share it
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+    if not parts or sum(parts.values()) * GB > available / 2:
+        args.activation_checkpointing = args.gradient_checkpointing = True
 
 
 def _models(rewards: list[Any]) -> Iterator[nn.Module]:

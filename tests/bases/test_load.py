@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_llama
+from tiny import tiny_adapter, tiny_llama
 
 import rsoups
 from rsoups.bases.files import BaseFiles
@@ -45,8 +45,9 @@ def test_a_base_in_half_precision_is_computed_in_float32_on_the_cpu(tmp_path):
     assert load_base("rsoups/tiny-llama", device="cuda").dtype == torch.float32
 
 
-def test_files_beside_the_weights_are_of_the_revision_that_was_loaded(tmp_path, monkeypatch):
-    """Two revisions in the Hub's cache: a merged model takes what is beside its weights from its own, not from main."""
+@pytest.fixture
+def two_revisions(tmp_path, monkeypatch):
+    """user/base in the Hub's cache: 8 wide on main, 16 wide at v2."""
     repository = tmp_path / "models--user--base"
     for name, number in (("main", "1"), ("v2", "2")):
         tiny_llama(hidden_size=8 * int(number), head_dim=8).save_pretrained(repository / "snapshots" / (number * 40))
@@ -55,6 +56,18 @@ def test_files_beside_the_weights_are_of_the_revision_that_was_loaded(tmp_path, 
 
     for module in ("huggingface_hub.constants", "huggingface_hub.file_download"):
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path), raising=False)
+
+
+def test_a_soup_is_merged_into_the_revision_that_its_adapters_name(two_revisions, tmp_path):
+    for name in "ab":
+        tiny_adapter(tmp_path / name, load_base("user/base", revision="v2"), revision="v2")
+    soup = rsoups.interpolate([tmp_path / "a", tmp_path / "b"], [0.5, 0.5])
+    soup.merge("user/base", tmp_path / "merged")
+    assert load_base(str(tmp_path / "merged")).config.hidden_size == 16
+
+
+def test_files_beside_the_weights_are_of_the_revision_that_was_loaded(two_revisions, tmp_path):
+    """A merged model takes what is beside its weights from its own revision, not from main."""
     for revision, number in ((None, "1"), ("v2", "2"), ("2" * 40, "2")):
         model = load_base("user/base", **({"revision": revision} if revision else {}))
         assert model.config.hidden_size == 8 * int(number)

@@ -53,7 +53,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories, self.blobs, self.faults, self.seen, self.token = {}, {}, [], [], None
         self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()  # it then stops at once
 
     @property
     def url(self):

@@ -1,6 +1,7 @@
 """GRPO, RLOO and training on from another adapter: each gives an ingredient of the same soup."""
 
 import json
+import sys
 
 import pytest
 from places import RECIPES
@@ -35,7 +36,8 @@ def test_adapters_of_other_algorithms_go_into_the_same_soup(runs, tmp_path, algo
 
 def test_an_adapter_can_be_trained_on(runs, tmp_path):
     flags = ["--config", CONFIGS / "embedded.yaml", "--adapter_name_or_path", runs / "naturalness", *SHORT]
-    launch(RECIPES / "ppo_reward.py", "--reward", "coverage", "--output_dir", tmp_path / "on", *flags)
+    flags += ["--reward", "coverage", "--output_dir", tmp_path / "on"]
+    launch(RECIPES / "ppo_reward.py", *flags, python=sys.executable)  # just as a user does
     names = {path.name for path in (tmp_path / "on").iterdir()}
     assert "adapter_model.safetensors" in names
     rsoups.interpolate([tmp_path / "on", runs / "naturalness"])

@@ -2,10 +2,10 @@
 
 import json
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from forked import warm_python
 from places import RECIPES
 from recipe_runs import SHORT, launch
 
@@ -64,7 +64,7 @@ def test_from_adapters_to_the_report(runs, tmp_path):
     own["factors"] += ["--held_out_reward", "mine:said"]
     for method in ("exact", "factors"):
         out = tmp_path / method
-        command = [sys.executable, str(RECIPES / "sweep.py"), *flags, *own[method], "--method", method]
+        command = [warm_python(), str(RECIPES / "sweep.py"), *flags, *own[method], "--method", method]
         run = subprocess.run(
             [*command, "--output_dir", str(out)], capture_output=True, text=True, check=False, cwd=tmp_path
         )

@@ -4,9 +4,9 @@ import gzip
 import json
 import runpy
 import subprocess
-import sys
 
 import pytest
+from forked import warm_python
 from places import RECIPES
 from recipe_runs import CONFIGS, SHORT, launch
 from transformers import AutoTokenizer, LlamaConfig
@@ -102,7 +102,7 @@ def test_a_statistical_reward_wants_references_before_anything_is_loaded(tmp_pat
     base = tmp_path / "base"
     AutoTokenizer.from_pretrained(resolve("rsoups/tiny-llama")).save_pretrained(base)
     LlamaConfig().save_pretrained(base)
-    command = [sys.executable, str(RECIPES / "ppo_reward.py"), "--model_name_or_path", str(base), "--bf16", "false"]
+    command = [warm_python(), str(RECIPES / "ppo_reward.py"), "--model_name_or_path", str(base), "--bf16", "false"]
     command += ["--task", "custom", "--dataset", str(tmp_path / "rows.jsonl"), "--reward", "meteor"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
     assert run.returncode and "reward 'meteor' needs a column 'references', the dataset gives ['prompt']" in run.stderr
@@ -142,7 +142,7 @@ def test_columns_and_the_split_are_the_same_in_ppo_and_the_sweep_of_one_file(tmp
     assert any(row.get("abstained/own") == 0.5 for row in log)
 
     sweep = [
-        sys.executable,
+        warm_python(),
         str(RECIPES / "sweep.py"),
         *data,
         "--adapters",

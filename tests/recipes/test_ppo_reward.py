@@ -4,13 +4,13 @@ import json
 import math
 import runpy
 import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
+from forked import warm_python
 from peft import LoraConfig
 from places import RECIPES
 from recipe_runs import CONFIGS, launch, parse_ppo
@@ -36,15 +36,27 @@ def test_flags_override_the_file():
     assert (training.learning_rate, training.kl_coef, training.output_dir) == (1e-5, 0.3, "x")
 
 
-def test_ones_own_base_needs_no_word_about_bf16_where_no_gpu_has_it(monkeypatch):
+@pytest.mark.parametrize(("has", "dtype"), [(True, "auto"), (False, "float32")])
+def test_ones_own_base_needs_no_word_about_bf16(monkeypatch, has, dtype):
+    """The processor decides; a base that is published in bfloat16 then stays so."""
+    monkeypatch.setattr("rsoups.training.ppo_config.has_bf16", lambda: has)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    _, training, model = parse_ppo("--model_name_or_path", "mine")
+    assert (training.bf16, training.learning_rate, training.mini_batch_size) == (has, 3e-4, 32)
+    assert (model.dtype, training.use_cpu) == (dtype, True)
+    _, training, model = parse_ppo("--model_name_or_path", "mine", "--bf16", "false")
+    assert (training.bf16, model.dtype) == (False, "float32")
+    assert parse_ppo("--model_name_or_path", "mine", "--dtype", "float32")[2].dtype == "float32"
+
+
+def test_other_algorithms_leave_bf16_off_where_no_gpu_has_it(monkeypatch):
     monkeypatch.setattr("rsoups.training.run_arguments.is_torch_bf16_gpu_available", lambda: False)
-    _, training, _ = parse_ppo("--model_name_or_path", "mine")
-    assert (training.bf16, training.learning_rate, training.mini_batch_size) == (False, 3e-4, 32)
-    assert parse_ppo("--model_name_or_path", "mine", "--use_cpu", "true")[1].bf16 is True
+    flags = ["--model_name_or_path", "mine", "--per_device_train_batch_size", "8"]
+    assert parse_ppo(*flags, "--algorithm", "grpo")[1].bf16 is False
 
 
 def test_a_pickled_adapter_is_not_trained_on(tmp_path, bomb):
-    command = [sys.executable, str(RECIPES / "ppo_reward.py"), "--config", str(CONFIGS / "embedded.yaml")]
+    command = [warm_python(), str(RECIPES / "ppo_reward.py"), "--config", str(CONFIGS / "embedded.yaml")]
     command += ["--adapter_name_or_path", str(bomb.parent), "--output_dir", str(tmp_path / "out")]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode and "rsoups convert" in run.stderr

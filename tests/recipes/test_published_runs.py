@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import warm_python
 from hub_server import TOKEN, HubServer, files_with_the_token
 from places import RECIPES
 
@@ -34,7 +34,7 @@ def iterated(tmp_path_factory):
     """Two rounds, very short, the start of the second half way to the first soup; pushed by the last run of all."""
     root = tmp_path_factory.mktemp("iterated")
     flags = ["--rounds", "2", "--eta", ".5", "--prompts", "3", "--scales", "0.5", "1", "--output_dir", "out"]
-    command = [sys.executable, str(RECIPES / "iterate.py"), *flags, *SHORT]
+    command = [warm_python(), str(RECIPES / "iterate.py"), *flags, *SHORT]
     for _ in range(2):  # the second time nothing is left to do
         run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr[-3000:]
@@ -81,16 +81,11 @@ def test_the_manifest_of_a_run(iterated):
 def test_a_run_pushes_its_adapter_with_its_card(tmp_path):
     with HubServer() as hub:
         hub.token = TOKEN
-        env = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(tmp_path),
-        }
+        hub_at = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+        env = os.environ | hub_at
         flags = ["--reward", "coverage", "--push_to_hub", "true", "--hub_private_repo", "true", *SHORT]
         flags += ["--output_dir", str(tmp_path / "ppo-coverage")]
-        command = [sys.executable, str(RECIPES / "ppo_reward.py"), *flags]
+        command = [warm_python(**hub_at), str(RECIPES / "ppo_reward.py"), *flags]
         run = subprocess.run(command, env=env | {"HF_TOKEN": "hf_wrong"}, capture_output=True, text=True, check=False)
         assert run.returncode and "the token in HF_TOKEN" in run.stderr and "hf_wrong" not in run.stdout + run.stderr
         assert not (tmp_path / "ppo-coverage").exists()  # it was known before the training
@@ -127,7 +122,7 @@ def test_the_manifest_of_a_supervised_start(tmp_path, monkeypatch, capsys):
         "none",
     ]
     flags += ["--lora_target_modules", "q_proj", "v_proj", "--disable_tqdm", "true", "--use_cpu", "true"]
-    run = subprocess.run([sys.executable, str(RECIPES / "sft.py"), *flags], capture_output=True, text=True, check=False)
+    run = subprocess.run([warm_python(), str(RECIPES / "sft.py"), *flags], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     manifest = manifest_of(tmp_path / "sft")
     assert manifest["sha256"] == read_adapter(tmp_path / "sft").sha256 and manifest["config"]["steps"] == 2

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import warm_python
 from hub_server import HubServer
 from paper_hub import publish_assistant, publish_other_tasks
 from places import ROOT
@@ -62,7 +63,7 @@ def commands():
 
 def on_path(folder, name, code):
     path = folder / name
-    path.write_text(f"#!{sys.executable}\n{code}")
+    path.write_text(f"#!{folder / 'python'}\n{code}")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
@@ -76,12 +77,7 @@ def world(tmp_path_factory):
         hub.folder.mkdir()
         for name in ("recipes", "rewards", "rsoups", "accelerate_config.yaml", "README.md"):
             os.symlink(ROOT / name, hub.folder / name)
-        (root / "bin").mkdir()
-        on_path(root / "bin", "accelerate", ACCELERATE.format(port=free_port(), eight_bit="electra-large"))
-        on_path(root / "bin", "rsoups", RSOUPS)
-        hub.env = os.environ | {
-            "PATH": f"{root / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+        hub_at = {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(root / "home"),
             "HF_TOKEN": TOKEN,
@@ -90,8 +86,14 @@ def world(tmp_path_factory):
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "*",
             "ACCELERATE_USE_CPU": "1",
-            "OMP_NUM_THREADS": "1",
         }
+        (root / "bin").mkdir()
+        (root / "bin" / "python").symlink_to(warm_python(**hub_at))
+        on_path(root / "bin", "accelerate", ACCELERATE.format(port=free_port(), eight_bit="electra-large"))
+        on_path(root / "bin", "rsoups", RSOUPS)
+        hub.env = os.environ | hub_at
+        hub.env |= {"PATH": f"{root / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        hub.env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         (root / "made").mkdir()
         publish_assistant(hub, root / "made")
         hub.root = root

@@ -153,7 +153,8 @@ def by_hand(name, tokenizer, question, response):
 
 
 def test_every_card_of_the_paper_is_here():
-    models = {name for name, path in cards().items() if isinstance(read_card(path), RewardCard)}
+    shipped = {name: read_card(path) for name, path in cards().items()}
+    models = {name for name, card in shipped.items() if isinstance(card, RewardCard) and card.input != "chat"}
     assert set(GOLDEN) | {"naturalness", "coverage", "rating"} == models
 
 

@@ -59,7 +59,7 @@ def test_retry_after_is_honored_and_bounded(tmp_path, server, kind, monkeypatch)
     assert judge(PROMPTS[:1], ["a b"]) == [0.5]
     assert server.times[1] - server.times[0] > 0.9
     monkeypatch.setattr("rsoups.rewards.judge_client._LONGEST_WAIT", 0.2)
-    server.faults = [(429, {"Retry-After": "3600"}, "slow down")]
+    server.faults = [(429, {"Retry-After": "30"}, "slow down")]
     started = time.monotonic()
     assert judge(PROMPTS[1:2], ["a b"]) == [0.5] and time.monotonic() - started < 5
 

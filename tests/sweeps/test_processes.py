@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+from forked import warm_python
 from places import HELPERS
 from ports import free_port
 from sweep_runs import run, same
@@ -46,9 +47,9 @@ assert len(front.soups) == 4
 """
 
 
-def start(root, processes, out, pause=0.0, **env):
+def start(root, processes, out, pause=0.0, python=None, **env):
     (root / "script.py").write_text(SCRIPT)
-    command = [sys.executable]
+    command = [python or warm_python()]
     if processes > 1:
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -120,7 +121,7 @@ def test_each_process_checks_its_base(root, whole):
 def test_a_sweep_killed_by_sigkill_goes_on_with_another_number_of_processes(root, whole, processes):
     out = root / f"killed-{processes}" / "records.jsonl"
     out.parent.mkdir()
-    killed = start(root, processes, out, pause=0.3)
+    killed = start(root, processes, out, pause=0.3, python=sys.executable)  # its children are its own, to be killed
     deadline = time.monotonic() + 120
     while asked(out) < 12 and time.monotonic() < deadline:
         time.sleep(0.02)

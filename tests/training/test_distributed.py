@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
+from forked import warm_python
 from places import HELPERS
 from ports import free_port
 from safetensors.torch import load_file
@@ -87,7 +87,7 @@ def runs(tmp_path_factory):
     for processes in (1, 2):
         out = root / str(processes)
         # `accelerate launch --cpu` starts several processes through MPI only; --multi_gpu through torch's launcher.
-        command = [sys.executable, "-m", "accelerate.commands.launch", *(["--multi_gpu"] if processes > 1 else [])]
+        command = [warm_python(), "-m", "accelerate.commands.launch", *(["--multi_gpu"] if processes > 1 else [])]
         command += ["--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         command += ["--main_process_port", str(free_port()), str(root / "script.py"), str(HELPERS), str(out)]
@@ -193,7 +193,7 @@ if whole.accelerator.is_main_process:
 def sampling(tmp_path_factory):
     root = tmp_path_factory.mktemp("sampling")
     (root / "script.py").write_text(SAMPLING)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [warm_python(), "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", str(free_port()), str(root / "script.py"), str(HELPERS), str(root)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=CPU)

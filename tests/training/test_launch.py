@@ -43,6 +43,7 @@ def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "shipped", lambda folder: tmp_path)
     monkeypatch.setattr(launch, "_LAUNCH", [])  # plain python in place of accelerate, which takes seconds to start
     monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return "recipe.py"
 
 
@@ -66,6 +67,12 @@ def test_runs_are_side_by_side_and_get_their_names_when_they_are_whole(recipe, t
 
     train_all(runs(tmp_path, "a", "b"), recipe)
     assert capsys.readouterr().out.count("already there") == 2
+
+
+def test_the_number_of_threads_that_the_user_set_stays(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    train_all(runs(tmp_path, "a", "b"), recipe)
+    assert (tmp_path / "ppo-a" / "log.txt").read_text() == "threads 3\n"
 
 
 def test_a_failed_run_is_named_with_its_log_and_the_others_are_kept(recipe, tmp_path, capsys):

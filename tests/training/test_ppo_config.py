@@ -1,5 +1,6 @@
 """How a rollout is divided: the same rollout, minibatches and epochs on any number of processes, or a refusal."""
 
+import platform
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ from places import RECIPES
 from ppo_runs import BARE, config
 
 from rsoups import PPOConfig, PPOTrainer, SettingsError
-from rsoups.training.ppo_config import divide
+from rsoups.training.ppo_config import divide, has_bf16
 
 CONFIGS = sorted((RECIPES / "configs").glob("llama7b-*.yaml"))
 
@@ -113,3 +114,28 @@ def test_the_defaults_are_the_papers_but_for_learning_rate_and_minibatch(tmp_pat
 def test_settings_that_contradict_one_another_are_refused(tmp_path, settings, reason):
     with pytest.raises(SettingsError, match=reason):
         config(tmp_path, **(BARE | settings))
+
+
+@pytest.mark.parametrize(
+    ("has", "given", "bf16", "use_cpu"),
+    [
+        (True, {}, True, True),
+        (False, {}, False, True),
+        (True, {"bf16": False}, False, False),
+        (False, {"bf16": True, "use_cpu": True}, True, True),
+        (True, {"bf16": True, "use_cpu": True}, True, True),
+    ],
+)
+def test_bfloat16_is_chosen_by_the_processor_and_by_the_user_first(tmp_path, monkeypatch, has, given, bf16, use_cpu):
+    monkeypatch.setattr("rsoups.training.ppo_config.has_bf16", lambda: has)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    args = PPOConfig(output_dir=str(tmp_path), report_to="none", **given)
+    assert (args.bf16, args.use_cpu) == (bf16, use_cpu)
+
+
+@pytest.mark.parametrize(("name", "found"), [("avx512_bf16", True), ("amx_bf16", True), ("avx512_f", False)])
+def test_a_processor_tells_whether_it_has_bfloat16(monkeypatch, name, found):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert {"avx512_bf16", "amx_bf16"} <= torch.cpu.get_capabilities().keys() or platform.machine() != "x86_64"
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False} | {name: True})
+    assert has_bf16() is found

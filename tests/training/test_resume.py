@@ -5,12 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from forked import warm_python
 from places import HELPERS
 from ppo_runs import CUT, pays_for_one_word, trainer
 
@@ -151,7 +152,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
 
 
 SCRIPT = """
-import sys
+import os, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from ppo_runs import trainer
@@ -159,36 +160,41 @@ from ppo_runs import CUT
 torch = __import__("torch")
 torch.set_num_threads(1)
 run = trainer(Path(sys.argv[1]), **CUT | {{"max_steps": int(sys.argv[2]), "save_total_limit": 2}})
-print("ready", flush=True)
+print(os.getpid(), flush=True)
 run.train(resume_from_checkpoint=True)
 run.save_model(str(Path(sys.argv[1]) / "adapter"))
 """
 
 
 def command(folder, steps):
-    return [sys.executable, "-c", SCRIPT.format(tests=str(HELPERS)), str(folder), str(steps)]
+    return [warm_python(), "-c", SCRIPT.format(tests=str(HELPERS)), str(folder), str(steps)]
 
 
-def kill_after(delay, folder, steps):
-    """Start the run, or start it again, and SIGKILL it so many seconds into its training."""
+def newest(folder):
+    names = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def kill_after(step, delay, folder, steps):
+    """Start the run, or start it again, and SIGKILL it so many seconds after the checkpoint of a step is there."""
     with subprocess.Popen(command(folder, steps), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
-        assert run.stdout.readline().strip() == "ready"
+        process = int(run.stdout.readline())
+        while run.poll() is None and newest(folder / "run") < step:
+            time.sleep(0.002)
         time.sleep(delay)
-        alive = run.poll() is None
-        run.kill()
-    return alive
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(process, signal.SIGKILL)
+    return run.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(("kills", "steps"), [(3, 40), pytest.param(20, 240, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_adapter(tmp_path, kills, steps):
     subprocess.run(command(tmp_path / "whole", steps), check=True, capture_output=True)
     expected = (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
-    moments = 0.1 + torch.rand(kills, generator=torch.Generator().manual_seed(kills))
-    alive = [kill_after(delay, tmp_path / "cut", steps) for delay in moments.tolist()]
-    while (reached := last_checkpoint(tmp_path / "cut" / "run")) is None and moments[-1] < 30:  # a busy machine
-        moments[-1] *= 2
-        alive.append(kill_after(float(moments[-1]), tmp_path / "cut", steps))
-    assert all(alive), "a run ended before it could be killed: the test tests less than it says"
-    assert reached and reached.name != f"checkpoint-{steps}"
+    delays = 0.02 * torch.rand(kills, generator=torch.Generator().manual_seed(kills))  # about a step takes as long
+    for number, delay in enumerate(delays.tolist(), 1):
+        step = number * steps // (kills + 2)
+        assert kill_after(step, delay, tmp_path / "cut", steps), "it ended before it could be killed"
+        assert last_checkpoint(tmp_path / "cut" / "run").name != f"checkpoint-{steps}"
     subprocess.run(command(tmp_path / "cut", steps), check=True, capture_output=True)
     assert (tmp_path / "cut" / "adapter" / "adapter_model.safetensors").read_bytes() == expected

@@ -1,12 +1,14 @@
 """What a run says before it starts: the sizes, the steps and the memory of recipes/configs/README.md."""
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from ppo_runs import BARE, config, trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rsoups.training.run_plan import memory, run_plan
+from rsoups.training.run_plan import memory, run_plan, settle_checkpointing
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +58,27 @@ def test_the_plan_counts_what_the_run_then_does(tmp_path):
     run.train()
     assert run.state.global_step == 32
     assert sum("reward" in row for row in run.state.log_history) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "longest", "memory_gb", "checkpoints"),
+    [
+        ({}, 122, 64, False),  # 4 responses of 154 tokens keep 3.4 GB; base and adapter take 13.8
+        ({}, 122, 30, True),
+        ({}, 8000, 64, True),  # 177 GB
+        ({"activation_checkpointing": True}, 122, 1000, True),
+        ({"activation_checkpointing": False}, 8000, 8, False),
+        ({"gradient_checkpointing": True}, 122, 1000, True),
+    ],
+)
+def test_activations_are_kept_where_the_memory_holds_them(
+    tmp_path, llama7b, monkeypatch, given, longest, memory_gb, checkpoints
+):
+    sizes = {"SC_PHYS_PAGES": memory_gb * 10**9 // 4096, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr("rsoups.training.run_plan.os.sysconf", sizes.__getitem__)
+    settings = BARE | {"local_rollout_forward_batch_size": 4, "activation_checkpointing": None} | given
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the old name
+        args = config(tmp_path, mini_batch_size=4, max_completion_length=32, bf16=True, **settings)
+    settle_checkpointing(args, llama7b, [], longest)
+    assert args.activation_checkpointing is args.gradient_checkpointing is checkpoints
