@@ -55,8 +55,7 @@ class Decoder:
     """Decode with a model in its present state; the caller sets λ.
 
     Samples purely (temperature, no top-k or top-p), or greedily. A response ends with one of `ends` (tokens), those of
-    `ends_of` if None. docs/EXPERIMENTS.md compares it with transformers' `generate`
-    and a logits processor, which take 1.4 to 2 times as long.
+    `ends_of` if None. transformers' `generate` with a logits processor takes 1.4 to 2 times as long (docs/EXPERIMENTS.md).
     """
 
     def __init__(
@@ -69,9 +68,8 @@ class Decoder:
     ):
         self.model, self.temperature, self.max_new_tokens = model, temperature, max_new_tokens
         self._tokenizer = tokenizer
-        self._ends = torch.tensor(
-            ends_of(model, tokenizer) if ends is None else ends, dtype=torch.long, device=model.device
-        )
+        ends = ends_of(model, tokenizer) if ends is None else ends
+        self._ends = torch.tensor(ends, dtype=torch.long, device=model.device)
         self._pad: int = next((i for i in (tokenizer.pad_token_id, *self._ends.tolist()) if i is not None), 0)
         self._prompts: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # keys and values of each layer
         self._prompt_bytes = 0
@@ -287,9 +285,8 @@ class Decoder:
             settings["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if "logits_to_keep" in self._takes:
             # Places, not a number: a slice is not contiguous, and torch's product with it copies the head for each row.
-            settings["logits_to_keep"] = (
-                torch.arange(ids.shape[1] - logits, ids.shape[1], device=ids.device) if logits else 0
-            )
+            length = ids.shape[1]
+            settings["logits_to_keep"] = torch.arange(length - logits, length, device=ids.device) if logits else 0
         return self.model(input_ids=ids, attention_mask=mask, **settings)
 
     def _choose(self, logits: Tensor, uniform: Tensor | None, members: int) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ class Reward(LoadedReward):
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, **options)
             if self.card.adapter is not None:
-                return self._with_adapter(self.card.adapter, options, base=str(self.card.model))
+                return self._with_adapter(resolve(self.card.adapter), options, base=str(self.card.model))
             if is_adapter(source, revision):
                 return self._with_adapter(source, options)
             model, missing = self._classifier(source, options)
