@@ -7,6 +7,8 @@ from tiny import tiny_llama
 
 from rsoups.training.policy import adapter_in_base, fuse_lora
 
+# PEFT warns of biases that cannot be merged, and of heads that are tied.
+pytestmark = pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed", "ignore:Model has .tie_word_embeddings")
 KINDS = {
     "plain": {},
     "rslora": {"use_rslora": True},

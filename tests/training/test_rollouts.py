@@ -1,9 +1,13 @@
 """Rollouts by our decoder: the tokens that transformers' `generate` draws, from the policy that is trained."""
 
+import json
+
 import pytest
 import torch
 from ppo_runs import WORDS, trainer
 from trl import GRPOTrainer
+
+from rsoups.training.rollouts import decoder_generates
 
 PROMPTS = [" ".join(WORDS[i : i + 1 + i % 4]) for i in range(16)]
 
@@ -27,6 +31,15 @@ def test_the_decoder_draws_the_tokens_that_generate_draws(tmp_path, part, monkey
     by_generate, by_decoder = (drawn(run, decodes, monkeypatch) for decodes in (False, True))
     lengths = set(map(len, by_generate))
     assert by_decoder == by_generate and len(set(map(tuple, by_generate))) > 8 and 6 in lengths and len(lengths) > 2
+
+
+@pytest.mark.parametrize("setting", ["suppress_tokens=[7]", "top_k=2", "min_new_tokens=3", "num_beams=2", "top_p=0.5"])
+def test_a_generation_config_that_the_decoder_does_not_follow(tmp_path, setting):
+    run = trainer(tmp_path)
+    assert decoder_generates(run)
+    name, value = setting.split("=")
+    setattr(run.generation_config, name, json.loads(value))
+    assert not decoder_generates(run)
 
 
 @pytest.mark.parametrize(
