@@ -75,7 +75,7 @@ def base_model(args):
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    dtype = torch.bfloat16 if args.bf16 and args.shape != "embedded" else torch.float32  # what is published, or float32
     folder = args.base or (ROOT / "rsoups/assets/tiny-llama" if args.shape == "embedded" else None)
     if folder:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trl import ModelConfig, get_quantization_config
 
 from rsoups.adapters.adapter import read_adapter
-from rsoups.bases.load import load_base
+from rsoups.bases.load import base_config, load_base
 from rsoups.bases.names import check_base
 from rsoups.common.assets import resolve
 
@@ -30,7 +30,8 @@ def load_policy(
     """Load the base, and the adapter to train on where there is one.
 
     Args:
-        model: Base, its revision, dtype and quantization, and a fresh LoRA's settings.
+        model: Base, its revision, dtype and quantization, and a fresh LoRA's settings. A dtype of None is that of a base which
+            is published in bfloat16 (no product then casts its weights anew), and float32 for any other one.
         adapter: Folder or Hub id of an adapter to train on.
         allow_base_mismatch: Accept an adapter that names another base.
         trust_remote_code: Run Python code that comes with the base.
@@ -41,11 +42,18 @@ def load_policy(
     Raises:
         AdapterError: The adapter cannot be read, or is of another base.
     """
-    base = load_base(
+    name, source = (
         str(model.model_name_or_path),
-        trust_remote_code=trust_remote_code,
-        revision=model.model_revision,
-        dtype=model.dtype,
+        {"trust_remote_code": trust_remote_code, "revision": model.model_revision},
+    )
+    dtype: Any = model.dtype
+    if dtype is None:
+        published = base_config(name, **source).get_text_config().dtype
+        dtype = published if published == torch.bfloat16 else torch.float32
+    base = load_base(
+        name,
+        **source,
+        dtype=dtype,
         attn_implementation=model.attn_implementation,
         quantization_config=get_quantization_config(model),
     )
