@@ -63,3 +63,24 @@ def test_rollouts_are_generated_in_the_precision_of_the_update(tmp_path, monkeyp
     layer.register_forward_hook(lambda module, args, output: kinds.append(output.dtype))
     run.train()
     assert set(kinds) == {torch.bfloat16}
+
+
+def test_bfloat16_changes_log_probabilities_and_gradients_by_its_rounding(tmp_path):
+    """bfloat16 has 8 bits: log-probabilities within .05 nats, the adapter's gradient in the same direction."""
+    found = []
+    for name, bf16 in (("whole", False), ("half", True)):
+        run = trainer(tmp_path / name, bf16=bf16)
+        torch.manual_seed(3)
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        prompts = [[4, 5, 6, 7, 8, 9], [4, 5, 6], [4, 5, 7, 7]]
+        batch = run._rollout_tensors(prompts, [[9, 2], [5, 6, 7, 8], [8]])
+        logps, values = run._actor_critic(run.model, batch)
+        (logps.sum() + values.sum()).backward()
+        adapter = [p.grad.flatten() for name, p in run.model.named_parameters() if "lora_" in name]
+        found.append((logps.detach(), torch.cat(adapter)))
+    (logps, gradient), (half_logps, half_gradient) = found
+    assert half_logps.dtype == half_gradient.dtype == torch.float32
+    assert 0 < (logps - half_logps).abs().max() < 0.05
+    assert torch.cosine_similarity(gradient, half_gradient, dim=0) > 0.999
