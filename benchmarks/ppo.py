@@ -100,6 +100,7 @@ def tokenizer_and_prompts(args, count):
     tokenizer = AutoTokenizer.from_pretrained(args.base or ROOT / "rsoups/assets/tiny-llama", padding_side="left")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:  # TRL masks every token that equals the padding
         tokenizer.pad_token = "<|endoftext|>"
+    # TRL 1.12's environment has no rsoups, so its reader of JSON lines is not used.
     lines = (ROOT / "rsoups/assets/concepts/train.jsonl").read_text().splitlines()
     words = [", ".join(json.loads(line)["concepts"]) for line in lines[:count]]
     if tokenizer.chat_template:  # about 60 tokens, of which the template's and the instruction's are in all prompts

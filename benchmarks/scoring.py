@@ -34,6 +34,7 @@ from transformers import (
 )
 
 import rsoups
+from rsoups.common.files import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 RESPONSES = 64
@@ -57,8 +58,8 @@ def deberta_v3_large(folder, layers):
 
 def samples(mix, seed):
     """Questions and responses made of the embedded prompts' words."""
-    lines = (ROOT / "rsoups/assets/concepts/train.jsonl").read_text("utf-8").splitlines()
-    words = [word for line in lines for word in json.loads(line)["concepts"]]
+    rows = read_jsonl(ROOT / "rsoups/assets/concepts/train.jsonl")
+    words = [word for row in rows for word in row["concepts"]]
     draw = random.Random(seed)
     text = lambda least, most: " ".join(draw.choices(words, k=draw.randint(least, most)))  # noqa: E731
     if mix == "long":

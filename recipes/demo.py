@@ -24,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="rsoups demo",
         description=__doc__.splitlines()[0],
+        epilog="Example: rsoups demo --out demo --seed 1",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything that the demo makes")

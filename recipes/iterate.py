@@ -22,6 +22,7 @@ interrupted one.
 import argparse
 import json
 import os
+import sys
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from rsoups.generation.decoding import encode
 from rsoups.generation.respond import respond
 from rsoups.reports.plots import add_legend, bars, new_figure, style
 from rsoups.rewards.interface import check_columns, columns_read, rewards_by_name
-from rsoups.training.configs import config_path, with_config_path
+from rsoups.training.configs import config_path, given_flags, spelled_out
 from rsoups.training.launch import QUIET, Run, train_all
 from rsoups.training.policy import load_policy, reset_adapter
 from rsoups.training.run_arguments import DEFAULT_CONFIG, parse
@@ -66,12 +67,12 @@ def parse_flags() -> tuple[argparse.Namespace, list[str]]:
     add("--scales", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0], help="η of the fronts")
     add("--prompts", type=int, default=200, help="held-out prompts of the fronts")
     add("--output_dir", type=Path, default=Path("runs/iterate"), help="output folder")
-    args, flags = parser.parse_known_args()
+    args, flags = parser.parse_known_args(spelled_out(sys.argv[1:]))
     if not 0 < args.eta <= 1:
         parser.error(f"--eta is {args.eta}, must be in (0, 1]")
-    if not {"--config", "--model_name_or_path"} & {flag.split("=")[0] for flag in flags}:
+    if not {"config", "model_name_or_path"} & given_flags(flags).keys():
         flags = ["--config", str(config_path(DEFAULT_CONFIG)), *flags]
-    return args, with_config_path(flags)
+    return args, flags
 
 
 def main() -> None:

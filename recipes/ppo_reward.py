@@ -34,7 +34,8 @@ from rsoups import PPOTrainer, load_reward
 from rsoups.adapters.filenames import MANIFEST_FILE
 from rsoups.bases.load import base_config, load_tokenizer
 from rsoups.common.assets import need
-from rsoups.common.errors import OutputError, SettingsError, in_one_line
+from rsoups.common.errors import OutputError, in_one_line
+from rsoups.common.files import writing
 from rsoups.generation.decoding import encode
 from rsoups.generation.settings import sample_purely
 from rsoups.hub.push import push
@@ -47,7 +48,7 @@ from rsoups.training.run_arguments import ALGORITHMS, RunArguments, parse
 from rsoups.training.run_data import RunData, run_data
 from rsoups.training.run_lineage import convert_pickles, write_run_manifest
 from rsoups.training.run_plan import GB, run_plan, settle_checkpointing
-from rsoups.training.trl_rewards import reward_function
+from rsoups.training.trl_rewards import check_weights, reward_function
 
 
 def main(run: RunArguments, training: GRPOConfig | RLOOConfig, model: ModelConfig) -> None:
@@ -63,8 +64,9 @@ def main(run: RunArguments, training: GRPOConfig | RLOOConfig, model: ModelConfi
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or run.resume or None)
     if trainer.state.global_step < trainer.state.max_steps:
         sys.exit(130)  # Ctrl-C: there is a checkpoint, and no adapter yet
-    trainer.save_model()
-    trainer.save_state()  # the log of the run beside the adapter
+    with writing(training.output_dir):
+        trainer.save_model()
+        trainer.save_state()  # the log of the run beside the adapter
     if training.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / GB
         trainer.accelerator.print(f"memory   {peak:.1f} GB at most were allocated on this GPU")
@@ -106,8 +108,7 @@ def prepare(
     """Load rewards, prompts and policy: what is cheap and may fail comes first."""
     if model.load_in_8bit or model.load_in_4bit:
         need("bitsandbytes", "quantized")
-    if training.reward_weights is not None and not any(training.reward_weights):
-        raise SettingsError(f"reward_weights are {training.reward_weights}: at least one must not be 0")
+    check_weights(training.reward_weights, len(run.reward))
     if run.convert_pickles:
         with training.main_process_first(desc="conversion"):
             convert_pickles(run, model)
@@ -197,4 +198,4 @@ def summary(trainer: GRPOTrainer) -> dict[str, Any]:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with in_one_line():
-        main(*parse(description=__doc__.splitlines()[0]))
+        main(*parse(doc=__doc__))

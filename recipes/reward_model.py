@@ -15,7 +15,6 @@ runs/reward ...`.
 
 import json
 import os
-import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +23,16 @@ from typing import Any
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, set_seed
-from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
+from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config
 
 from rsoups.bases.load import dtype_of, load_tokenizer
 from rsoups.common.assets import resolve
 from rsoups.common.errors import in_one_line
-from rsoups.common.files import read_jsonl
+from rsoups.common.files import read_jsonl, writing
 from rsoups.data.prompts import pair_of
 from rsoups.rewards.inputs import encode_pairs
 from rsoups.training.callbacks import launcher_callbacks
-from rsoups.training.configs import with_config_path
+from rsoups.training.flags import FlagParser
 from rsoups.training.policy import name_base
 
 
@@ -102,8 +101,9 @@ def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) ->
         # PEFT looks for the base's config under this name, to see whether the vocabulary grew. It did not.
         warnings.filterwarnings("ignore", message="Could not find a config file in")
         name_base(trainer.model, model)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model()
+    with writing(str(training.output_dir)):
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        trainer.save_model()
     if held_out is not None:
         metrics = trainer.evaluate()
         if trainer.accelerator.is_main_process:
@@ -115,6 +115,5 @@ def main(script: ScriptArguments, training: RewardConfig, model: ModelConfig) ->
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with in_one_line():
-        classes: Any = (ScriptArguments, RewardConfig, ModelConfig)  # the parser takes classes, whatever its hints say
-        parser = TrlParser(classes, description=__doc__.splitlines()[0])
-        main(*parser.parse_args_and_config(with_config_path(sys.argv[1:])))
+        example = "--base user/base --dataset pairs.jsonl --eval-dataset held-out.jsonl --out runs/reward"
+        main(*FlagParser((ScriptArguments, RewardConfig, ModelConfig), __doc__, example).read())

@@ -11,24 +11,23 @@ as they are at generation, so that no token ever spans the two.
 """
 
 import os
-import sys
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from datasets import Dataset
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from rsoups.adapters.lineage import fingerprint, settings_of, write_manifest
 from rsoups.bases.load import load_base, load_tokenizer
 from rsoups.common.errors import in_one_line
-from rsoups.common.files import hub_commit
+from rsoups.common.files import hub_commit, writing
 from rsoups.data.datasets import is_table, load_rows
 from rsoups.data.tasks import TASKS
 from rsoups.data.training_data import prompt_marks
 from rsoups.training.callbacks import launcher_callbacks
-from rsoups.training.configs import with_config_path
+from rsoups.training.flags import FlagParser
 from rsoups.training.policy import name_base
 
 
@@ -116,8 +115,9 @@ def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> No
     )
     if model.use_peft:
         name_base(trainer.model, model)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model()
+    with writing(str(training.output_dir)):
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        trainer.save_model()
     if trainer.accelerator.is_main_process:
         assert training.output_dir is not None  # TrainingArguments has set its default
         write_manifest(
@@ -138,6 +138,5 @@ def main(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> No
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with in_one_line():
-        classes: Any = (ScriptArguments, SFTConfig, ModelConfig)  # the parser takes classes, whatever its hints say
-        parser = TrlParser(classes, description=__doc__.splitlines()[0])
-        main(*parser.parse_args_and_config(with_config_path(sys.argv[1:])))
+        example = "--base user/base --task news --use-peft --out runs/sft"
+        main(*FlagParser((ScriptArguments, SFTConfig, ModelConfig), __doc__, example).read())

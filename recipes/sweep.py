@@ -15,10 +15,8 @@ batches, all models share the same random numbers, and every figure has an inter
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from trl import TrlParser
 
 from rsoups import load_reward, simplex, sweep, write_report
 from rsoups.common.assets import named_sources
@@ -30,6 +28,7 @@ from rsoups.data.prompts import template_kwargs
 from rsoups.data.tasks import columns_of
 from rsoups.fronts.grids import edges
 from rsoups.rewards.interface import check_columns, columns_read, rewards_by_name
+from rsoups.training.flags import FlagParser
 
 
 @dataclass
@@ -54,7 +53,7 @@ class ScriptArguments(PromptArguments):
     split: str = field(
         default="test",
         metadata={
-            "help": "Split of the prompts. Of a single file, test is the last tenth, which ppo_reward.py holds out; "
+            "help": "Split of the prompts. Of a single file, test is the last tenth, which rsoups train holds out; "
             "all is every row.",
             "choices": ["test", "train", "all"],
         },
@@ -148,6 +147,5 @@ def main(script: ScriptArguments) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with in_one_line():
-        classes: Any = (ScriptArguments,)  # the parser takes classes, whatever its hints say
-        parser = TrlParser(classes, description=__doc__.splitlines()[0])
-        main(*parser.parse_args_and_config())
+        example = "--adapters helpful=runs/helpful harmless=runs/harmless --reward helpful harmless --out runs/sweep"
+        main(*FlagParser((ScriptArguments,), __doc__, example).read())

@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 from prepare import tidy_sentence
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewards import covered, prompt, samples
 from rsoups import load_reward
-from rsoups.common.assets import resolve
+from rsoups.bases.load import load_base, load_tokenizer
 from rsoups.common.files import read_jsonl
 from rsoups.data.datasets import load_rows
 from rsoups.data.prompts import first_sentence
 from rsoups.data.tasks import TASKS
+from rsoups.generation.respond import respond
 
 
 @torch.inference_mode()
@@ -57,17 +57,6 @@ def perplexity(model: Any, tokenizer: Any, rows: list[dict], batch: int = 128) -
     return math.exp(total / tokens)
 
 
-@torch.inference_mode()
-def greedy(model: Any, tokenizer: Any, prompts: list[str], batch: int = 256) -> list[str]:
-    out = []
-    for start in range(0, len(prompts), batch):
-        inputs = tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True)
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=32)
-        texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        out += [first_sentence(text) for text in texts]
-    return out
-
-
 def against_references(responses: list[str], references: list[list[str]]) -> dict[str, float]:
     """Corpus BLEU-4 (sacrebleu), ROUGE-L F1 (best reference, rouge-score) and CIDEr (pycocoevalcap), all on lower case."""
     import sacrebleu
@@ -91,12 +80,11 @@ def against_references(responses: list[str], references: list[list[str]]) -> dic
 
 
 def policy_figures(data: Path, name: str) -> dict:
-    folder = resolve(name)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, model = load_tokenizer(name), load_base(name, device="cpu").eval()
     rows = read_jsonl(data / "dev.jsonl.gz")
     prompts = [prompt(row["concepts"]) for row in rows]
-    written = greedy(model, tokenizer, prompts)
+    ids = respond(model, tokenizer, prompts, temperature=0, max_new_tokens=32)
+    written = [first_sentence(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
     torch.manual_seed(0)
     drawn = samples(name, prompts)
     shown = random.Random(0).sample(range(len(rows)), k=20)

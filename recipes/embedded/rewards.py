@@ -29,8 +29,6 @@ from nltk.stem.snowball import SnowballStemmer
 from prepare import STOP_WORDS, content_words, tidy_sentence, write_jsonl
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     ElectraConfig,
@@ -40,7 +38,7 @@ from transformers import (
     set_seed,
 )
 
-from rsoups.common.assets import resolve
+from rsoups.bases.load import load_base, load_tokenizer
 from rsoups.common.files import read_jsonl
 from rsoups.data.prompts import first_sentence
 from rsoups.data.tasks import TASKS
@@ -223,10 +221,12 @@ def sampled_coverage_pairs(rows: list[dict], rng: random.Random, policy: str, li
 
 @torch.inference_mode()
 def samples(policy: str, prompts: list[str], temperature: float = 0.7, batch: int = 256) -> list[str]:
-    """One sample for each prompt, cut as rewards see it; the demo's temperature unless told."""
-    folder = resolve(policy)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """One sample for each prompt, cut as rewards see it; at the demo's temperature by default.
+
+    This is a loop of its own, not `rsoups.generation.respond`, which draws its random numbers in another order: the shipped
+    rewards were trained and calibrated on the samples that this loop draws, and a rebuild must draw them again.
+    """
+    tokenizer, model = load_tokenizer(policy, padding_side="left"), load_base(policy, device="cpu").eval()
     out = []
     for start in range(0, len(prompts), batch):
         inputs = tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True)

@@ -161,10 +161,10 @@ def without_numbers(path: str) -> str:
     return re.sub(r"\d+", "#", path)
 
 
-def recorded_base(config: LoraConfig) -> PreTrainedModel | None:
-    """A skeleton of the base that an adapter names; None if the base is not known here, or its layers never had other names."""
+def recorded_base(config: LoraConfig, only_renamed: bool = True) -> PreTrainedModel | None:
+    """A skeleton of the base that an adapter names; None if the base is not known here; `only_renamed` as of `skeleton`."""
     name, base = _recorded(config)
-    return skeleton(name, base, only_renamed=True)
+    return skeleton(name, base, only_renamed)
 
 
 def tells_class(config: LoraConfig) -> bool:

@@ -19,7 +19,7 @@ from rsoups.common.errors import AdapterError
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<kind>weight|bias))?")
 # PEFT tells the parameters of one module apart by how their wrappers are nested: the first one defined is innermost.
-_DEFINED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+_DEFINED = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read_modules(
         old_paths: Paths that the config may use for modules that were renamed.
 
     Returns:
-        The modules by their path in the base.
+        The modules by their path in the base; parameters of other names than "weight" by their own names.
 
     Raises:
         AdapterError: A factor is missing, or the config does not target a module, or has other ranks.
@@ -88,7 +88,14 @@ def read_modules(
             settings = _settings_of(
                 source, config, path, wrappers, layout[factors["A"]].shape, (old_paths or {}).get(path, path)
             )
-            modules[path] = _module(source, config, layout, path, factors, settings)
+            parameter = settings.parameter
+            name = f"{unwrapped(path)}.{parameter}".removesuffix(".weight") if parameter else path
+            if name in modules:
+                raise AdapterError(
+                    f"{source}: {unwrapped(path)} has factors for {wrappers} parameters, and {CONFIG_FILE} targets "
+                    f"{parameter} alone of it"
+                )
+            modules[name] = _module(source, config, layout, path, factors, settings)
     except re.error as error:
         raise AdapterError(f"{source}: a pattern in {CONFIG_FILE} is no regular expression: {error}") from None
     _check_experts(source, modules)
@@ -106,7 +113,7 @@ class _Settings(NamedTuple):
 def _settings_of(
     source: str, config: LoraConfig, path: str, wrappers: int, shape: Sequence[int], old_path: str
 ) -> _Settings:
-    """Rank, alpha and parameter of a module of some wrappers, found as PEFT finds them.
+    """Rank, alpha and parameter of a module in `wrappers` nested wrappers, found as PEFT finds them.
 
     Raises:
         AdapterError: The config does not target it, or the file does not tell which parameter it is.
@@ -146,7 +153,8 @@ def _parameters(config: LoraConfig, path: str, wrappers: int) -> list[str]:
         return []
     targets = [target.rpartition(".") for target in sorted(config.target_parameters)]
     fitting = [(place, name) for place, _, name in targets if f".{module}".endswith(f".{place}" if place else "")]
-    # A bare name fits every path. Those that PEFT writes for experts are of no other module which has a name of its own.
+    # A target without a path fits every module. But PEFT's names for parameters of experts do not mean a module that another
+    # target names with its path.
     if not module.endswith("experts") and any(place for place, _ in fitting):
         fitting = [(place, name) for place, name in fitting if place or name not in _DEFINED]
     names = list(dict.fromkeys(name for _, name in fitting))
@@ -167,6 +175,39 @@ def unwrapped(path: str) -> str:
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     return path
+
+
+def holder_of(name: str, module: LoraModule) -> str:
+    """Path of the module whose weight, or parameter, is adapted.
+
+    Args:
+        name: Name of the module, as `read_modules` gives it.
+        module: The module.
+    """
+    return name.removesuffix(f".{module.parameter}") if module.parameter else unwrapped(name)
+
+
+def wrapper_paths(modules: Mapping[str, LoraModule]) -> dict[str, str]:
+    """Path of each module in an adapter that has all of them: wrappers of one module's parameters are nested.
+
+    Raises:
+        AdapterError: The file would not tell the parameters of a module apart.
+    """
+    by_holder: dict[str, dict[str, str]] = {}
+    for name, module in modules.items():
+        if module.parameter:
+            by_holder.setdefault(holder_of(name, module), {})[module.parameter] = name
+    paths = {name: name for name in modules}
+    for holder, names in by_holder.items():
+        if len(names) > 1 and (unknown := sorted(names.keys() - set(_DEFINED))):
+            raise AdapterError(
+                f"the adapters change {sorted(names)} of {holder}: PEFT nests them in the order in which the base defines "
+                f"them, and rsoups does not know it for {unknown[0]!r}, so that no one adapter can be written"
+            )
+        inner_first = sorted(names, key=_DEFINED.index) if len(names) > 1 else list(names)
+        for depth, parameter in enumerate(reversed(inner_first)):
+            paths[names[parameter]] = holder + depth * ".base_layer"
+    return paths
 
 
 def _module(
@@ -203,6 +244,9 @@ def _module(
 def _check_experts(source: str, modules: Mapping[str, LoraModule]) -> None:
     """Refuse parameters of one module with different numbers of experts: they were mistaken for one another."""
     counts: dict[str, int] = {}
-    for path, module in modules.items():
-        if module.parameter is not None and counts.setdefault(unwrapped(path), module.experts) != module.experts:
-            raise AdapterError(f"{source}: the parameters of {unwrapped(path)} do not have the ranks of {CONFIG_FILE}")
+    for name, module in modules.items():
+        holder = holder_of(name, module)
+        if (module.parameter or "").endswith("_bias"):  # a matrix, with one row for each expert
+            continue
+        if module.parameter is not None and counts.setdefault(holder, module.experts) != module.experts:
+            raise AdapterError(f"{source}: the parameters of {holder} do not have the ranks of {CONFIG_FILE}")

@@ -9,9 +9,9 @@ from itertools import combinations
 from typing import Any
 
 from rsoups.adapters.adapter import TOKENS, Adapter, holds_tokens, named_as, reading, trained_tokens
-from rsoups.adapters.layer_names import EXPERT, as_loaded, path_of, recorded_base, tells_class, written_name
+from rsoups.adapters.layer_names import EXPERT, PREFIX, as_loaded, path_of, recorded_base, tells_class, written_name
 from rsoups.adapters.lineage import pinned
-from rsoups.adapters.lora_modules import LoraModule, unwrapped
+from rsoups.adapters.lora_modules import LoraModule, holder_of
 from rsoups.bases.files import check_vocabularies
 from rsoups.bases.names import OVERRIDE, same_base
 from rsoups.common.errors import AdapterError
@@ -110,10 +110,18 @@ def _check_modules(one: Adapter, other: Adapter) -> None:
             )
     names, others = _parameters_of(one), _parameters_of(other)
     for path in names.keys() & others.keys():
-        if names[path] != others[path]:
+        unknown = "" in names[path] | others[path]
+        if unknown and (names[path] != others[path] or _targets(one) != _targets(other)):
             raise AdapterError(
-                f"target_parameters of {path} differ: {sorted(names[path])} ({one.source}) and {sorted(others[path])} "
-                f"({other.source}); PEFT tells the parameters of a module apart by their order, so no one adapter can hold both"
+                f"target_parameters differ: {_targets(one)} ({one.source}) and {_targets(other)} ({other.source}), and the "
+                f"files do not tell which parameter of {path} each of their tensors changes: write the full path of each "
+                f"parameter into target_parameters, for example {path}.down_proj"
+            )
+    for a, b in ((one, other), (other, one)):
+        if whole := sorted(p for p in _parameters_of(a) if p in b.modules and b.modules[p].parameter is None):
+            raise AdapterError(
+                f"{whole[0]} is among the target_modules of {b.source}, and {a.source} has its parameters among its "
+                "target_parameters: PEFT cannot hold both in one adapter; train both with one of them"
             )
     for path in one.modules.keys() & other.modules.keys():
         ours, theirs = one.modules[path], other.modules[path]
@@ -129,13 +137,16 @@ def _size(module: LoraModule) -> tuple[int, ...]:
 
 
 def _parameters_of(adapter: Adapter) -> dict[str, set[str]]:
-    """Names of the adapted parameters by module, for modules that are not targeted as a whole."""
+    """Names of the adapted parameters by module, for modules that are not targeted as a whole; "" if the name is not known."""
     parameters: dict[str, set[str]] = {}
     for path, module in adapter.modules.items():
         if module.parameter is not None:
-            names = {module.parameter} if module.parameter else set(adapter.config.target_parameters or ())
-            parameters.setdefault(unwrapped(path), set()).update(names)
+            parameters.setdefault(holder_of(path, module), set()).add(module.parameter)
     return parameters
+
+
+def _targets(adapter: Adapter) -> list[str]:
+    return sorted(adapter.config.target_parameters or ())
 
 
 def _check_one_naming(one: Adapter, other: Adapter) -> None:
@@ -181,10 +192,13 @@ def _check_whole(one: Adapter, other: Adapter, with_base: bool) -> None:
                 )
     for a, b in ((one, other), (other, one)):
         for key in set(a.full) - set(a.copies):
-            if path_of(key) in b.modules and key.endswith(".weight"):  # biases stay beside factors
+            path, tokens = path_of(key), key.endswith(TOKENS)
+            other_kind = "has factors" if path in b.modules else "has single trained tokens"
+            beside = path in b.modules or f"{PREFIX}{path}{TOKENS}" in b.layout and not tokens
+            if beside and (tokens or key.endswith(".weight")):  # biases stay beside factors
                 raise AdapterError(
-                    f"{path_of(key)} was trained as a whole in {a.source} and has factors in {b.source}: PEFT cannot hold both "
-                    "in one adapter"
+                    f"{path} was trained {'at single tokens' if tokens else 'as a whole'} in {a.source} and {other_kind} in "
+                    f"{b.source}: PEFT cannot hold both in one adapter"
                 )
     own = {key for adapter in (one, other) for key in adapter.copies if path_of(key) in adapter.modules}
     if not with_base and (difference := (set(one.full) ^ set(other.full)) - own):

@@ -8,6 +8,7 @@ from typing import Any
 
 from rsoups.common.assets import embedded_name, need, resolve
 from rsoups.common.errors import CheckpointError, HubError, RsoupsError
+from rsoups.common.files import hub_commit
 
 
 def base_config(name: str, **options: Any) -> Any:
@@ -55,24 +56,34 @@ def load_tokenizer(name: str, **options: Any) -> Any:
             ) from error
 
 
-def dtype_of(name: str, dtype: Any = "auto", device: str | None = None) -> Any:
+def dtype_of(name: str | None, dtype: Any = "auto", device: str | None = None, *, scores: bool = False) -> Any:
     """The type of weights that a model is loaded in: the one rule for all of rsoups.
 
-    A type other than ``auto`` is used as it is. ``auto`` is float32 for an embedded model, because its weights are stored in
-    float16 only to make the package small, and on the CPU, where half precision is slow and coarse. On a GPU it is the type of
-    the checkpoint.
+    A type other than ``auto`` is used as it is. ``auto`` is float32 in three cases, and otherwise the type of the checkpoint:
+
+    - A model that scores, on any device: in half precision its scores depend on the other rows of the batch.
+    - An embedded model: its weights are stored in float16 only to make the package small.
+    - Any model on the CPU, where half precision is slow and coarse.
 
     Args:
-        name: Folder, Hub id or ``rsoups/...`` of the model.
+        name: Folder, Hub id or ``rsoups/...`` of the model; None for one that is made from others.
         dtype: Torch's type or its name; ``auto`` or None to follow the rule.
         device: Device that the model will run on; by default the GPU if there is one.
+        scores: Whether the model is a reward.
+
+    Raises:
+        CheckpointError: Torch has no type of this name.
     """
     import torch
 
     if dtype not in ("auto", None):
-        return dtype
+        kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if isinstance(dtype, str) and not isinstance(kind, torch.dtype):
+            raise CheckpointError(f"dtype is {dtype!r}, must be auto, float32, bfloat16 or float16")
+        return kind
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.float32 if embedded_name(name) or torch.device(device).type == "cpu" else "auto"
+    in_float32 = scores or (name is not None and embedded_name(name)) or torch.device(device).type == "cpu"
+    return torch.float32 if in_float32 else "auto"
 
 
 def from_safetensors(load: Callable[..., Any], source: str, **options: Any) -> Any:
@@ -88,13 +99,20 @@ def from_safetensors(load: Callable[..., Any], source: str, **options: Any) -> A
     """
     from rsoups.common.pickles import converted
 
+    revision = options.get("revision")
     try:
-        return load(source, use_safetensors=True, **options)
+        loaded = load(source, use_safetensors=True, **options)
     except OSError:
         copy = converted(source, options.pop("revision", None))
         if copy is None:
             raise
         return load(str(copy), use_safetensors=True, **options)
+
+    # transformers 5.23 does not note the commit any more. Without it, files beside the weights (`BaseFiles`) would be those of
+    # the branch main, whichever revision was loaded. The config does not save this attribute.
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.config._commit_hash = hub_commit(source, revision)
+    return loaded
 
 
 @contextmanager

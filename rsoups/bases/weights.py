@@ -119,20 +119,19 @@ class BaseWeights:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise CheckpointError(f"cannot read the safetensors of {self.source!r}: {error}") from None
 
-    def like(self, names: Iterable[str], config: LoraConfig) -> Adapter:
-        """The base's values of an adapter's whole parameters, as an adapter.
+    def like(self, configs: Mapping[str, LoraConfig]) -> Adapter:
+        """The base's values of whole parameters of adapters, as an adapter.
 
         Args:
-            names: Names of the adapter's tensors.
-            config: Config of the adapter, with the tokens of single rows.
+            configs: Config of an adapter for each of its tensors; it tells the tokens of single rows.
         """
-        tensors = {name: self._own(name, config) for name in names}
+        tensors = {name: self._own(name, config) for name, config in configs.items()}
 
         def scan() -> Scan:
             return Scan("", max((largest(tensor) for tensor in tensors.values()), default=0.0), None)
 
         layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
-        return Adapter(self.source, config, layout, reading(tensors), READING.submit(scan))
+        return Adapter(self.source, LoraConfig(), layout, reading(tensors), READING.submit(scan))
 
     def _own(self, name: str, config: LoraConfig) -> Tensor:
         path = name.removeprefix(PREFIX)

@@ -25,7 +25,7 @@ def report(
     Args:
         records: File records.jsonl of a sweep, or points in a .csv.
         out: Folder of the report; beside the records if left out.
-        reference: Point that hypervolume is counted from, REWARD=VALUE for each reward; all rewards are maximized.
+        reference: Reference point of the hypervolume, REWARD=VALUE for each reward; all rewards are maximized.
         other: Further fronts to compare, FILE or NAME=FILE: records.jsonl, or points in a .csv.
     """
     from rsoups.common.files import read_jsonl
@@ -65,9 +65,9 @@ def select(
         preference: Weights of the rewards, REWARD=WEIGHT for each: the largest weighted sum is chosen.
         maximize: Reward to maximize, within the limits of --subject-to.
         subject_to: Limits of other rewards, each in quotes: 'REWARD >= 0.2'.
-        knee: Choose where the front bends.
-        votes: File votes.jsonl: what people chose between generations.
-        above_base: Choose above the base in every reward; with --preference, the best of those by it.
+        knee: Choose the knee, where the front bends most.
+        votes: File votes.jsonl with people's choices between pairs of responses.
+        above_base: Choose among soups above the base in every reward; with --preference, the best of them by it.
     """
     front = _front(records)
     choice = front.select(

@@ -6,24 +6,22 @@ The commands are thin: each calls one function of the library, and imports it on
 from __future__ import annotations
 
 import logging
-import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from rsoups import __version__
 from rsoups.cli import fronts, models, rewards, soups
 from rsoups.common.assets import shipped
-from rsoups.common.errors import RsoupsError
+from rsoups.common.errors import RsoupsError, one_line
 
 # Commands that are scripts of recipes/, with flags of their own.
 RECIPES = {
-    "train": ("ppo_reward", "Train one adapter on a reward: PPO, GRPO or RLOO."),
     "sft": ("sft", "Fine-tune a base on a task's references, the common start of all runs."),
     "reward-model": ("reward_model", "Train a reward model on preference pairs."),
+    "train": ("ppo_reward", "Train one adapter on a reward: PPO, GRPO or RLOO."),
     "sweep": ("sweep", "Generate and score at every λ, then draw the front and write the report."),
     "demo": ("demo", "Run the whole recipe on the embedded models: offline, in minutes."),
 }
@@ -31,7 +29,7 @@ RECIPES = {
 COMMANDS: dict[str, list[Callable[..., None]]] = {
     "Soups": [soups.interpolate, soups.inspect, soups.merge, soups.convert],
     "Fronts": [fronts.report, fronts.select, fronts.explore],
-    "Rewards and data": [rewards.rewards, rewards.score, rewards.probe, rewards.tasks, rewards.preview],
+    "Rewards and data": [rewards.tasks, rewards.preview, rewards.rewards, rewards.score, rewards.probe],
     "Versions and the Hub": [
         models.push,
         models.pull,
@@ -62,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         return _refuse(f"{error}. See: rsoups {' '.join(error.command_chain or ())} --help".replace("  ", " "))
     except RsoupsError as error:
-        return _refuse(_in_flags(str(error)))
+        return _refuse(error)
     return 0
 
 
@@ -74,14 +72,16 @@ def _app() -> App:
         help_format="markdown",
         default_parameter=Parameter(consume_multiple=True, negative=()),
     )
-    # The groups are shown in this order, which is that of the work.
+    # Groups and commands are shown in this order, which is that of the work.
     recipes = Group("Recipes (each has flags of its own)", sort_key=0)
-    for name, (_, text) in RECIPES.items():
-        app.command(App(name=name, help=text, group=recipes))  # listed for --help; `main` runs them
+    for place, (name, (_, text)) in enumerate(RECIPES.items()):
+        app.command(App(name=name, help=text, group=recipes, sort_key=place))  # listed for --help; `main` runs them
     for number, (title, functions) in enumerate(COMMANDS.items(), 1):
         group = Group(title, sort_key=number)
-        for function in functions:
-            app.command(function, group=group)
+        for place, function in enumerate(functions):
+            # Of an optional argument, cyclopts says only [ARGS].
+            usage = "Usage: rsoups explore [OPTIONS] [FOLDER]" if function is fronts.explore else None
+            app.command(function, group=group, sort_key=place, usage=usage)
     return app
 
 
@@ -97,7 +97,7 @@ def _run_recipe(name: str, arguments: list[str]) -> int:
     script = str(shipped("recipes") / f"{RECIPES[name][0]}.py")
     sys.argv = [script, *arguments]
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(script, {"COMMAND": f"rsoups {name}"}, run_name="__main__")  # for the recipe's help
     except SystemExit as end:  # the recipe has printed why it refuses
         if end.code != 2:
             raise
@@ -105,15 +105,6 @@ def _run_recipe(name: str, arguments: list[str]) -> int:
     return 0
 
 
-def _in_flags(message: str) -> str:
-    """An error in the words of the command line: ``--normalize`` for ``normalize=True``."""
-
-    def flag(match: re.Match[str]) -> str:
-        return f"--{match[1].replace('_', '-')}"
-
-    return re.sub(r"(?<![\w.-])([a-z][a-z_]+)=(?:True|(?=[\s),.;:]|$))", flag, message)
-
-
-def _refuse(message: Any) -> int:
-    print(f"rsoups: {' '.join(str(message).split())}", file=sys.stderr)  # other libraries' reasons have several lines
+def _refuse(message: object) -> int:
+    print(one_line(message), file=sys.stderr)
     return 2

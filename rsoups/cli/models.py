@@ -33,7 +33,7 @@ def push(
         front: File records.jsonl of the sweep that the soup was chosen from.
         require: Test suite (YAML) that the soup must pass first.
         license: License by the Hub's name; the strictest of base and ingredients if left out.
-        base: Name of the base on the Hub, in place of a folder of this disk.
+        base: Name of the base on the Hub, where the soup names a folder on this disk.
         private: Make a new repository private.
         commit_message: Message of the commit; λ if left out.
         create_pr: Open a pull request instead of committing.
@@ -74,7 +74,7 @@ def pull(source: str, *, out: Path | None = None) -> None:
 
 
 def log(source: str) -> None:
-    """Show where a soup or an adapter comes from: the tree down to the base.
+    """Show how a soup or an adapter was made: the tree of its ancestors down to the base.
 
     Example: `rsoups log soup`
 
@@ -106,13 +106,13 @@ def diff(one: str, other: str) -> None:
 
 
 def verify(soup: str, *, ingredient: list[str] | None = None, base: str | None = None) -> None:
-    """Make a soup again from its ingredients, and compare.
+    """Make a soup again from its ingredients, and compare the two bit by bit.
 
     Example: `rsoups verify soup --ingredient helpful=runs/helpful`
 
     Args:
         soup: Folder or Hub id.
-        ingredient: Ingredients that are not where they were, NAME=FOLDER each.
+        ingredient: Ingredients that have moved, NAME=FOLDER for each.
         base: Folder or Hub id of the base, for a soup that was made with it.
     """
     from rsoups.versions.rebuild import verify as verification
@@ -161,7 +161,7 @@ def revert(soup: str, name: str, *, out: Path, ingredient: list[str] | None = No
         soup: Folder or Hub id.
         name: Name of the ingredient.
         out: Folder of the new soup.
-        ingredient: Ingredients that are not where they were, NAME=FOLDER each.
+        ingredient: Ingredients that have moved, NAME=FOLDER for each.
         base: Folder or Hub id of the base, for a soup that was made with it.
     """
     from rsoups.soups.soup import Soup
@@ -180,7 +180,7 @@ def test(
     allow_base_mismatch: bool = False,
     allow_trained_prompts: bool = False,
 ) -> None:
-    """Test rewards on prompt sets against limits and a parent; the exit code is 2 if a check fails.
+    """Run a test suite: a soup's rewards against limits and a parent. The exit code is 2 if a check fails.
 
     Example: `rsoups test soup --suite suite.yaml --against user/soup@v1`
 
@@ -189,7 +189,7 @@ def test(
         suite: Test suite (YAML): see docs/HUB.md.
         against: Folder or Hub id of a parent, instead of the suite's.
         allow_base_mismatch: Accept a base of another name than the adapters'.
-        allow_trained_prompts: Go on where an ingredient was trained on some of the prompts.
+        allow_trained_prompts: Accept prompts that an ingredient was trained on.
     """
     flags = {"allow_base_mismatch": allow_base_mismatch, "allow_trained_prompts": allow_trained_prompts}
     _run_suite(suite, soup, against, {name: True for name, given in flags.items() if given})

@@ -44,7 +44,7 @@ def score(
         prompt: Prompt of a policy, or a bare question.
         response: Response to score.
         reference: Texts that a statistical reward compares the response with.
-        column: Further columns of the row that the reward reads, NAME=VALUE; VALUE as in a line of JSON, or a text.
+        column: Further columns of the row that the reward reads, NAME=VALUE; VALUE is JSON or a text.
         device: Device of the reward model.
         trust_remote_code: Run Python code that comes with the model.
     """
@@ -90,7 +90,7 @@ def probe(
     trust_remote_code: bool = False,
     out: Path | None = None,
 ) -> None:
-    """Show what rewards make of length, nothing, noise, templates and wrong questions.
+    """Show how rewards score length, empty responses, noise, templates and wrong questions.
 
     Example: `rsoups probe naturalness coverage --records runs/sweep/records.jsonl`
 
@@ -99,12 +99,12 @@ def probe(
         task: Task of the prompts; custom for a dataset's own.
         dataset: File, folder or Hub id; the task's own if left out.
         template: Template of a custom task's prompts.
-        split: Split of the dataset; if left out, all rows of one file, and test of other datasets.
+        split: Split of the dataset; if left out, all rows of a file, and the split test of other datasets.
         model: Model that responds where the data holds no references.
         chat_template_kwargs: Variables of the chat template as a JSON object, as in training.
-        records: File records.jsonl of a sweep, whose responses are taken instead.
+        records: File records.jsonl of a sweep, to score its responses instead.
         rows: Number of responses to look at.
-        seed: Seed of what is drawn.
+        seed: Random seed.
         device: Device of the reward models.
         trust_remote_code: Run Python code that comes with a model.
         out: JSON file for the figures.
@@ -180,7 +180,7 @@ def preview(
         task: Task of the prompts; custom for a dataset's own.
         dataset: File, folder or Hub id; the task's own if left out.
         template: Template of a custom task's prompts.
-        split: Split of the dataset; all for one file.
+        split: Split of the dataset. Of a file, test is the last tenth of the prompts, and all is every row.
         reward: Reward, as in `rsoups score`.
         tokenizer: Tokenizer that counts tokens.
         chat_template_kwargs: Variables of the chat template as a JSON object, as in training.

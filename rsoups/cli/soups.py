@@ -28,11 +28,11 @@ def interpolate(
         adapters: Folders or Hub ids (id@revision), each as SOURCE or NAME=SOURCE.
         out: Folder of the soup.
         lambdas: One weight for each adapter; uniform if left out.
-        method: Method: exact interpolates the change of weights, factors A and B apart, svd is exact and then cut to a rank.
-        rank: Rank of an svd soup; below 1, the largest relative error, which decides the rank.
+        method: exact interpolates the changes of weights; factors interpolates A and B apart; svd is exact, cut to a rank.
+        rank: Rank of an svd soup; a number below 1 is the largest relative error, which decides the rank.
         normalize: Divide the weights by their sum.
         extrapolate: Allow weights outside [0, 1], and any sum.
-        base: Folder or Hub id of the base, for what only it can tell: parameters that some adapters lack, old layer names.
+        base: Folder or Hub id of the base. Needed where only some adapters trained a parameter, or where layer names are old.
         allow_base_mismatch: Accept a base of another name than the adapters'; recorded in soup.json.
     """
     from rsoups.soups.interpolation import interpolate as interpolated
@@ -54,14 +54,14 @@ def interpolate(
 def inspect(
     adapters: list[str], *, records: Path | None = None, base: str | None = None, allow_base_mismatch: bool = False
 ) -> None:
-    """Show what adapters are, how far apart, and whether they can be interpolated.
+    """Show ranks, norms and distances of adapters, and whether they can be interpolated.
 
     Example: `rsoups inspect runs/helpful runs/harmless`
 
     Args:
         adapters: Folders or Hub ids (id@revision), each as SOURCE or NAME=SOURCE.
         records: File records.jsonl of a sweep over them; the soups are then searched for barriers.
-        base: Folder or Hub id of the base, for what only it can tell.
+        base: Folder or Hub id of the base. Needed where only some adapters trained a parameter.
         allow_base_mismatch: Accept a base of another name than the adapters'.
     """
     from rsoups.adapters.adapter import read_adapter

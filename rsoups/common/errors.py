@@ -19,10 +19,14 @@ RsoupsError
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+
+# Settings of TRL's, and the names that all commands have for them.
+SHORT_NAMES = {"model_name_or_path": "base", "output_dir": "out"}
 
 
 @contextmanager
@@ -31,8 +35,28 @@ def in_one_line() -> Iterator[None]:
     try:
         yield
     except RsoupsError as error:
-        print(f"rsoups: {error}", file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         sys.exit(2)
+
+
+def shown_flag(name: str) -> str:
+    """The flag of a setting, as the help spells it: ``--max-steps`` for ``max_steps``."""
+    return f"--{SHORT_NAMES.get(name, name).replace('_', '-')}"
+
+
+def one_line(error: object) -> str:
+    """An error as a command shows it: on one line, with flags as the help spells them.
+
+    ``normalize=True`` becomes ``--normalize``, ``--output_dir`` ``--out``, and ``--max_steps`` ``--max-steps``.
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        return shown_flag(match[1])
+
+    words = " ".join(str(error).split())  # other libraries' reasons have several lines
+    words = re.sub(r"(?<==True) \(on the command line --[\w-]+\)", "", words)  # for those who read it in Python
+    words = re.sub(r"(?<![\w.-])([a-z][a-z_]+)=(?:True|(?=[\s),.;:]|$))", flag, words)
+    return "rsoups: " + re.sub(r"(?<![\w-])--([a-z][a-z0-9_]+)", flag, words)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

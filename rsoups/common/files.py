@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from rsoups.common.errors import DatasetError, HubError, OutputError, RsoupsError
 
@@ -44,15 +45,44 @@ def whole_folder(target: str | Path, marker: str) -> Iterator[Path]:
     check_replaceable(target, marker)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            sync(path)
-        _replace(partial, target)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+        with writing(target):
+            partial.mkdir(parents=True)
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+            _replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def writing(target: str | Path, remark: str = "") -> Iterator[None]:
+    """A context that turns an error of the disk, for example a full one, into one line.
+
+    Args:
+        target: File or folder that is being written.
+        remark: Text that follows the reason.
+
+    Raises:
+        OutputError: The disk refuses, whichever library was writing.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _disk_error(error)
+        if reason is None:
+            raise
+        raise OutputError(f"cannot write {target}: {reason}{remark}") from error
+
+
+def _disk_error(error: Exception) -> str | None:
+    """What the disk says, in an error of Python, safetensors or torch.save; None if it is another error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    _, of_disk, reason = str(error).partition("I/O error: ")
+    if of_disk:
+        return reason
+    return "the file could not be written whole; is the disk full?" if "inline_container.cc" in str(error) else None
 
 
 def check_replaceable(target: Path, marker: str) -> None:

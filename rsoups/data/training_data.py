@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def prompt_marks(prompts: Iterable[Any]) -> dict[str, Any]:
-    """Return marks of prompts for a manifest, ``{"one_in", "base64"}``: of very many prompts one in `one_in`."""
+    """Return marks of prompts for a manifest, ``{"one_in", "base64"}``.
+
+    Of more than 50,000 different prompts, only about one in `one_in` has a mark, chosen by its hash.
+    """
     marks = sorted({_mark(prompt) for prompt in prompts})
     one_in = -(-len(marks) // _MOST) or 1
     sampled = [mark for mark in marks if int.from_bytes(mark, "big") % one_in == 0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,6 +88,11 @@ class Volume(Estimate):
         return f"{super().__str__()}{error} above the reference {reference} (every reward maximized)"
 
 
+def drawn_rows(n: int, seed: int, draws: int = RESAMPLES) -> NDArray[np.int64]:
+    """Rows of a bootstrap over n of them, shape (draws, n). Fewer draws are the first ones of more draws."""
+    return np.random.default_rng(seed).integers(0, n, size=(draws, n))
+
+
 def resampling(n: int, seed: int) -> NDArray[np.float64] | None:
     """Bootstrap over n prompts: the share of each prompt in each draw, shape (2000, n), float64; None below two prompts.
 
@@ -95,9 +100,20 @@ def resampling(n: int, seed: int) -> NDArray[np.float64] | None:
     """
     if n < 2:
         return None
-    draws = np.random.default_rng(seed).integers(0, n, size=(RESAMPLES, n))
     offsets = np.arange(RESAMPLES)[:, None] * n
-    return np.bincount((draws + offsets).ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n) / n
+    places = drawn_rows(n, seed) + offsets
+    return np.bincount(places.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n) / n
+
+
+def estimate_of(figure: Callable[[NDArray[np.int64]], float], draws: NDArray[np.int64]) -> Estimate | None:
+    """A figure of rows with its interval, for figures that are no means; None where all rows together have none.
+
+    Args:
+        figure: The figure of given rows, one index for each; NaN where they have none. Such draws are left out.
+        draws: Rows of each draw, shape (draws, n), of `drawn_rows`.
+    """
+    figures = [figure(rows) for rows in (np.arange(draws.shape[1]), *draws)]
+    return Estimate.of([value for value in figures if np.isfinite(value)]) if np.isfinite(figures[0]) else None
 
 
 def means_with_draws(values: NDArray[np.float64], shares: NDArray[np.float64] | None) -> NDArray[np.float64]:

@@ -162,8 +162,9 @@ class Decoder:
         """Read the tokens that all prompts begin with (an instruction, say) once for each model.
 
         Returns:
-            Their keys and values in each row, and their number. None and 0 where prompts share nothing or each row is another
-            model's, and for a cache that cannot be padded in the middle of a row (a sliding window, a recurrent state).
+            Keys and values of these tokens in each row, and the number of tokens. None and 0 if the prompts share no tokens, if
+            each row has a model of its own, or if the cache cannot be padded in the middle of a row (a sliding window, a
+            recurrent state).
         """
         of_rows = [model * members + i for model in models or [0] * len(prompts) for i in range(members)]
         first = {model: row for row, model in reversed([*enumerate(of_rows)])}
@@ -171,6 +172,8 @@ class Decoder:
         if len(first) == len(of_rows) or not shared:
             return None, 0
 
+        # The first row of each model reads the shared tokens, then every row gets its model's keys and values. `keep` sets λ
+        # of the rows that read, and after that of all rows.
         places = {model: place for place, model in enumerate(first)}
         to_rows = torch.tensor([places[model] for model in of_rows], device=self.model.device)
         ids = torch.tensor([prompts[0][:shared]], device=self.model.device).expand(len(first), -1)
@@ -334,7 +337,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping
         DatasetError: Messages that `messages_of` refuses, or a tokenizer without a chat template.
     """
     if isinstance(prompt, str):
-        return trimmed(tokenizer, prompt, list(tokenizer(prompt)["input_ids"]))
+        return trimmed(tokenizer, prompt, list(tokenizer(prompt, verbose=False)["input_ids"]))
 
     messages = messages_of(prompt)
     if not tokenizer.chat_template:

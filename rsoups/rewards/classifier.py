@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsoups.bases.load import from_safetensors, why_not
+from rsoups.bases.load import dtype_of, from_safetensors, why_not
 from rsoups.common.assets import resolve
 from rsoups.common.errors import RewardError, RsoupsError
 from rsoups.data.prompts import question_of
@@ -49,13 +49,11 @@ class Reward(LoadedReward):
     is_model = True
 
     def __init__(self, card: RewardCard, device: str = "cpu", trust_remote_code: bool = False):
-        import torch
-
         if card.average == "scores":
             raise RewardError(f"reward card {card.name!r} averages scores of several models: use load_reward")
         self.card, self.name = card, card.name
         self._model_name = card.model or card.models  # for errors
-        self._dtype = torch.float32 if card.dtype == "auto" else getattr(torch, card.dtype)
+        self._dtype = dtype_of(card.model, card.dtype, device, scores=True)
         if card.model is not None:
             model = self._load(resolve(card.model), trust_remote_code)
         else:

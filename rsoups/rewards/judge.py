@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from rsoups.bases.load import load_base, load_tokenizer
+from rsoups.bases.load import dtype_of, load_base, load_tokenizer
 from rsoups.common.errors import RewardError, RsoupsError
 from rsoups.data.prompts import question_of
 from rsoups.rewards.cards import Card, Dtype, Text, card_class, of_fields
@@ -180,7 +180,7 @@ class _Local:
         options: dict[str, Any] = {"revision": card.settings.revision, "trust_remote_code": trust_remote_code}
         try:
             self._tokenizer = load_tokenizer(model, **options)
-            loaded = load_base(model, dtype="float32" if dtype == "auto" else dtype, **options)  # as a classifier does
+            loaded = load_base(model, dtype=dtype_of(model, dtype, device, scores=True), **options)
         except RsoupsError as error:
             raise RewardError(f"reward {card.name!r}: {error}") from error
         self._model = loaded.eval().requires_grad_(False).to(device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rsoups.common.errors import DatasetError, RewardError
 from rsoups.data.prompts import question_of
-from rsoups.fronts.estimates import Estimate
+from rsoups.fronts.estimates import Estimate, drawn_rows, estimate_of
 from rsoups.generation.samples import LEAST, Sample
 from rsoups.rewards.functions import as_reward
 
@@ -29,7 +29,7 @@ _WORDS = {
     "template": "a question between Human: and Assistant:",
     "other question": "a response to another question",
 }
-_RESAMPLES = 1_000
+_RESAMPLES = 1_000  # half of a front's: each draw ranks the sample anew
 
 Values = NDArray[np.float64]
 
@@ -132,7 +132,7 @@ def probe(rewards: Mapping[str, Any], sample: Sample, *, seed: int = 0, progress
         raise RewardError("a probe needs at least one reward")
 
     changes = _changes(sample, seed)
-    draws = np.random.default_rng(seed).integers(0, count, size=(_RESAMPLES, count))
+    draws = drawn_rows(count, seed, _RESAMPLES)
     scores: dict[str, Values] = {}
     findings: dict[str, list[Finding]] = {}
     with tqdm(total=len(rewards) * (1 + len(changes)), disable=not progress, desc="probe", leave=False) as bar:
@@ -212,14 +212,8 @@ def _others(sample: Sample, seed: int) -> tuple[list[Any], list[str]] | None:
 # --- the findings ----------------------------------------------------------------------------------------------------
 
 
-def _estimate(figure: Callable[[NDArray[np.int64]], float], draws: NDArray[np.int64]) -> Estimate | None:
-    """Return a figure of the sample's rows with its bootstrap interval; None where it is not defined."""
-    figures = [figure(rows) for rows in (np.arange(draws.shape[1]), *draws)]
-    return Estimate.of([value for value in figures if np.isfinite(value)]) if np.isfinite(figures[0]) else None
-
-
 def _rho(first: Values, second: Values, draws: NDArray[np.int64]) -> Estimate | None:
-    return _estimate(lambda rows: spearman(first[rows], second[rows]), draws)
+    return estimate_of(lambda rows: spearman(first[rows], second[rows]), draws)
 
 
 def _by_sign(estimate: Estimate, above: str, below: str, neither: str) -> str:
@@ -241,7 +235,7 @@ def _length(scores: Values, responses: list[str], draws: NDArray[np.int64]) -> F
 
 def _change(check: str, before: Values, after: Values, draws: NDArray[np.int64]) -> Finding:
     moved = (after - before) / (float(before.std()) or 1.0)
-    change = _estimate(lambda rows: float(moved[rows].mean()), draws)
+    change = estimate_of(lambda rows: float(moved[rows].mean()), draws)
     assert change is not None  # scores are finite
 
     higher = float((moved > 0).mean())

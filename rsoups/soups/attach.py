@@ -183,9 +183,10 @@ def _with_fresh_adapter(soup: Soup, base: PreTrainedModel) -> PeftModel:
 
 
 def _state_of(model: PeftModel, with_embeddings: bool, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter's tensors as PEFT saves them, each once, without biases of the base that the soup leaves as they are."""
+    """The adapter's tensors as PEFT saves them, each once, without the base's own ones that the soup leaves as they are."""
     tensors = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings)
-    own = {key for key in tensors if key.endswith(".bias") and ".lora_" not in key and key not in state}
+    ours = (".bias", BASE_EMBEDDING)
+    own = {key for key in tensors if key.endswith(ours) and ".lora_" not in key and key not in state}
     return {key: tensor for key, tensor in tensors.items() if key not in own and not is_copy(key, tensors)}
 
 

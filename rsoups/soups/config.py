@@ -11,11 +11,12 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from rsoups.adapters.adapter import Adapter
+from rsoups.adapters.adapter import TOKENS, Adapter, trained_tokens
 from rsoups.adapters.config import for_inference
-from rsoups.adapters.layer_names import EXPERT, as_loaded, recorded_base, tells_class, without_numbers
-from rsoups.adapters.lora_modules import LoraModule, read_modules, unwrapped
+from rsoups.adapters.layer_names import EXPERT, as_loaded, path_of, recorded_base, tells_class, without_numbers
+from rsoups.adapters.lora_modules import LoraModule, holder_of, read_modules
 from rsoups.common.errors import AdapterError
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -54,13 +55,25 @@ def stacked_config(adapters: Sequence[Adapter], modules: Mapping[str, LoraModule
     config.bias = max((one.bias or "none" for one in configs), key=_BIASES.index)
     saved = [name for one in configs for name in one.modules_to_save or ()]
     config.modules_to_save = list(dict.fromkeys(saved)) or None
-    config.trainable_token_indices = next(
-        (one.trainable_token_indices for one in configs if one.trainable_token_indices), None
-    )
+    config.trainable_token_indices = _tokens(adapters)
     config.auto_mapping = next((one.auto_mapping for one in configs if one.auto_mapping), None)
     _write_patterns(config, modules, {path: module.rank for path, module in modules.items()})
     _select(config, adapters, modules)
     return config
+
+
+def _tokens(adapters: Sequence[Adapter]) -> Any:
+    """Trained tokens of all adapters, in the words of an adapter that has them all."""
+    trained = {
+        path_of(name): (adapter, trained_tokens(adapter.config, path_of(name)))
+        for adapter in adapters
+        for name in adapter.full
+        if name.endswith(TOKENS)
+    }
+    for adapter, _ in trained.values():
+        if trained.keys() == {path_of(name) for name in adapter.full if name.endswith(TOKENS)}:
+            return adapter.config.trainable_token_indices
+    return {path: tokens for path, (_, tokens) in trained.items()} or None
 
 
 def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alphas: Mapping[str, float]) -> None:
@@ -85,16 +98,18 @@ def _write_patterns(config: LoraConfig, modules: Mapping[str, LoraModule], alpha
 
 def _pattern(modules: Mapping[str, LoraModule], path: str, may_be_old: bool) -> str:
     """A pattern of PEFT's that fits one module, or one parameter of it, or all of them where they have one rank."""
-    parameter = modules[path].parameter
-    if parameter is None:
+    module = modules[path]
+    if module.parameter is None:
         return _whatever_its_name(path) if may_be_old and _OLD_PATH.match(path) else f"^{re.escape(path)}"
-    module = unwrapped(path)
-    if not parameter and len({m.rank for other, m in modules.items() if unwrapped(other) == module}) > 1:
+    holder = holder_of(path, module)
+    if module.parameter:
+        return f"^{re.escape(f'{holder}.{module.parameter}')}"
+    if len({m.rank for other, m in modules.items() if holder_of(other, m) == holder}) > 1:
         raise AdapterError(
-            f"the parameters of {module} have different ranks, and the adapters do not tell which is which, so that no config "
+            f"the parameters of {holder} have different ranks, and the adapters do not tell which is which, so that no config "
             "can tell it"
         )
-    return rf"^{re.escape(module)}\.{re.escape(parameter) if parameter else '[^.]+'}"
+    return rf"^{re.escape(holder)}\.[^.]+"
 
 
 def _whatever_its_name(path: str) -> str:
@@ -107,7 +122,9 @@ def _select(config: LoraConfig, adapters: Sequence[Adapter], modules: Mapping[st
     configs = [adapter.config for adapter in adapters]
     narrowed = any(getattr(one, name) for one in configs for name in _SELECTION[1:])
     parameters = [name for one in configs for name in one.target_parameters or ()]
-    wrapped = [(unwrapped(path), module.parameter) for path, module in modules.items() if module.parameter is not None]
+    wrapped = [
+        (holder_of(path, module), module.parameter) for path, module in modules.items() if module.parameter is not None
+    ]
     if narrowed and all(name for _, name in wrapped):  # PEFT does not narrow parameters to some layers
         parameters = [f"{path}.{name}" for path, name in wrapped]
     config.target_parameters = list(dict.fromkeys(parameters)) or None
@@ -164,7 +181,7 @@ def check_written(config: LoraConfig, layout: Mapping[str, Any], modules: Mappin
         AdapterError: PEFT would pass over a tensor.
     """
     config = as_written(config)
-    if (base := recorded_base(config)) is None:
+    if (base := recorded_base(config, only_renamed=False)) is None:
         return
     try:
         config, layout = as_loaded(base, config, layout)
@@ -172,9 +189,25 @@ def check_written(config: LoraConfig, layout: Mapping[str, Any], modules: Mappin
     except AdapterError as error:
         raise AdapterError(f"PEFT would not load all of this soup: {error}") from None
     parameters = {without_numbers(name) for name, _ in base.named_parameters()}
+    layers = {without_numbers(name) for name, _ in base.named_modules()}
     for path, module in modules.items():
-        if module.parameter and without_numbers(f"{unwrapped(path)}.{module.parameter}") not in parameters:
+        holder = holder_of(path, module)
+        if not _has_layer(base, layers, without_numbers(holder)):
+            raise AdapterError(
+                f"PEFT would not load all of this soup: the base {type(base).__name__} has no layer {holder}. Save the adapter "
+                "again with PEFT's save_pretrained, from the model without its wrappers"
+            )
+        if module.parameter and without_numbers(f"{holder}.{module.parameter}") not in parameters:
             raise AdapterError(
                 f"PEFT would not load all of this soup: it takes the targets for parameters of {type(base).__name__}, and "
-                f"{path} has none of them: train on other targets, or merge the adapters one by one"
+                f"{holder} has none of them: train on other targets, or merge the adapters one by one"
             )
+
+
+def _has_layer(base: PreTrainedModel, layers: set[str], path: str) -> bool:
+    """Whether a base has a layer, also if the adapter was trained on the model inside of it, or with another head."""
+    if "#" not in path:  # outside of the layers are heads, which differ between the classes of one base
+        return True
+    inside = path.partition(".")[2]
+    body, rest = f"{base.base_model_prefix}.", (f".{path}", f".{inside}")
+    return path in layers or path.removeprefix(body) in layers or any(name.endswith(rest) for name in layers)

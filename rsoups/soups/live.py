@@ -292,6 +292,8 @@ class LiveSoup:
         inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(self.model.device)
         inputs.pop("token_type_ids", None)
 
+        # Not `generation.respond`: λ belongs to the rows of this one batch, which may not be split, and any setting of
+        # transformers' generate is allowed (beams, several sequences for a prompt), where `respond` samples purely.
         if seed is not None:
             torch.manual_seed(seed)
         with self.at(lambdas), torch.inference_mode(), fast_sampling(self.model.device):
@@ -328,7 +330,7 @@ def _check_rows(adapter: Adapter) -> None:
             f"{adapter.source}: {adapter.full[0]} was trained as a whole: LiveSoup cannot mix fully trained parameters per "
             f"row; {remedy}"
         )
-    fused = [path for path, m in adapter.modules.items() if m.experts > 1 or path.endswith(".base_layer")]
+    fused = [path for path, m in adapter.modules.items() if m.experts > 1 or m.parameter not in (None, "weight")]
     if fused:
         raise AdapterError(
             f"{adapter.source}: {fused[0]} holds fused experts, whose change is in no layer's output: {remedy}"

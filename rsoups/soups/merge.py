@@ -143,6 +143,7 @@ def _load(source: str, soup: Soup) -> PreTrainedModel:
         raise AdapterError(f"transformers has no class {config.architectures} for the base {source!r}")
 
     try:
+        # Exactly as it is stored: the merged model keeps each tensor's type, so `dtype_of` is not asked.
         model, about = from_safetensors(
             kind.from_pretrained, source, config=config, dtype="auto", output_loading_info=True
         )

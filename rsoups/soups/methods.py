@@ -15,10 +15,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from rsoups.adapters.adapter import Adapter
+from rsoups.adapters.adapter import TOKENS, Adapter
 from rsoups.adapters.layer_names import PREFIX, written_name
 from rsoups.adapters.lineage import SOUP_METHODS
-from rsoups.adapters.lora_modules import LoraModule
+from rsoups.adapters.lora_modules import LoraModule, wrapper_paths
 from rsoups.adapters.tensor_files import is_finite
 from rsoups.bases.weights import BaseWeights
 from rsoups.common.errors import AdapterError, LambdasError
@@ -149,7 +149,7 @@ def check_factors(adapters: Sequence[Adapter], rows: Iterable[Sequence[float]] =
     first, *others = adapters
     for other in others:
         pair = f"{first.source} and {other.source}"
-        if first.layout.keys() != other.layout.keys():
+        if first.layout.keys() != other.layout.keys() or first.modules.keys() != other.modules.keys():
             raise AdapterError(
                 f"method 'factors' needs the same modules in all ingredients; {pair} differ: use 'exact'"
             )
@@ -247,8 +247,12 @@ def _own_values(adapters: list[Adapter], base: BaseWeights | None) -> Adapter | 
     names = {name: adapter for adapter in adapters for name in adapter.full}
     if base is None or not names:
         return None
-    config = max((a.config for a in names.values()), key=lambda config: bool(config.trainable_token_indices))
-    own = base.like(names, config)
+    layers = {frozenset(name for name in adapter.full if name.endswith(TOKENS)) for adapter in adapters} - {frozenset()}
+    if len(layers) > 1 and base.model.config.get_text_config().tie_word_embeddings:
+        raise AdapterError(
+            f"the ingredients train tokens of other layers, and the base {base.source} ties them: train the same ones in all"
+        )
+    own = base.like({name: adapter.config for name, adapter in names.items()})
     for name, adapter in names.items():
         ours, theirs = tuple(own.layout[name].shape), tuple(adapter.layout[name].shape)
         if ours != theirs:
@@ -262,13 +266,12 @@ def _own_values(adapters: list[Adapter], base: BaseWeights | None) -> Adapter | 
 def _stacked(weighted: Weighted, dtype: torch.dtype) -> tuple[dict[str, LoraModule], dict[str, Blend]]:
     """The modules of a soup, and their factors."""
     with_bias = any(adapter.config.lora_bias for adapter, _ in weighted)
+    paths = wrapper_paths({name: module for adapter, _ in weighted for name, module in adapter.modules.items()})
     modules, tensors = {}, {}
-    for path in dict.fromkeys(path for adapter, _ in weighted for path in adapter.modules):
-        parts = [(adapter, adapter.modules[path], weight) for adapter, weight in weighted if path in adapter.modules]
+    for name, path in paths.items():
+        parts = [(adapter, adapter.modules[name], weight) for adapter, weight in weighted if name in adapter.modules]
         rank = sum(module.rank for _, module, _ in parts)
-        # Not every ingredient tells which parameter of the module it changes.
-        like = max((module for _, module, _ in parts), key=lambda module: bool(module.parameter))
-        soup = modules[path] = _named_module(path, rank, like, with_bias)
+        soup = modules[name] = _named_module(path, rank, parts[0][1], with_bias)
 
         rows = rank * soup.experts
         A = [Part(adapter, module.A) for adapter, module, _ in parts]

@@ -23,7 +23,7 @@ class Processes:
     """Sums and lists over all processes of a run.
 
     Args:
-        accelerator: The trainer's.
+        accelerator: Accelerator of the trainer.
     """
 
     def __init__(self, accelerator: Any):
@@ -36,7 +36,7 @@ class Processes:
         """Join each process's list or (B,) tensor, a value for each response.
 
         Args:
-            values: This process's.
+            values: Values of this process, one for each response.
             training: False in an evaluation, where accelerate fills up the last batch with rows that do not count.
         """
         is_list = isinstance(values, list)
@@ -46,11 +46,11 @@ class Processes:
         return joined if isinstance(joined, list) else joined.tolist()
 
     def token_means(self, mask: Tensor, *values: Tensor) -> list[float]:
-        """Mean of each of some (B, T) over the real tokens of all processes.
+        """Mean of each tensor over the real tokens of all processes.
 
         Args:
             mask: 1 = real token, (B, T).
-            values: One (B, T) or more.
+            values: One tensor or more, each (B, T).
         """
         sums = [(value.double() * mask).sum() for value in (torch.ones_like(values[0]), *values)]
         count, *totals = self.sum(torch.stack(sums)).tolist()
@@ -122,7 +122,7 @@ def take_pending(trainer: Any, count: int) -> tuple[dict[str, list], dict[str, f
 
 
 def add_metrics(into: defaultdict[str, list], metrics: dict[str, list[float]]) -> None:
-    """Append values to the lists of which TRL logs the means."""
+    """Append values to TRL's lists, whose means TRL logs."""
     for name, values in metrics.items():
         into[name] += values
 

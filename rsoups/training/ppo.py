@@ -44,7 +44,7 @@ from rsoups.training.policy import fuse_lora, reset_adapter
 from rsoups.training.ppo_config import PPOConfig
 from rsoups.training.resumable import ResumableTrainer
 from rsoups.training.rollouts import decode, decoder_generates
-from rsoups.training.trl_rewards import named_failures
+from rsoups.training.trl_rewards import check_weights, named_failures
 
 
 class PPOTrainer(ResumableTrainer):
@@ -80,6 +80,7 @@ class PPOTrainer(ResumableTrainer):
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any):
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        check_weights(args.reward_weights, len(rewards))
         super().__init__(model, [named_failures(reward) for reward in rewards], args, **kwargs)
         if not isinstance(self.model, PeftModel):
             raise ValueError("PPOTrainer trains a LoRA adapter: pass a peft_config, or a PeftModel to train on")
@@ -119,9 +120,6 @@ class PPOTrainer(ResumableTrainer):
             raise SettingsError(
                 f"several rewards are called {repeated[0]!r}, and their logs would be mixed: rename one"
             )
-        weights = self.reward_weights.tolist()
-        if not all(map(math.isfinite, weights)) or not any(weights):
-            raise SettingsError(f"reward_weights are {weights}: they must be finite, and one at least must not be 0")
 
     # --- rollout -----------------------------------------------------------------------------------------------------
 

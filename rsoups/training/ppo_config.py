@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate.utils import get_int_from_env
@@ -290,7 +292,10 @@ class PPOConfig(GRPOConfig):
             )
         changed = {"top_k": self.top_k or 0, "top_p": self.top_p - 1, "min_p": self.min_p or 0}
         changed |= {"repetition_penalty": self.repetition_penalty - 1}
-        changed |= {name: True for name in self.generation_kwargs or {} if name not in _HARMLESS}
+        further = self.generation_kwargs or {}
+        if isinstance(further, str):  # from the command line
+            further = self.generation_kwargs = _settings_of(further)
+        changed |= {name: True for name in further if name not in _HARMLESS}
         if named := [name for name, value in changed.items() if value]:
             raise SettingsError(
                 f"{', '.join(named)}: PPO samples from the whole softmax at a temperature, because its log-probabilities "
@@ -328,3 +333,13 @@ class PPOConfig(GRPOConfig):
         if rollout is None:
             rollout = _ROLLOUT if steps is None else (rows or _MINI_BATCH) * steps * processes
         return divide(rollout, mini_batch, processes, rows, passes)
+
+
+def _settings_of(text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise SettingsError(f'generation_kwargs are {text!r}, must be a JSON object such as {{"use_cache": true}}')
+    return settings

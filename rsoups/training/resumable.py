@@ -13,8 +13,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from rsoups.common.errors import DatasetError, OutputError, TrainingError
-from rsoups.common.files import only_run_in
+from rsoups.common.errors import DatasetError, TrainingError
+from rsoups.common.files import only_run_in, writing
 from rsoups.training.callbacks import interruptible
 from rsoups.training.checkpoints import finish_checkpoint, last_checkpoint
 from rsoups.training.first_step import same_random_numbers
@@ -95,18 +95,15 @@ class ResumableTrainer(GRPOTrainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._saving = True
         try:
-            super()._save_checkpoint(model, trial)
-            self._save_rollout(run / _PARTIAL / name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                finish_checkpoint(run / _PARTIAL / name, run / name)
-                best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                self.state.best_model_checkpoint = str(best) if best.is_dir() else None
-                rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {run / name}: {error.strerror or error}; earlier ones are valid"
-            ) from error
+            with writing(run / name, "; earlier ones are valid"):
+                super()._save_checkpoint(model, trial)
+                self._save_rollout(run / _PARTIAL / name)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    finish_checkpoint(run / _PARTIAL / name, run / name)
+                    best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                    self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+                    rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
         finally:
             self._saving = False
             if self.args.should_save:

@@ -6,15 +6,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import yaml
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer, TrlParser
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
 
 from rsoups.common.errors import SettingsError
 from rsoups.data.arguments import PromptArguments
-from rsoups.training.configs import config_path, with_config_path
+from rsoups.training.configs import config_path, given_flags, spelled_out
+from rsoups.training.flags import FlagParser, read_config
 from rsoups.training.ppo import PPOTrainer
 from rsoups.training.ppo_config import PPOConfig
 
@@ -28,7 +27,7 @@ class RunArguments(PromptArguments):
     reward: list[str] = field(
         default_factory=lambda: ["naturalness"],
         metadata={
-            "help": "Reward cards by name or path. Several are MORL, each with a number in --reward_weights (all 1 if unset): "
+            "help": "Reward cards by name or path. Several are MORL, each with a number in --reward-weights (all 1 if unset): "
             "the score is the sum of weight * reward, divided by the sum of |weight|. A negative weight pays for less."
         },
     )
@@ -41,11 +40,11 @@ class RunArguments(PromptArguments):
     )
     resume: bool = field(
         default=False,
-        metadata={"help": "Continue from the newest complete checkpoint in output_dir, if there is one."},
+        metadata={"help": "Continue from the newest complete checkpoint in --out, if there is one."},
     )
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Replace the adapter and the checkpoints of another run in output_dir."},
+        metadata={"help": "Replace the adapter and the checkpoints of another run in --out."},
     )
     max_prompt_length: int | None = field(
         default=None,
@@ -74,7 +73,7 @@ class RunArguments(PromptArguments):
 
 
 def parse(
-    argv: Sequence[str] | None = None, description: str | None = None
+    argv: Sequence[str] | None = None, doc: str | None = None
 ) -> tuple[RunArguments, GRPOConfig | RLOOConfig, ModelConfig]:
     """Parse a command line; flags override the config file.
 
@@ -82,31 +81,30 @@ def parse(
 
     Args:
         argv: Flags; those of this process if None.
-        description: First line of the help text.
+        doc: The recipe's docstring, whose first line is the help's.
 
     Raises:
         SettingsError: A flag or a key of the config file is invalid.
     """
-    flags = with_config_path(sys.argv[1:] if argv is None else argv)
-    if not {"--config", "--model_name_or_path"} & set(flags):
+    flags = spelled_out(sys.argv[1:] if argv is None else argv)
+    if not {"config", "model_name_or_path"} & given_flags(flags).keys():
         flags = ["--config", str(config_path(DEFAULT_CONFIG)), *flags]
-    values = dict(zip(flags, flags[1:], strict=False))
-    file = yaml.safe_load(Path(values["--config"]).read_text("utf-8")) if "--config" in values else {}
+    given = given_flags(flags)
+    file = read_config(given.get("config"))
     if "convert_pickles" in file:
         raise SettingsError(
             "convert_pickles: pass --convert_pickles on the command line; a config file cannot allow it"
         )
-    given = {flag.split("=")[0].removeprefix("--") for flag in flags} | set(file)
-    # The algorithm decides which settings exist, so it is read before the rest is parsed. The parser refuses unknown ones.
-    name = values.get("--algorithm", file.get("algorithm", "ppo"))
-    if name != "ppo" and not is_torch_bf16_gpu_available() and not given & {"bf16", "fp16", "use_cpu"}:
-        flags = [*flags, "--bf16", "false"]  # TRL's default is true, which transformers refuses without such a GPU
-    settings, _ = ALGORITHMS.get(name, ALGORITHMS["ppo"])
-    classes: Any = (RunArguments, settings, ModelConfig)
-    parser = TrlParser(classes, description=description)
-    run, training, model = parser.parse_args_and_config(flags)
 
-    if name == "ppo" and training.bf16 and training.use_cpu and not given & {"bf16", "dtype"}:
+    # The algorithm decides which settings exist, so it is read before the rest is parsed. The parser refuses unknown ones.
+    name = given.get("algorithm") or file.get("algorithm", "ppo")
+    if name != "ppo" and not is_torch_bf16_gpu_available() and not (given | file).keys() & {"bf16", "fp16", "use_cpu"}:
+        flags = [*flags, "--bf16", "false"]  # TRL's default is true, which transformers refuses without such a GPU
+    settings, _ = ALGORITHMS.get(str(name), ALGORITHMS["ppo"])
+    parser = FlagParser((RunArguments, settings, ModelConfig), doc, "--reward coverage --out runs/coverage")
+    run, training, model = parser.read(flags)
+
+    if name == "ppo" and training.bf16 and training.use_cpu and not (given | file).keys() & {"bf16", "dtype"}:
         model.dtype = None  # `load_policy` then follows the base
 
     prefix = run.prefix_tokens

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rsoups.common.errors import RewardError, RsoupsError
+from rsoups.common.errors import RewardError, RsoupsError, SettingsError
 from rsoups.data.prompts import whole_response
 from rsoups.rewards.functions import as_reward
 from rsoups.rewards.interface import LoadedReward, check_scores
@@ -16,6 +17,20 @@ if TYPE_CHECKING:
 
 
 PLACE = "_place"  # column of a dataset: place of the row's values in the `data` of `reward_function`
+
+
+def check_weights(weights: Sequence[float] | None, rewards: int) -> None:
+    """Refuse weights μ that are not one for each reward, that are not finite, or that are all 0.
+
+    Raises:
+        SettingsError: As said; None is fine, and means 1 for each.
+    """
+    if weights is None:
+        return
+    if len(weights) != rewards:
+        raise SettingsError(f"reward_weights are {list(weights)}: give one weight for each of the {rewards} rewards")
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        raise SettingsError(f"reward_weights are {list(weights)}: they must be finite, and one at least must not be 0")
 
 
 def reward_function(

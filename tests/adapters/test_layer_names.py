@@ -181,6 +181,10 @@ WRAPPERS = {
     "PEFT twice": lambda name: PREFIX + name,
     "all of them": lambda name: f"module.{PREFIX}_fsdp_wrapped_module.{name.replace('.q_proj', '._orig_mod.q_proj')}",
     "the adapter's name": lambda name: name.replace(".weight", ".default.weight"),
+    "a compiled run of PEFT twice": lambda name: f"module._orig_mod.{PREFIX}_orig_mod.module.{name}",
+    "FSDP around checkpointing": lambda name: name.replace(
+        ".self_attn.", "._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn."
+    ),
 }
 
 

@@ -90,7 +90,7 @@ def test_ingredients_of_different_bases_are_refused_by_all_that_mix_them(bases, 
             refused()
     folders = [str(path) for path in bases.values()]
     assert main(["interpolate", *folders, "--out", "soup"]) == 2
-    assert "--allow_base_mismatch" in capsys.readouterr().err
+    assert "--allow-base-mismatch" in capsys.readouterr().err
     assert main(["inspect", *folders]) == 0 and "method exact: no: base_model" in capsys.readouterr().out
     assert main(["inspect", *folders, "--allow_base_mismatch"]) == 0 and "exact: yes" in capsys.readouterr().out
     assert main(["interpolate", *folders, "--out", "soup", "--allow_base_mismatch"]) == 0

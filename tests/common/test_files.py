@@ -1,13 +1,17 @@
 """JSON lines, names on the Hub, and one run in a folder."""
 
 import gzip
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rsoups import DatasetError, OutputError, VotesError
-from rsoups.common.files import is_hub_id, is_hub_name, only_run_in, read_jsonl
+from rsoups.common.files import is_hub_id, is_hub_name, only_run_in, read_jsonl, whole_folder, writing
 
 
 def test_json_lines_plain_and_compressed(tmp_path):
@@ -76,3 +80,38 @@ with only_run_in({str(folder)!r}):
         with only_run_in(folder):
             assert list(folder.iterdir())
         assert not list(folder.iterdir())
+
+
+@contextmanager
+def room_for(size):
+    """A context in which no file can have more bytes: as on a full disk, libraries find out while they write."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+WRITERS = {
+    "Python": lambda path, tensors: path.write_bytes(bytes(10_000)),
+    "safetensors": lambda path, tensors: save_file(tensors, path),
+    "torch": lambda path, tensors: torch.save(tensors, path),
+}
+
+
+@pytest.mark.parametrize("library", WRITERS)
+def test_a_full_disk_is_one_line_whichever_library_writes(tmp_path, library):
+    tensors = {"a": torch.zeros(4_000)}
+    refused = pytest.raises(OutputError, match=r"^cannot write .*out: .*(too large|disk full)[^\n]*; again$")
+    with room_for(4_000), refused, writing(tmp_path / "out", "; again"):
+        WRITERS[library](tmp_path / "file", tensors)
+    refused = pytest.raises(OutputError, match=r"^cannot write .*folder: [^\n]*$")
+    with room_for(4_000), refused, whole_folder(tmp_path / "folder", "marker") as partial:
+        WRITERS[library](partial / "file", tensors)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "file"] == []
+
+
+def test_an_error_that_is_not_the_disks_is_left_alone(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), writing(tmp_path):
+        raise RuntimeError("shapes differ")

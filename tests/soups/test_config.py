@@ -6,12 +6,15 @@ import pytest
 import torch
 from edited import edit, retouch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import assert_is_sum, tiny_adapter, tiny_llama
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 import rsoups
 from rsoups.adapters.adapter import Adapter, read_adapter
 from rsoups.adapters.layer_names import PREFIX
 from rsoups.soups.config import faithful_config
+from rsoups.versions.inspect import inspect_adapters
 
 IDS = torch.tensor([[1, 5, 9, 30, 7]])
 
@@ -64,6 +67,41 @@ def test_a_soup_that_peft_would_not_load_as_a_whole_is_not_written(tmp_path):
     with pytest.raises(rsoups.AdapterError, match=r"layers\.1\.self_attn\.q_proj has A .* says rank 3"):
         soup.check_loads()
     assert not (tmp_path / "soup").exists()
+
+
+ODD = {
+    "a wrapper of the policy": lambda name: name.replace(PREFIX, f"{PREFIX}policy."),
+    "a wrapper inside": lambda name: name.replace(".model.layers", ".model.module.layers"),
+    "a layer that the base lacks": lambda name: name.replace(".self_attn.", ".attention."),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_names_of_another_model_are_refused_where_the_base_is_known(tmp_path, kind):
+    """PEFT passes over a tensor whose layer the base does not have, with a warning."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    folders = [tiny_adapter(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    for folder in folders:
+        edit(folder, base_model_name_or_path=str(tmp_path / "base"))
+    rsoups.interpolate(folders).save_pretrained(tmp_path / "soup")
+
+    path = folders[1] / "adapter_model.safetensors"
+    save_file({ODD[kind](name): tensor for name, tensor in load_file(path).items()}, path)
+    for several in (folders, folders[1:]):
+        found = inspect_adapters({folder.name: read_adapter(folder) for folder in several})
+        with pytest.raises(rsoups.AdapterError, match="the base LlamaForCausalLM has no layer .* save_pretrained") as e:
+            rsoups.interpolate(several).save_pretrained(tmp_path / "odd")
+        assert found.refusals["exact"] == str(e.value) and not (tmp_path / "odd").exists()
+
+
+@pytest.mark.parametrize("kind", ["a classifier's", "the body's"])
+def test_other_classes_of_a_base_have_its_layers(tmp_path, kind):
+    """The base on the disk is a language model; the adapter was trained on another class of it."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    auto = AutoModelForSequenceClassification if kind == "a classifier's" else AutoModel
+    folder = tiny_adapter(tmp_path / "a", auto.from_pretrained(tmp_path / "base"), task_type=None)
+    edit(folder, base_model_name_or_path=str(tmp_path / "base"), auto_mapping=None)
+    rsoups.interpolate([folder]).save_pretrained(tmp_path / "soup")
 
 
 def test_a_config_that_tells_its_adapter_is_left_as_it_is(tmp_path):

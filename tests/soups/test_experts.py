@@ -143,14 +143,50 @@ def test_svd_truncates_each_expert(tmp_path):
     assert soup.lineage["rank"] == 3 and 0 < soup.svd_error < 1
 
 
+UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+UNLIKE = {
+    "one each": ([UP], [DOWN]),
+    "both and one": ([UP, DOWN], [UP]),
+    "both and the other": ([DOWN], [UP, DOWN]),
+    "of one layer": ([f"layers.0.{UP}"], [f"layers.0.{DOWN}", f"layers.1.{DOWN}"]),
+}
+
+
+@pytest.mark.parametrize("method", [{}, {"method": "svd", "rank": 32}], ids=["exact", "svd"])
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_unlike_parameters_are_one_adapter(tmp_path, kind, method):
+    """PEFT nests the wrappers of a module's parameters: an ingredient's tensors have other names than the soup's."""
+    folders = [fused(tmp_path / str(n), n, target_parameters=names, r=n + 2) for n, names in enumerate(UNLIKE[kind])]
+    soup = assert_right(tmp_path, folders, [0.3, 0.7], **method)
+    found = inspect_adapters({folder.name: read_adapter(folder) for folder in folders})
+    assert found.refusals["exact"] is None
+    assert soup._modules.keys() == found.adapters["0"].modules.keys() | found.adapters["1"].modules.keys()
+    saved = rsoups.Soup.from_pretrained(tmp_path / "soup")
+    assert all(torch.equal(saved.state_dict[name], tensor) for name, tensor in soup.state_dict.items())
+
+
+def test_a_soup_of_some_ingredients_has_their_own_names(tmp_path):
+    folders = [fused(tmp_path / str(n), n, target_parameters=names) for n, names in enumerate([[UP], [DOWN], [UP]])]
+    for number, lambdas in enumerate(([1, 0, 0], [0.4, 0, 0.6], [0.2, 0.3, 0.5])):
+        (tmp_path / f"{number}-soup").mkdir()
+        assert_right(tmp_path / f"{number}-soup", folders, lambdas)
+
+
 def test_parameters_that_one_adapter_cannot_hold_are_refused(tmp_path):
-    both = fused(tmp_path / "both", 1)
     one = fused(tmp_path / "one", 2, target_parameters=["mlp.experts.gate_up_proj"])
-    with pytest.raises(rsoups.AdapterError, match=r"target_parameters of model\.layers\.\d\.mlp\.experts differ"):
-        rsoups.interpolate([both, one])
-    edit(one, target_parameters=["mlp.experts.gate_up_proj"], r=3)
+    edit(one, r=3)
     with pytest.raises(rsoups.AdapterError, match=r"says rank 3|do not have the ranks"):
         rsoups.interpolate([one])
+
+    both = fused(tmp_path / "both", 1)
+    edit(both, target_parameters=["mlp.experts.gate_up_proj"])
+    with pytest.raises(rsoups.AdapterError, match=r"factors for 2 parameters, and .* targets gate_up_proj alone"):
+        rsoups.interpolate([both])
+
+    parameter = fused(tmp_path / "parameter", 1, target_modules=[], target_parameters=["q_proj.weight"])
+    layer = fused(tmp_path / "layer", 2, target_modules=["q_proj"], target_parameters=None)
+    with pytest.raises(rsoups.AdapterError, match=r"q_proj is among the target_modules of .*layer.*cannot hold both"):
+        rsoups.interpolate([parameter, layer])
 
 
 SINGLE = {

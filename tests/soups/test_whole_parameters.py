@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import assert_is_sum, tiny_adapter, tiny_llama, tiny_qwen
 
@@ -94,6 +94,48 @@ def test_single_tokens_are_taken_where_they_agree(tmp_path):
             rsoups.interpolate([folders[0], other])
 
 
+BOTH = {"embed_tokens": [9, 3], "lm_head": [9, 3]}
+TOKENS = {
+    "a list and both layers": ([9, 3], BOTH),
+    "both layers and a list": (BOTH, [9, 3]),
+    "one layer each": ({"embed_tokens": [9, 3]}, {"lm_head": [5]}),
+    "paths and names": (BOTH, {"model.embed_tokens": [9, 3], "lm_head": [9, 3]}),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_single_tokens_of_other_layers_are_blended_with_the_bases_own(tmp_path, kind):
+    folders = [
+        tiny_adapter(tmp_path / str(i), seed=i, trainable_token_indices=tokens) for i, tokens in enumerate(TOKENS[kind])
+    ]
+    rsoups.interpolate(folders, [0.3, 0.7], base=tiny_llama()).save_pretrained(tmp_path / "soup")
+    assert_is_sum(tmp_path / "soup", tiny_llama, folders, [0.3, 0.7])
+
+
+def test_single_tokens_of_tied_layers_are_refused_where_ingredients_train_others(tmp_path):
+    """PEFT applies the tokens of one layer to the other that is tied to it, if that has none of its own."""
+    tied().save_pretrained(tmp_path / "base")
+    tokens = {"embed_tokens": [9, 3]}, {"lm_head": [9, 3]}
+    folders = [tiny_adapter(tmp_path / str(i), tied(), trainable_token_indices=one) for i, one in enumerate(tokens)]
+    with pytest.raises(rsoups.AdapterError, match=r"tokens of other layers, and .* ties them: train the same ones"):
+        rsoups.interpolate(folders, base=tmp_path / "base")
+
+
+BESIDE = {
+    "factors": ({"target_modules": ["embed_tokens"]}, "at single tokens in .* and has factors in"),
+    "whole": ({"modules_to_save": ["embed_tokens"]}, "as a whole in .* and has single trained tokens in"),
+}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("kind", BESIDE)
+def test_single_tokens_beside_other_changes_of_their_layer_are_refused(tmp_path, kind, order):
+    lora, reason = BESIDE[kind]
+    folders = [tiny_adapter(tmp_path / "a", trainable_token_indices=[9, 3]), tiny_adapter(tmp_path / "b", **lora)]
+    with pytest.raises(rsoups.AdapterError, match=rf"embed_tokens was trained {reason}.*PEFT cannot hold both"):
+        rsoups.interpolate(folders[::order], base=tiny_llama())
+
+
 @pytest.fixture
 def with_copy(tmp_path):
     """An adapter of the head: PEFT saves the base's own head with it."""
@@ -119,6 +161,27 @@ def test_the_copy_of_a_bases_head_is_no_training(tmp_path, with_copy):
     assert inspect_adapters({"a": read_adapter(with_copy), "b": read_adapter(plain)}).refusals["exact"] is None
     rsoups.interpolate([with_copy] * 2, [1.5, 0.7], extrapolate=True).save_pretrained(tmp_path / "soup")
     assert_is_sum(tmp_path / "soup", tiny_llama, [with_copy] * 2, [1.5, 0.7])
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`", "ignore:Input and output embeddings are no longer tied"
+)
+def test_a_copy_that_one_layer_has_and_another_lacks(tmp_path):
+    """PEFT would save copies of both tables; the base's own copy of the head is left out."""
+    lora = {"target_modules": ["embed_tokens", "lm_head"]}, {"target_modules": ["embed_tokens"]}
+    folders = [tiny_adapter(tmp_path / str(i), tied(), seed=i, **one) for i, one in enumerate(lora)]
+    table, own = COPY.replace("lm_head", "model.embed_tokens"), tied().lm_head.weight.detach().clone()
+    for folder, copies in zip(folders, ([table, COPY], [table]), strict=True):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+        save_file(factors | {name: own.clone() for name in copies}, folder / "adapter_model.safetensors")
+    tied().save_pretrained(tmp_path / "base")
+    soup = rsoups.interpolate(folders, [0.3, 0.7], base=tmp_path / "base")
+    assert COPY not in soup.state_dict and table in soup.state_dict
+    soup.save_pretrained(tmp_path / "soup")
+    with torch.no_grad():
+        loaded = soup.load(tied())(IDS).logits
+        assert torch.equal(loaded, PeftModel.from_pretrained(tied(), tmp_path / "soup")(IDS).logits)
 
 
 def test_a_head_that_is_not_the_bases_own_is_kept(tmp_path, with_copy):

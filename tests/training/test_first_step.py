@@ -1,5 +1,7 @@
 """Before the first step: what is sampled, scored and trained is one policy, or the run is refused with the culprit's name."""
 
+import re
+
 import pytest
 import torch
 from ppo_runs import PROMPTS, WORDS, config, history, lora, pays_for_one_word, trainer
@@ -243,8 +245,13 @@ def test_what_rewards_log_reaches_the_log(tmp_path):
 def test_rewards_of_one_name_and_weights_of_nothing_are_refused(tmp_path):
     with pytest.raises(SettingsError, match="several rewards are called 'pays_for_one_word'"):
         trainer(tmp_path, reward=[pays_for_one_word, pays_for_one_word])
-    with pytest.raises(SettingsError, match=r"reward_weights are \[0.0\]"):
-        trainer(tmp_path, reward_weights=[0.0])
+    for weights, reason in (
+        ([0.0], "one at least must not be 0"),
+        ([float("nan")], "finite"),
+        ([1, 2], "of the 1 rewards"),
+    ):
+        with pytest.raises(SettingsError, match=rf"reward_weights are {re.escape(str(weights))}: .*{reason}"):
+            trainer(tmp_path, reward_weights=weights)
 
 
 @pytest.mark.parametrize("penalty", [None, 1.0])

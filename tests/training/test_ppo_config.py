@@ -104,6 +104,11 @@ def test_the_defaults_are_the_papers_but_for_learning_rate_and_minibatch(tmp_pat
         ({"mini_batch_size": 8, "steps_per_generation": 4}, "set generation_batch_size instead"),
         ({"kl_coef": -1.0}, "kl_coef is -1.0"),
         ({"min_completion_length": 9}, "between 1 and max_completion_length"),
+        (
+            {"generation_kwargs": '{"num_beams": 2, "use_cache": true}'},
+            "^num_beams: PPO samples from the whole softmax",
+        ),
+        ({"generation_kwargs": "num_beams=2"}, "generation_kwargs are 'num_beams=2', must be a JSON object"),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(tmp_path, settings, reason):
