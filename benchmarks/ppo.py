@@ -75,7 +75,8 @@ def base_model(args):
     import shapes
     import torch
 
-    return shapes.base_model(args.shape, args.layers, torch.bfloat16 if args.bf16 else torch.float32, args.base)
+    dtype = torch.bfloat16 if args.bf16 and args.shape != "embedded" else torch.float32  # what is published, or float32
+    return shapes.base_model(args.shape, args.layers, dtype, args.base)
 
 
 def tokenizer_and_prompts(args, count):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trl import ModelConfig, get_quantization_config
 
 from rsoups.adapters.adapter import read_adapter
-from rsoups.bases.load import load_base
+from rsoups.bases.load import base_config, load_base
 from rsoups.bases.names import check_base
 from rsoups.common.assets import resolve
 
@@ -30,7 +30,8 @@ def load_policy(
     """Load the base, and the adapter to train on where there is one.
 
     Args:
-        model: Base, its revision, dtype and quantization, and a fresh LoRA's settings.
+        model: Base, its revision, dtype and quantization, and a fresh LoRA's settings. A dtype of None is that of a base which
+            is published in bfloat16 (no product then casts its weights anew), and float32 for any other one.
         adapter: Folder or Hub id of an adapter to train on.
         allow_base_mismatch: Accept an adapter that names another base.
         trust_remote_code: Run Python code that comes with the base.
@@ -41,11 +42,18 @@ def load_policy(
     Raises:
         AdapterError: The adapter cannot be read, or is of another base.
     """
-    base = load_base(
+    name, source = (
         str(model.model_name_or_path),
-        trust_remote_code=trust_remote_code,
-        revision=model.model_revision,
-        dtype=model.dtype,
+        {"trust_remote_code": trust_remote_code, "revision": model.model_revision},
+    )
+    dtype: Any = model.dtype
+    if dtype is None:
+        published = base_config(name, **source).get_text_config().dtype
+        dtype = published if published == torch.bfloat16 else torch.float32
+    base = load_base(
+        name,
+        **source,
+        dtype=dtype,
         attn_implementation=model.attn_implementation,
         quantization_config=get_quantization_config(model),
     )
@@ -119,7 +127,7 @@ class FusedLora:
         in_base: Whether the base layer's weight includes the adapter at the moment.
     """
 
-    def __init__(self, module: LoraLinear):
+    def __init__(self, module: Any):
         self.in_base = False
         self._module, self._pefts = module, module.forward
 
@@ -127,13 +135,13 @@ class FusedLora:
         """Return the output (..., out) of `x` (..., in)."""
         module = self._module
         if self.in_base:
-            return module.base_layer(x)
+            return cast(Tensor, module.base_layer(x))
         name = self.plain_adapter()
         if name is None or args or kwargs:
-            return self._pefts(x, *args, **kwargs)
+            return cast(Tensor, self._pefts(x, *args, **kwargs))
         down, up = module.lora_A[name].weight, module.lora_B[name].weight
         if x.dtype != down.dtype and not torch.is_autocast_enabled(x.device.type):
-            return self._pefts(x)
+            return cast(Tensor, self._pefts(x))
 
         result = module.base_layer(x)
         low_rank = nn.functional.linear(x, down).flatten(0, -2)
@@ -145,8 +153,19 @@ class FusedLora:
         names = [name for name in module.active_adapters if name in module.lora_A]
         if module.disable_adapters or module.merged or len(names) != 1 or names[0] in module.lora_variant:
             return None
-        noisy = module.training and getattr(module.lora_dropout[names[0]], "p", 0)
-        return None if noisy or module.lora_B[names[0]].bias is not None else names[0]
+        name: str = names[0]
+        noisy = module.training and getattr(module.lora_dropout[name], "p", 0)
+        return None if noisy or module.lora_B[name].bias is not None else name
+
+    def base_weight(self) -> nn.Parameter:
+        """Return the base layer's weight, (out, in)."""
+        return cast(nn.Parameter, self._module.base_layer.weight)
+
+    def whole_weight(self, name: str) -> Tensor:
+        """Return the base layer's weight with an adapter added, (out, in)."""
+        module = self._module
+        factors = module.lora_B[name].weight.data, module.lora_A[name].weight.data
+        return torch.addmm(self.base_weight().data, *factors, alpha=module.scaling[name])
 
 
 @contextmanager
@@ -156,21 +175,21 @@ def adapter_in_base(model: PeftModel) -> Iterator[None]:
     Needs `fuse_lora`. Other layers stay as they are: in bfloat16 the sum would lose small changes. The weights come back bit by
     bit; meanwhile they exist twice.
     """
-    layers = [module for module in model.modules() if isinstance(module.__dict__.get("forward"), FusedLora)]
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
     holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-    kept: list[tuple[FusedLora, nn.Parameter, Tensor]] = []
+    kept: list[tuple[FusedLora, Tensor]] = []
     try:
-        for layer in layers:
-            forward, weight = layer.__dict__["forward"], layer.base_layer.weight
-            name = forward.plain_adapter()
-            is_tied = holders[id(weight)] > 1  # the embeddings stay without the head's adapter
+        for forward in forwards:
+            if not isinstance(forward, FusedLora):
+                continue
+            weight, name = forward.base_weight(), forward.plain_adapter()
+            is_tied = holders[id(weight)] > 1  # embeddings must not get the head's adapter
             if name is None or is_tied or weight.dtype != torch.float32:
                 continue
-            kept.append((forward, weight, weight.data))
-            factors = layer.lora_B[name].weight.data, layer.lora_A[name].weight.data
-            weight.data = torch.addmm(weight.data, *factors, alpha=layer.scaling[name])
+            kept.append((forward, weight.data))
+            weight.data = forward.whole_weight(name)
             forward.in_base = True
         yield
     finally:
-        for forward, weight, own in kept:
-            weight.data, forward.in_base = own, False
+        for forward, own in kept:
+            forward.base_weight().data, forward.in_base = own, False

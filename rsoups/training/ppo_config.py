@@ -236,7 +236,7 @@ class PPOConfig(GRPOConfig):
         metadata={"help": "Seed of a fresh adapter's weights, the same for all runs that will share a soup."},
     )
 
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "Compute in bfloat16 by autocast; adapter, values and log-probabilities stay float32. If unset, so where "

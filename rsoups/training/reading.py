@@ -122,7 +122,7 @@ class Reader:
 
     def _keys_and_values(self, tokens: Tensor) -> _Layers | None:
         """Return what each layer keeps of one row of tokens (1, L); None for a model whose cache is of another kind."""
-        cache = getattr(self._causal_lm.base_model(input_ids=tokens, use_cache=True), "past_key_values", None)
+        cache: Any = getattr(self._causal_lm.base_model(input_ids=tokens, use_cache=True), "past_key_values", None)
         return [(layer.keys, layer.values) for layer in cache.layers] if is_plain(cache) else None
 
     @torch.no_grad()

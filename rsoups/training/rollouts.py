@@ -5,17 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from trl.models.utils import disable_gradient_checkpointing
 
 from rsoups.generation.decoding import Decoder
 from rsoups.training.policy import adapter_in_base
 
+# Settings of `generate` that the decoder follows, and values of others that change nothing.
+_FOLLOWED = ("max_new_tokens", "do_sample", "temperature", "eos_token_id", "pad_token_id", "bos_token_id")
+_NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+
 
 def decoder_generates(trainer: Any) -> bool:
-    """Whether `Decoder` can generate a PPOTrainer's rollouts: no other engine does, and no setting is for `generate`."""
+    """Whether `Decoder` can generate a PPOTrainer's rollouts: no other engine does, and no setting is for `generate` alone."""
     args = trainer.args
     engines = trainer.use_vllm or args.use_transformers_continuous_batching or trainer.sharded
-    return not (engines or args.generation_kwargs or args.cache_implementation or trainer._is_vlm)
+    if engines or args.generation_kwargs or args.cache_implementation or trainer._is_vlm:
+        return False
+    settings, default = trainer.generation_config.to_dict(), GenerationConfig().to_dict()
+    return all(
+        name in _FOLLOWED or value is None or value == _NEUTRAL.get(name, default.get(name))
+        for name, value in settings.items()
+        if not name.startswith("_") and name not in ("transformers_version", "disable_compile")
+    )
 
 
 def decode(trainer: Any, prompt_ids: list[list[int]]) -> list[list[int]]:

@@ -105,7 +105,7 @@ def parse(
     run, training, model = parser.read(flags)
 
     if name == "ppo" and training.bf16 and training.use_cpu and not chosen.keys() & {"bf16", "dtype"}:
-        model.dtype = "auto"  # a base that is published in bfloat16 need not be cast anew in each product
+        model.dtype = None  # `load_policy` then follows the base
 
     prefix = run.prefix_tokens
     if prefix and (len(prefix) != 2 or not 0 <= prefix[0] <= prefix[1]):

@@ -36,7 +36,7 @@ def test_flags_override_the_file():
     assert (training.learning_rate, training.kl_coef, training.output_dir) == (1e-5, 0.3, "x")
 
 
-@pytest.mark.parametrize(("has", "dtype"), [(True, "auto"), (False, "float32")])
+@pytest.mark.parametrize(("has", "dtype"), [(True, None), (False, "float32")])
 def test_ones_own_base_needs_no_word_about_bf16(monkeypatch, has, dtype):
     """The processor decides; a base that is published in bfloat16 then stays so."""
     monkeypatch.setattr("rsoups.training.ppo_config.has_bf16", lambda: has)

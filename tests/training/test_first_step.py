@@ -270,6 +270,7 @@ def test_only_responses_that_never_end_pay_the_penalty(tmp_path, penalty):
     run._checked = True
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PPOTrainer.__mro__[1], "_generate_single_turn", seen)
+        patch.setattr("rsoups.training.ppo.decoder_generates", lambda trainer: False)
         run.train()
     endless = sum(ids[-1] != 2 for ids in whole) / len(whole)
     assert 0 < endless < 1

@@ -4,9 +4,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
+from trl import ModelConfig
 
-from rsoups.training.policy import adapter_in_base, fuse_lora
+from rsoups.training.policy import adapter_in_base, fuse_lora, load_policy
 
+# PEFT warns of biases that cannot be merged, and of heads that are tied.
+pytestmark = pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed", "ignore:Model has .tie_word_embeddings")
 KINDS = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -139,6 +142,15 @@ def test_tied_embeddings_do_not_get_the_heads_adapter():
         expected = model(input_ids=ids).logits
         with adapter_in_base(model):
             assert torch.allclose(model(input_ids=ids).logits, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("published", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_open_dtype_keeps_a_base_in_bfloat16_as_it_is(tmp_path, published):
+    tiny_llama().to(published).save_pretrained(tmp_path)
+    for dtype, expected in ((None, torch.bfloat16 if published == torch.bfloat16 else torch.float32),
+                            ("float32", torch.float32), ("bfloat16", torch.bfloat16)):  # fmt: skip
+        base, _ = load_policy(ModelConfig(model_name_or_path=str(tmp_path), dtype=dtype))
+        assert base.dtype == expected
 
 
 def test_no_base_in_half_precision_includes_the_adapter():

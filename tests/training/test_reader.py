@@ -126,8 +126,8 @@ def test_gradients_are_those_of_rows_alone(monkeypatch):
     states, places = Reader(model)(ids, mask, length)
     found = gradients(in_rows(states, places, RESPONSES, length))
     assert found.keys() == expected.keys() and len(found) > 10
-    for name, gradient in expected.items():
-        assert torch.allclose(found[name], gradient, rtol=1e-8, atol=1e-9), name
+    for name, gradient in expected.items():  # Llama normalizes in float32, whatever its weights are
+        assert torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max())), name
 
 
 @pytest.mark.parametrize("case", ["nothing in common", "one token", "one row", "the same prompt", "no response"])

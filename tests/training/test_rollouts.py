@@ -1,9 +1,13 @@
 """Rollouts by our decoder: the tokens that transformers' `generate` draws, from the policy that is trained."""
 
+import json
+
 import pytest
 import torch
 from ppo_runs import WORDS, trainer
 from trl import GRPOTrainer
+
+from rsoups.training.rollouts import decoder_generates
 
 PROMPTS = [" ".join(WORDS[i : i + 1 + i % 4]) for i in range(16)]
 
@@ -29,6 +33,15 @@ def test_the_decoder_draws_the_tokens_that_generate_draws(tmp_path, part, monkey
     assert by_decoder == by_generate and len(set(map(tuple, by_generate))) > 8 and 6 in lengths and len(lengths) > 2
 
 
+@pytest.mark.parametrize("setting", ["suppress_tokens=[7]", "top_k=2", "min_new_tokens=3", "num_beams=2", "top_p=0.5"])
+def test_a_generation_config_that_the_decoder_does_not_follow(tmp_path, setting):
+    run = trainer(tmp_path)
+    assert decoder_generates(run)
+    name, value = setting.split("=")
+    setattr(run.generation_config, name, json.loads(value))
+    assert not decoder_generates(run)
+
+
 @pytest.mark.parametrize(
     ("settings", "decodes"),
     [({}, True), ({"generation_kwargs": {"use_cache": True}}, False), ({"activation_checkpointing": True}, True)],
@@ -50,3 +63,24 @@ def test_rollouts_are_generated_in_the_precision_of_the_update(tmp_path, monkeyp
     layer.register_forward_hook(lambda module, args, output: kinds.append(output.dtype))
     run.train()
     assert set(kinds) == {torch.bfloat16}
+
+
+def test_bfloat16_changes_log_probabilities_and_gradients_by_its_rounding(tmp_path):
+    """bfloat16 has 8 bits: log-probabilities within .05 nats, the adapter's gradient in the same direction."""
+    found = []
+    for name, bf16 in (("whole", False), ("half", True)):
+        run = trainer(tmp_path / name, bf16=bf16)
+        torch.manual_seed(3)
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        prompts = [[4, 5, 6, 7, 8, 9], [4, 5, 6], [4, 5, 7, 7]]
+        batch = run._rollout_tensors(prompts, [[9, 2], [5, 6, 7, 8], [8]])
+        logps, values = run._actor_critic(run.model, batch)
+        (logps.sum() + values.sum()).backward()
+        adapter = [p.grad.flatten() for name, p in run.model.named_parameters() if "lora_" in name]
+        found.append((logps.detach(), torch.cat(adapter)))
+    (logps, gradient), (half_logps, half_gradient) = found
+    assert half_logps.dtype == half_gradient.dtype == torch.float32
+    assert 0 < (logps - half_logps).abs().max() < 0.05
+    assert torch.cosine_similarity(gradient, half_gradient, dim=0) > 0.999
