@@ -14,7 +14,6 @@ from vllm_stand_in import stand_in
 
 import rsoups
 from rsoups.generation import vllm_client
-from rsoups.training import rollout_server
 
 VOCABULARY = len(tiny_tokenizer(WORDS))
 
@@ -49,10 +48,8 @@ def test_a_reward_that_pays_for_one_word_is_learnt(tmp_path, server):
 
 def test_sampling_is_that_of_a_local_rollout(tmp_path, server):
     """The same distribution of first tokens, at a temperature, with the adapter."""
-    run = trainer(
-        tmp_path, model=PeftModel.from_pretrained(base(), tiny_adapter(tmp_path / "a", base())), temperature=0.7
-    )
-    run.rollout_server = rollout_server.RolloutServer(with_url(run, server))
+    start = PeftModel.from_pretrained(base(), tiny_adapter(tmp_path / "a", base()), is_trainable=True)
+    run = trainer(tmp_path, model=start, temperature=0.7, rollout_server=server.url)
     prompt = [4, 5, 6]
     responses = run.rollout_server.generate([prompt] * 1500)
     with torch.no_grad():
@@ -64,11 +61,6 @@ def test_sampling_is_that_of_a_local_rollout(tmp_path, server):
     for data in server.asked[:1500]:
         sampling = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "stop_token_ids"]
         assert [data[name] for name in sampling] == [0.7, 1.0, -1, 0, 1.0, 6, [2]]
-
-
-def with_url(run, server):
-    run.args.rollout_server = server.url
-    return run
 
 
 def test_a_resumed_run_ends_with_the_same_adapter_bit_for_bit(tmp_path, server):
