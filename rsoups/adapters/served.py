@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -66,7 +65,7 @@ def write_served(adapter: Adapter, folder: Path) -> int:
         tensors[module.A] = _padded(a, 0, (module.experts, module.rank), 1, rank)
         tensors[module.B] = _padded(b, 1, (module.rank, module.experts), 0, rank)
 
-    config = for_inference(deepcopy(adapter.config))
+    config = for_inference(adapter.config)
     alpha = scaling * rank
     config.r, config.lora_alpha = rank, round(alpha) if alpha == round(alpha) else alpha  # type: ignore[assignment]
     config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
