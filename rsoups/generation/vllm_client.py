@@ -125,8 +125,8 @@ class VLLMClient:
     def _load(self, folder: Path) -> str:
         """Load an adapter, and return its name on the server.
 
-        It gets a new name, and is not loaded in place of the one before: vLLM (0.32) keeps what it remembers of prompts under
-        an adapter's name, and reads an adapter that was loaded in place from its file again at every token.
+        It gets a new name and is not loaded in place of the one before, because vLLM would go on with the keys and values that
+        it remembers of prompts under the same name and path.
         """
         from openai import APIStatusError
 

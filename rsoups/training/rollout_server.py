@@ -27,6 +27,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from rsoups.adapters.adapter import Adapter, adapter_of
 from rsoups.adapters.served import write_served
+from rsoups.adapters.settings import LoraSettings
 from rsoups.common.errors import TrainingError
 from rsoups.generation.vllm_client import VLLMClient, read_logps, reading, token_ids
 
@@ -170,7 +171,7 @@ class RolloutServer:
 def _adapter(policy: Any, name: str, state: dict[str, Tensor]) -> Adapter:
     """The adapter of tensors with a model's names."""
     saved = get_peft_model_state_dict(policy, state, adapter_name=name, save_embedding_layers=False)
-    return adapter_of("the policy's adapter", policy.peft_config[name], saved)
+    return adapter_of("the policy's adapter", LoraSettings.of(policy.peft_config[name]), saved)
 
 
 def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -11,6 +11,7 @@ import rsoups
 from rsoups.common.files import read_jsonl
 from rsoups.generation import vllm_client
 from rsoups.generation.decoding import seed_of
+from rsoups.sweeps.records import Records
 
 TOKENIZER = tiny_tokenizer(WORDS)
 
@@ -85,7 +86,7 @@ def test_a_restart_in_the_middle_changes_no_record(two, tmp_path, server, restar
 
 
 def test_a_server_that_is_away_for_a_while_is_waited_for(two, tmp_path, server, monkeypatch, caplog):
-    append = rsoups.sweeps.records.Records.append
+    append = Records.append
 
     def goes_away(self, records):
         append(self, records)
@@ -93,26 +94,26 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(two, tmp_path, server, 
             server.loaded.clear()
             server.down = 40  # the client's own tries are not enough
 
-    monkeypatch.setattr("rsoups.sweeps.run.Records.append", goes_away)
+    monkeypatch.setattr(Records, "append", goes_away)
     local, records = both(two, tmp_path, server)
     assert same(records, local) and "waiting for it up to 15 minutes" in caplog.text
 
 
 def test_a_server_that_stays_away_ends_the_sweep_and_finished_records_stay(two, tmp_path, server, monkeypatch):
-    append = rsoups.sweeps.records.Records.append
+    append = Records.append
 
     def goes_away(self, records):
         append(self, records)
         server.down = 10**9
 
     monkeypatch.setattr(vllm_client, "_PATIENCE", 0.1)
-    monkeypatch.setattr("rsoups.sweeps.run.Records.append", goes_away)
+    monkeypatch.setattr(Records, "append", goes_away)
     with pytest.raises(rsoups.ServerError, match="is not reached .*minutes; start it and run again"):
         run(two, tmp_path / "r.jsonl", server=server.url)
     kept = read_jsonl(tmp_path / "r.jsonl")
     assert kept and not list(tmp_path.glob(".soups-*"))
 
-    monkeypatch.setattr("rsoups.sweeps.run.Records.append", append)
+    monkeypatch.setattr(Records, "append", append)
     server.down = 0
     run(two, tmp_path / "r.jsonl", server=server.url)
     assert len(read_jsonl(tmp_path / "r.jsonl")) == 4 * 4

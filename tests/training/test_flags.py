@@ -62,7 +62,7 @@ def test_the_algorithm_decides_the_settings(flags):
         ("--rewrd x", "no flag --rewrd. Did you mean '--reward'?"),
         ("--learnin_rate=1", "no flag --learnin-rate. Did you mean '--learning-rate'?"),
         ("--output x", "no flag --output. Did you mean '--out'?"),
-        ("--task nws", "--task is 'nws', must be one of assistant, concepts, news,"),
+        ("--task nws", "--task is 'nws', must be one of assistant, concepts, film, news,"),
         ("--task nws", "Did you mean 'news'?"),
         ("--algorithm=grop", "must be one of grpo, ppo, rloo. Did you mean 'grpo'?"),
         ("--learning-rate x", "--learning-rate: invalid float value: 'x'"),
