@@ -112,10 +112,12 @@ def written_name(name: str, adapted: Container[str]) -> str:
 
 def _plain(name: str) -> str:
     plain = _ADAPTER_NAME.sub(r"\1", _WRAPPER.sub("", name))
-    plain = _PARALLEL.sub("", plain)
-    while plain.startswith(2 * PREFIX):
-        plain = _PARALLEL.sub("", plain.removeprefix(PREFIX))
-    return plain
+    while True:  # a prefix that is gone may show another
+        shorter = _PARALLEL.sub("", plain)
+        shorter = shorter.removeprefix(PREFIX) if shorter.startswith(2 * PREFIX) else shorter
+        if shorter == plain:
+            return plain
+        plain = shorter
 
 
 def path_of(name: str) -> str:

@@ -88,6 +88,7 @@ ATTRIBUTES = {
     "_tokenizer": (object, "prompts and responses are not padded"),
     "_pending_metrics": (dict, "what a reward logs with log_metric is lost"),
     "_pending_extra_logs": (dict, "what a reward logs with log_extra is lost"),
+    "_dist": (object, "an adapter in pieces cannot be handed to a rollout server"),
     "_is_vlm": (bool, "a model that reads images gets the decoder, which passes none"),
     "_name": (str, "the run's card names GRPO"),
     "_tag_names": (list, "the run's card lacks its tags"),
