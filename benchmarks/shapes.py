@@ -57,7 +57,8 @@ def base_model(
         base: Any = AutoModelForCausalLM.from_pretrained(folder or EMBEDDED, dtype=dtype)
         return base.to(DEVICE).eval()
 
-    config = LlamaConfig(**_SPECIAL, **_LLAMAS[shape])
+    settings: dict[str, Any] = {**_SPECIAL, **_LLAMAS[shape]}
+    config = LlamaConfig(**settings)
     config.num_hidden_layers = layers or config.num_hidden_layers
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -77,7 +78,8 @@ def deberta_v3_large(layers: int = 24, tiny: bool = False, pad: int = 0) -> Any:
         pad: Id of the padding token.
     """
     torch.manual_seed(0)
-    config = DebertaV2Config(
+    config: Any = DebertaV2Config  # its hints lack what its checkpoints have
+    config = config(
         vocab_size=128_100, hidden_size=32 if tiny else 1_024, num_hidden_layers=2 if tiny else layers,
         num_attention_heads=2 if tiny else 16, intermediate_size=64 if tiny else 4_096, relative_attention=True,
         position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],

@@ -106,7 +106,9 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    ("place", "contract"), METHODS.items(), ids=[f"{owner.__name__}.{name}" for owner, name in METHODS]
+    ("place", "contract"),
+    METHODS.items(),
+    ids=[f"{getattr(owner, '__name__', owner)}.{name}" for owner, name in METHODS],
 )
 def test_a_method_has_the_parameters_that_are_relied_on(place, contract):
     owner, name = place

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rsoups.common.errors import CheckpointError
 from rsoups.common.files import sha256_of, whole_folder
@@ -116,7 +117,7 @@ def _from_gguf(weights: Path, folder: Path) -> None:
     # transformers refuses to save what it read from GGUF, so the tensors move to a model that was not.
     del config.quantization_config
     config.tie_word_embeddings = True
-    model = type(read)(config)
+    model: Any = type(read)(config)
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -21,6 +21,9 @@ class _Reserved(DynamicLayer):
     the attention itself.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, layer: Any, room: int):
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)

@@ -71,7 +71,7 @@ class VLLMClient:
 
     def _served_base(self) -> str:
         served = list(self._once.models.list())
-        bases = [model.id for model in served if not getattr(model, "parent", None)]
+        bases: list[str] = [model.id for model in served if not getattr(model, "parent", None)]
         if not bases:
             raise ServerError(f"the server {self.url} serves no base, only {[model.id for model in served]}")
         return bases[0]
