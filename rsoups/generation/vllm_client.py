@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,14 +86,16 @@ class VLLMClient:
         Raises:
             ServerError: The server refuses, does not come back, or comes back with another base.
         """
-        for attempt in count():
+        restarts = 0
+        while True:
             try:
                 with self._refusals():
                     model = self.base if adapter is None else self._load(adapter)
                     return list(self._pool.map(partial(self._complete, model), requests))
             except _LostError as lost:
-                if attempt == _RESTARTS:
-                    raise ServerError(f"the server {self.url} {lost}, {attempt} times in a row; see its log") from None
+                if restarts == _RESTARTS:
+                    raise ServerError(f"the server {self.url} {lost}, {restarts} times in a row; see its log") from None
+                restarts += 1
                 self._loaded = None
                 self._wait(lost)
 

@@ -26,7 +26,7 @@ def project_positions_once(model: nn.Module) -> None:
     distances = _Distances()
     for module in model.modules():
         if type(module) is DisentangledSelfAttention and module.relative_attention and module.pos_att_type:
-            module.disentangled_attention_bias = partial(_bias, module, distances, {})
+            module.disentangled_attention_bias = partial(_bias, module, distances, {})  # type: ignore[method-assign]
 
 
 class _Distances:
