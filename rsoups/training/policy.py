@@ -42,10 +42,8 @@ def load_policy(
     Raises:
         AdapterError: The adapter cannot be read, or is of another base.
     """
-    name, source = (
-        str(model.model_name_or_path),
-        {"trust_remote_code": trust_remote_code, "revision": model.model_revision},
-    )
+    name = str(model.model_name_or_path)
+    source: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": model.model_revision}
     dtype: Any = model.dtype
     if dtype is None:
         published = base_config(name, **source).get_text_config().dtype
