@@ -36,6 +36,11 @@ class StandIn(ThreadingHTTPServer):
     def url(self):
         return f"http://127.0.0.1:{self.server_port}/"
 
+    def fresh_base(self):
+        """A base of its own, without a trace in this process's random numbers, which the trainer draws from too."""
+        with torch.random.fork_rng(devices=[]):
+            return self.base_model()
+
 
 @contextmanager
 def stand_in(base_model, tokenizer):
@@ -98,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
         if config["r"] > server.max_rank:
             return 500, {"message": f"LoRA rank {config['r']} is greater than max_lora_rank {server.max_rank}."}
-        server.loaded[name] = PeftModel.from_pretrained(server.base_model(), folder).eval()
+        server.loaded[name] = PeftModel.from_pretrained(server.fresh_base(), folder).eval()
         server.loads.append(name)
         return 200, {}
 
@@ -111,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         if server.busy:
             server.busy -= 1
             return 503, {"message": "busy"}
-        model = server.base_model() if data["model"] == server.base else server.loaded.get(data["model"])
+        model = server.fresh_base() if data["model"] == server.base else server.loaded.get(data["model"])
         if model is None:
             return 404, {"error": {"message": f"The model `{data['model']}` does not exist."}}
 

@@ -121,7 +121,8 @@ def test_the_base_may_be_quantized(tmp_path, server):
     server.base_model = quantized
     run = trainer(tmp_path, model=quantized(), rollout_server=server.url, max_steps=8, learning_rate=1e-2)
     run.train()
-    assert max(history(run, "server_difference")) < 1e-2 and history(run, "kl")[-1] > 0.01
+    # Products of 4-bit weights differ with the number of rows.
+    assert max(history(run, "server_difference")) < 5e-2 and history(run, "kl")[-1] > 0.01
 
 
 def test_files_are_in_memory_and_go_with_the_trainer(tmp_path, server):
