@@ -30,6 +30,7 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.base_model, self.tokenizer, self.base, self.lock = base_model, tokenizer, "tiny", threading.Lock()
         self.loaded, self.asked, self.loads, self.keys = {}, [], [], set()
+        self.one_at_a_time = threading.Lock()
         self.busy, self.down, self.restarts_at, self.max_rank, self.runtime, self.hides = 0, 0, [], 64, True, ()
 
     @property
@@ -38,7 +39,7 @@ class StandIn(ThreadingHTTPServer):
 
     def fresh_base(self):
         """A base of its own, without a trace in this process's random numbers, which the trainer draws from too."""
-        with torch.random.fork_rng(devices=[]):
+        with self.one_at_a_time, torch.random.fork_rng(devices=[]):
             return self.base_model()
 
 
