@@ -37,10 +37,11 @@ class StandIn(ThreadingHTTPServer):
     def url(self):
         return f"http://127.0.0.1:{self.server_port}/"
 
-    def fresh_base(self):
-        """A base of its own, without a trace in this process's random numbers, which the trainer draws from too."""
+    def model(self, folder=None):
+        """A base of its own, with an adapter; the trainer, which draws from this process's random numbers, sees no trace of it."""
         with self.one_at_a_time, torch.random.fork_rng(devices=[]):
-            return self.base_model()
+            base = self.base_model()
+            return base if folder is None else PeftModel.from_pretrained(base, folder).eval()
 
 
 @contextmanager
@@ -104,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
         if config["r"] > server.max_rank:
             return 500, {"message": f"LoRA rank {config['r']} is greater than max_lora_rank {server.max_rank}."}
-        server.loaded[name] = PeftModel.from_pretrained(server.fresh_base(), folder).eval()
+        server.loaded[name] = server.model(folder)
         server.loads.append(name)
         return 200, {}
 
@@ -117,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         if server.busy:
             server.busy -= 1
             return 503, {"message": "busy"}
-        model = server.fresh_base() if data["model"] == server.base else server.loaded.get(data["model"])
+        model = server.model() if data["model"] == server.base else server.loaded.get(data["model"])
         if model is None:
             return 404, {"error": {"message": f"The model `{data['model']}` does not exist."}}
 
