@@ -38,7 +38,7 @@ class StandIn(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/"
 
     def model(self, folder=None):
-        """A base of its own, with an adapter; the trainer, which draws from this process's random numbers, sees no trace of it."""
+        """A base of its own, with an adapter. The trainer draws from this process's random numbers, so they are left alone."""
         with self.one_at_a_time, torch.random.fork_rng(devices=[]):
             base = self.base_model()
             return base if folder is None else PeftModel.from_pretrained(base, folder).eval()
