@@ -36,11 +36,6 @@ class StandIn(ThreadingHTTPServer):
     def url(self):
         return f"http://127.0.0.1:{self.server_port}/"
 
-    def fresh_base(self):
-        """A base of its own, without a trace in this process's random numbers, which the trainer draws from too."""
-        with torch.random.fork_rng(devices=[]):
-            return self.base_model()
-
 
 @contextmanager
 def stand_in(base_model, tokenizer):
@@ -75,15 +70,21 @@ class _Handler(BaseHTTPRequestHandler):
         server.keys.add(self.headers["Authorization"])
         data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
-            if self.path == "/v1/completions":
-                self.answer(*self.completion(data))
-            elif not server.runtime:
-                self.answer(404, {"detail": "Not Found"})
-            elif self.path == "/v1/load_lora_adapter":
-                self.answer(*self.load(data))
-            else:
-                known = server.loaded.pop(data["lora_name"], None)
-                self.answer(200 if known else 404, {"message": data["lora_name"]})
+            # The random numbers are as before when the trainer, which draws from them too, has its answer.
+            with torch.random.fork_rng(devices=[]):
+                answer = self.answer_to(data)
+            self.answer(*answer)
+
+    def answer_to(self, data):
+        server = self.server
+        if self.path == "/v1/completions":
+            return self.completion(data)
+        if not server.runtime:
+            return 404, {"detail": "Not Found"}
+        if self.path == "/v1/load_lora_adapter":
+            return self.load(data)
+        known = server.loaded.pop(data["lora_name"], None)
+        return 200 if known else 404, {"message": data["lora_name"]}
 
     def is_cut(self):
         with self.server.lock:
@@ -103,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
         if config["r"] > server.max_rank:
             return 500, {"message": f"LoRA rank {config['r']} is greater than max_lora_rank {server.max_rank}."}
-        server.loaded[name] = PeftModel.from_pretrained(server.fresh_base(), folder).eval()
+        server.loaded[name] = PeftModel.from_pretrained(server.base_model(), folder).eval()
         server.loads.append(name)
         return 200, {}
 
@@ -116,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         if server.busy:
             server.busy -= 1
             return 503, {"message": "busy"}
-        model = server.fresh_base() if data["model"] == server.base else server.loaded.get(data["model"])
+        model = server.base_model() if data["model"] == server.base else server.loaded.get(data["model"])
         if model is None:
             return 404, {"error": {"message": f"The model `{data['model']}` does not exist."}}
 
