@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -108,7 +109,7 @@ def settle_checkpointing(args: PPOConfig, model: nn.Module, rewards: list[Any], 
         available = torch.cuda.get_device_properties(args.device).total_memory
     else:  # the processes of a machine share it
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+        available = psutil.virtual_memory().total // processes
     if not parts or sum(parts.values()) * GB > available / 2:
         args.activation_checkpointing = args.gradient_checkpointing = True
 

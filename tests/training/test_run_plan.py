@@ -1,6 +1,7 @@
 """What a run says before it starts: the sizes, the steps and the memory of recipes/configs/README.md."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,8 +75,8 @@ def test_the_plan_counts_what_the_run_then_does(tmp_path):
 def test_activations_are_kept_where_the_memory_holds_them(
     tmp_path, llama7b, monkeypatch, given, longest, memory_gb, checkpoints
 ):
-    sizes = {"SC_PHYS_PAGES": memory_gb * 10**9 // 4096, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr("rsoups.training.run_plan.os.sysconf", sizes.__getitem__)
+    machine = SimpleNamespace(total=memory_gb * 10**9)
+    monkeypatch.setattr("rsoups.training.run_plan.psutil.virtual_memory", lambda: machine)
     settings = BARE | {"local_rollout_forward_batch_size": 4, "activation_checkpointing": None} | given
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the old name
