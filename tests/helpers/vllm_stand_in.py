@@ -30,18 +30,11 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.base_model, self.tokenizer, self.base, self.lock = base_model, tokenizer, "tiny", threading.Lock()
         self.loaded, self.asked, self.loads, self.keys = {}, [], [], set()
-        self.one_at_a_time = threading.Lock()
         self.busy, self.down, self.restarts_at, self.max_rank, self.runtime, self.hides = 0, 0, [], 64, True, ()
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}/"
-
-    def model(self, folder=None):
-        """A base of its own, with an adapter. The trainer draws from this process's random numbers, so they are left alone."""
-        with self.one_at_a_time, torch.random.fork_rng(devices=[]):
-            base = self.base_model()
-            return base if folder is None else PeftModel.from_pretrained(base, folder).eval()
 
 
 @contextmanager
@@ -77,15 +70,21 @@ class _Handler(BaseHTTPRequestHandler):
         server.keys.add(self.headers["Authorization"])
         data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
-            if self.path == "/v1/completions":
-                self.answer(*self.completion(data))
-            elif not server.runtime:
-                self.answer(404, {"detail": "Not Found"})
-            elif self.path == "/v1/load_lora_adapter":
-                self.answer(*self.load(data))
-            else:
-                known = server.loaded.pop(data["lora_name"], None)
-                self.answer(200 if known else 404, {"message": data["lora_name"]})
+            # The random numbers are as before when the trainer, which draws from them too, has its answer.
+            with torch.random.fork_rng(devices=[]):
+                answer = self.answer_to(data)
+            self.answer(*answer)
+
+    def answer_to(self, data):
+        server = self.server
+        if self.path == "/v1/completions":
+            return self.completion(data)
+        if not server.runtime:
+            return 404, {"detail": "Not Found"}
+        if self.path == "/v1/load_lora_adapter":
+            return self.load(data)
+        known = server.loaded.pop(data["lora_name"], None)
+        return 200 if known else 404, {"message": data["lora_name"]}
 
     def is_cut(self):
         with self.server.lock:
@@ -105,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
         if config["r"] > server.max_rank:
             return 500, {"message": f"LoRA rank {config['r']} is greater than max_lora_rank {server.max_rank}."}
-        server.loaded[name] = server.model(folder)
+        server.loaded[name] = PeftModel.from_pretrained(server.base_model(), folder).eval()
         server.loads.append(name)
         return 200, {}
 
@@ -118,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         if server.busy:
             server.busy -= 1
             return 503, {"message": "busy"}
-        model = server.model() if data["model"] == server.base else server.loaded.get(data["model"])
+        model = server.base_model() if data["model"] == server.base else server.loaded.get(data["model"])
         if model is None:
             return 404, {"error": {"message": f"The model `{data['model']}` does not exist."}}
 
