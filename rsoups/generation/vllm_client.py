@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -86,12 +86,33 @@ class VLLMClient:
         Raises:
             ServerError: The server refuses, does not come back, or comes back with another base.
         """
+        return self._repeated(adapter, lambda model: self._pool.map(partial(self._complete, model), requests))
+
+    def read(self, texts: Sequence[tuple[list[int], list[int]]], adapter: Path | None) -> list[list[float]]:
+        """log p of each token of responses, at temperature 1 and in nats, as `complete` waits and repeats.
+
+        They are read one at a time: on a processor, vLLM (0.32) dies of two prompts whose log-probabilities it is asked for at
+        once, if it was started with --enable-lora.
+
+        Args:
+            texts: Tokens of prompts, and of the response to each.
+            adapter: As of `complete`.
+
+        Raises:
+            ServerError: As of `complete`; or the server sends no log-probabilities, or logits in their place.
+        """
+        fields = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        requests = [{"prompt": [*prompt, *response], **fields} for prompt, response in texts]
+        completions = self._repeated(adapter, lambda model: [self._complete(model, request) for request in requests])
+        return [_read(completion, response) for completion, (_, response) in zip(completions, texts, strict=True)]
+
+    def _repeated(self, adapter: Path | None, complete: Callable[[str], Iterable[Completion]]) -> list[Completion]:
+        """Completions by the model of this name, made again after each restart of the server."""
         restarts = 0
         while True:
             try:
                 with self._refusals():
-                    model = self.base if adapter is None else self._load(adapter)
-                    return list(self._pool.map(partial(self._complete, model), requests))
+                    return list(complete(self.base if adapter is None else self._load(adapter)))
             except _LostError as lost:
                 if restarts == _RESTARTS:
                     raise ServerError(f"the server {self.url} {lost}, {restarts} times in a row; see its log") from None
@@ -229,17 +250,8 @@ def token_ids(completion: Completion) -> list[int] | None:
     return getattr(completion.choices[0], "token_ids", None)
 
 
-def reading(prompt: Sequence[int], response: Sequence[int]) -> dict[str, Any]:
-    """Fields of a request that reads a response: `read_logp` takes its log-probability from the completion."""
-    return {"prompt": [*prompt, *response], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-
-
-def read_logps(completion: Completion, response: Sequence[int]) -> list[float]:
-    """log p of each token of a response at temperature 1, in nats, from the completion of its `reading`.
-
-    Raises:
-        ServerError: The server sends none, or logits in their place.
-    """
+def _read(completion: Completion, response: Sequence[int]) -> list[float]:
+    """log p of a response's tokens, which end the prompt of a completion."""
     rows = getattr(completion.choices[0], "prompt_logprobs", None) or []
     try:
         pairs = zip(rows[-len(response) :], response, strict=True)

@@ -20,7 +20,7 @@ from typing import Any
 from rsoups.adapters.adapter import Adapter
 from rsoups.adapters.served import served_rank, write_served
 from rsoups.generation.decoding import seed_of
-from rsoups.generation.vllm_client import VLLMClient, read_logps, reading, token_ids
+from rsoups.generation.vllm_client import VLLMClient, token_ids
 from rsoups.soups.interpolation import interpolate
 from rsoups.sweeps.items import Answer, Item, Model, Nats, by_model
 from rsoups.sweeps.places import soup_of
@@ -121,9 +121,8 @@ class Server:
         self, prompts: Mapping[tuple[int, tuple[int, ...]], list[int]], adapter: Path | None
     ) -> dict[tuple[int, tuple[int, ...]], float]:
         """Σ log p of responses, at temperature 1 and in nats, by their keys."""
-        requests = [reading(prompt, response) for (_, response), prompt in prompts.items()]
-        completions = self._client.complete(requests, adapter)
-        return {key: sum(read_logps(completion, key[1])) for key, completion in zip(prompts, completions, strict=True)}
+        read = self._client.read([(prompt, list(response)) for (_, response), prompt in prompts.items()], adapter)
+        return {key: sum(logps) for key, logps in zip(prompts, read, strict=True)}
 
     def _adapter_of(self, model: Model) -> Path | None:
         """Folder of a model's adapter, written if it is another one than before; None for the base."""

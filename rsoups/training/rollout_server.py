@@ -29,7 +29,7 @@ from rsoups.adapters.adapter import Adapter, adapter_of
 from rsoups.adapters.served import write_served
 from rsoups.adapters.settings import LoraSettings
 from rsoups.common.errors import TrainingError
-from rsoups.generation.vllm_client import VLLMClient, read_logps, reading, token_ids
+from rsoups.generation.vllm_client import VLLMClient, token_ids
 
 _MEMORY = Path("/dev/shm")  # files here are never written to a disk
 _CHECKED = 2  # responses of each rollout whose log-probabilities are compared
@@ -135,10 +135,13 @@ class RolloutServer:
 
         A server of another base, without the adapter, or with the one before has other log-probabilities.
         """
-        completions = self._client.complete([reading(*pair) for pair in zip(prompts, responses, strict=True)], adapter)
-        theirs = [torch.tensor(read_logps(*pair)) for pair in zip(completions, responses, strict=True)]
-        ours = self._own_logps(prompts, responses)
-        self.difference = float((torch.cat(theirs) - torch.cat(ours)).abs().nan_to_num(nan=1e3).mean())
+        ours = torch.cat(self._own_logps(prompts, responses))
+        self._trainer.accelerator.wait_for_everyone()  # the server reads one text at a time, when nobody generates
+        differences = [0.0]
+        if self._trainer.accelerator.is_main_process:
+            read = self._client.read(list(zip(prompts, responses, strict=True)), adapter)
+            differences = [float((torch.tensor(sum(read, [])) - ours).abs().nan_to_num(nan=1e3).mean())]
+        self.difference = broadcast_object_list(differences)[0]
 
         quantized = getattr(
             self._trainer.accelerator.unwrap_model(self._trainer.model).config, "quantization_config", None

@@ -22,6 +22,7 @@ class StandIn(ThreadingHTTPServer):
         base: Name of the base.
         max_rank, runtime: Settings of the server.
         hides: Fields that the server's completions lack.
+        crowded: Number of prompts read for log-probabilities beside another request: a real server may die of it.
     """
 
     daemon_threads = True
@@ -29,6 +30,7 @@ class StandIn(ThreadingHTTPServer):
     def __init__(self, base_model, tokenizer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.base_model, self.tokenizer, self.base, self.lock = base_model, tokenizer, "tiny", threading.Lock()
+        self.counting, self.at_once, self.crowded = threading.Lock(), 0, 0
         self.loaded, self.asked, self.loads, self.keys = {}, [], [], set()
         self.busy, self.down, self.restarts_at, self.max_rank, self.runtime, self.hides = 0, 0, [], 64, True, ()
 
@@ -45,6 +47,7 @@ def stand_in(base_model, tokenizer):
     thread.start()
     try:
         yield server
+        assert not server.crowded
     finally:
         server.shutdown()
         server.server_close()
@@ -69,10 +72,15 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         server.keys.add(self.headers["Authorization"])
         data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.counting:
+            server.at_once += 1
+            server.crowded += data.get("prompt_logprobs") is not None and server.at_once > 1
         with server.lock:
             # The random numbers are as before when the trainer, which draws from them too, has its answer.
             with torch.random.fork_rng(devices=[]):
                 answer = self.answer_to(data)
+            with server.counting:
+                server.at_once -= 1
             self.answer(*answer)
 
     def answer_to(self, data):
