@@ -48,7 +48,7 @@ class VLLMServer:
         command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", self._base, "--dtype", "float32"]
         command += ["--enable-lora", "--max-lora-rank", "32", "--max-loras", "2", "--enforce-eager"]
         # vLLM 0.32 dies on a processor of a prompt with a seed that it reads in two steps.
-        command += ["--max-model-len", "512", "--no-enable-chunked-prefill", "--served-model-name", "embedded"]
+        command += ["--max-model-len", "256", "--no-enable-chunked-prefill", "--served-model-name", "embedded"]
         command += ["--host", "127.0.0.1", "--port", str(self._port)]
         with self._log.open("a") as log:
             environment = self._environment

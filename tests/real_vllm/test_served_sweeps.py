@@ -138,7 +138,7 @@ def test_refusals_of_a_real_server_are_told(base, ingredients, server, tmp_path)
     with pytest.raises(rsoups.AdapterError, match="trained beside them"):
         run(base, saved, tmp_path / "h.jsonl", lambdas=[[1]], server=server.url)
     with pytest.raises(rsoups.ServerError, match="answers 400 .*(maximum context length|max_model_len)"):
-        run(base, ingredients, tmp_path / "l.jsonl", server=server.url, max_new_tokens=490, count=1)
+        run(base, ingredients, tmp_path / "l.jsonl", server=server.url, max_new_tokens=400, count=1)
 
 
 def test_a_server_without_runtime_loading_is_told_to_allow_it(base, ingredients, tmp_path):
