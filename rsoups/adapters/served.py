@@ -82,7 +82,7 @@ def _padded(factor: Tensor, dim: int, sizes: tuple[int, int], at: int, rank: int
         factor: Tensor whose dimension `dim` holds experts and ranks.
         dim: 0 for A, 1 for B.
         sizes: How that dimension divides into experts and ranks, in their order.
-        at: Which of the two is the rank.
+        at: Place of the rank among the two.
         rank: Rank of the result.
     """
     split = factor.unflatten(dim, sizes).movedim(dim + at, -1)

@@ -76,7 +76,7 @@ def writing(target: str | Path, remark: str = "") -> Iterator[None]:
 
 
 def _disk_error(error: Exception) -> str | None:
-    """What the disk says, in an error of Python, safetensors or torch.save; None if it is another error."""
+    """Reason of a failed write, in an error of Python, safetensors or torch.save; None if it is another error."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     _, of_disk, reason = str(error).partition("I/O error: ")

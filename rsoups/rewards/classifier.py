@@ -37,7 +37,7 @@ class Reward(LoadedReward):
     the batch. Weights that a card averages are averaged once, in float64, by way of a temporary folder.
 
     Args:
-        card: What the reward is.
+        card: Card of the reward.
         device: Device of the model.
         trust_remote_code: Run Python code that comes with the model, of a kind that transformers does not know.
 

@@ -126,7 +126,7 @@ class Judge(LoadedReward):
     may change under its name.
 
     Args:
-        card: What the reward is.
+        card: Card of the reward.
         device: Device of a model in this process.
         trust_remote_code: Run Python code that comes with such a model.
         cache: Folder of the ratings; the environment's ``RSOUPS_CACHE``, or ``~/.cache/rsoups``, by default.

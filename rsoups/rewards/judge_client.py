@@ -86,7 +86,7 @@ class ServerRatings:
 
     Args:
         name: Name of the reward.
-        settings: What the card says of the judge.
+        settings: Settings of the judge, from its card.
         cache: Folder of the ratings, shared by any number of processes.
 
     Raises:
